@@ -1,0 +1,50 @@
+"""Fixtures that every test may use; what they give is described in fakes.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+for folder in (str(HERE), str(HERE.parent)):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+from fakes import Gateway, Provider, ShiftedLoop  # noqa: E402  (after the path is set)
+
+
+def serve_provider() -> Iterator[Provider]:
+    """A scripted provider, closed at the end; a mistake in a script fails the test."""
+    provider = Provider()
+    yield provider
+    provider.close()
+
+
+def make_gateways() -> Iterator[Callable[..., Gateway]]:
+    """A function with Gateway's parameters that returns a running gateway; all are removed at the end."""
+    made: list[Gateway] = []
+
+    def make(*arguments: object, **named: object) -> Gateway:
+        made.append(Gateway(*arguments, **named))
+        return made[-1].start()
+
+    yield make
+    for gateway in made:
+        gateway.remove()
+
+
+provider = pytest.fixture(serve_provider, name="provider")
+module_provider = pytest.fixture(serve_provider, scope="module", name="module_provider")
+gateway_factory = pytest.fixture(make_gateways, name="gateway_factory")
+module_gateway_factory = pytest.fixture(make_gateways, scope="module", name="module_gateway_factory")
+
+
+@pytest.fixture
+def clock() -> Iterator[ShiftedLoop]:
+    """An event loop whose time the test moves: clock.run_until_complete(...), clock.advance(60)."""
+    loop = ShiftedLoop()
+    yield loop
+    loop.close()
