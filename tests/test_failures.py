@@ -757,7 +757,7 @@ def test_a_refusal_has_a_status_for_the_client(failure: ac.UpstreamFailure, stat
 def test_the_message_says_what_happened() -> None:
     assert answer(judge("", 429, err("Slow down, see https://x.test/limits."))).message == (
         "Every provider tried is at its rate limit. p0/m: rate_minute (429). The provider said: Slow down, see (link)")
-    assert answer(LATE, REFUSED).message == "Every provider tried failed. p0/m: timeout; p1/m: refused."
+    assert answer(LATE, REFUSED).message == "No provider tried could answer. p0/m: timeout; p1/m: refused."
     assert answer(KEY).message.startswith("The provider rejected the gateway's credential.")
     assert answer(LONG).message == "prompt is too long: 9 tokens > 8 maximum"
     assert answer(*[BROKEN] * 8).message.count("server_error") == 6
