@@ -44,16 +44,18 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and os.name == "posix" and "AICAROUSEL_SCRIPT" not in os.environ:
+if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"] and os.name == "posix":
     # The syntax tree of a script stays in memory for as long as it runs, here some 15 MB; that of an imported module does not.
-    # So a server starts itself once more as a module, before anything is loaded: 25 ms, for half the memory. Same process, same flags.
-    _code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import aicarousel; raise SystemExit(aicarousel.main())"
+    # So a server starts itself once more as a module, before anything else is loaded: 25 ms, for half the memory. Same process, same flags.
+    _code = (f"import importlib.util as u, sys; s = u.spec_from_file_location('aicarousel', {os.path.abspath(__file__)!r}); m = u.module_from_spec(s); "
+             "sys.modules[s.name] = m; s.loader.exec_module(m); raise SystemExit(m.main())")
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:-len(sys.argv)], "-c", _code, *sys.argv[1:]])
 
 import asyncio
 import base64
 import contextlib
 import email.utils
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -273,6 +275,12 @@ class GatewayError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def redact(self, secrets: Collection[str]) -> None:
+        """Take secrets out of whatever of this a provider may have written."""
+        self.message = redact(self.message, secrets)
+        self.code = redact(self.code, secrets) if self.code else self.code
+        self.param = redact(self.param, secrets) if self.param else self.param
+
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> GatewayError:
     """The client sent something that no provider could answer."""
@@ -329,7 +337,7 @@ class UpstreamFailure(Exception):
 
 #: What looks like a secret wherever it stands: vendor prefixes, bearer values, long opaque words after "key".
 _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|pplx|r8)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|(?<=[Bb]earer )[^\s\"',;]{6,}|\borg[-_][A-Za-z0-9]{6,}")
+                     r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -1226,7 +1234,8 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     credentials, keys_out = _choose_credentials(load, name, entry, preset, base_url)
     enabled, switch = _choose_enabled(load, name, entry)
     out = (switch if not enabled else f"no model: name one in models.json or in {variable_name(name, 'MODEL')}" if not default
-           else f"no account: {unset} is not set" if unset else keys_out)
+           else f"no account: {unset} is not set" if unset
+           else keys_out or ("" if wire == "chat" else f"it speaks the format {wire}, which comes with the next version"))
     timeouts = replace(Timeouts(first_byte_s=preset.first_byte_s, idle_s=preset.idle_s), **entry.get("timeouts", {}))
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
                     entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
@@ -2414,6 +2423,8 @@ def build_catalogue(config: Config) -> Catalogue:
                 models.setdefault(name, []).append(_group_of(provider, (model,)))
         for credential in provider.credentials:
             for model in provider.models if credential.prefix else ():
+                if not _may_use(credential, model.id):
+                    continue
                 models.setdefault(credential.prefix + model.id, []).append(((make_route(provider, credential, model),),))
     return Catalogue(tuple(whole), {provider.name: provider for provider in config.active}, {name: tuple(groups) for name, groups in models.items()},
                      config.carousel.aliases, config.carousel.unknown_model == "reject")
@@ -2547,20 +2558,21 @@ def _fallback_groups(catalogue: Catalogue, choice: Choice, state: RoutingState, 
 
 
 def hindrance(state: RoutingState, route: Route, now: float) -> Cooldown | None:
-    """The cooldown that keeps `route` out for longest; one that has ended but is being probed counts too."""
-    worst: Cooldown | None = None
-    for key in route.keys:
-        cooldown = state.cooling.get(key)
-        if cooldown is not None and (cooldown.until_at > now or cooldown.probing) and (worst is None or cooldown.until_at > worst.until_at):
-            worst = cooldown
-    return worst
+    """The cooldown that keeps `route` out for longest, proven ones before guesses; one that has ended but is being probed counts too."""
+    found = [cooldown for key in route.keys if (cooldown := state.cooling.get(key)) is not None and (cooldown.until_at > now or cooldown.probing)]
+    return max(found, key=lambda cooldown: (cooldown.proven and cooldown.until_at > now, cooldown.until_at)) if found else None
+
+
+def is_listed(route: Route) -> bool:
+    """Whether configuration knows the model: of names that clients make up nothing is remembered."""
+    return route.model in route.provider.models or route.model.id == route.provider.default
 
 
 def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     """Remember that `route` is being asked: the turn moves on, and ended cooldowns of it are being probed."""
     if choice.rotates:
         state.turns[choice.turn_name] = route.provider.name
-    if len(route.provider.credentials) > 1:
+    if len(route.provider.credentials) > 1 and is_listed(route):
         state.turns[route.keys[2]] = route.credential.id
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
@@ -2584,7 +2596,7 @@ def learn_refused(state: RoutingState, route: Route, failure: UpstreamFailure, b
     """Remember the one optional field that a provider refused; whether the same request without it is worth another try."""
     name = re.split(r"[.\[]", failure.param or "")[0]
     known = state.refused.get(route.keys[2], frozenset())
-    if failure.kind != "parameter" or name in known or name in _ESSENTIAL_FIELDS or name not in body or route.model not in route.provider.models:
+    if failure.kind != "parameter" or name in known or name in _ESSENTIAL_FIELDS or name not in body or not is_listed(route):
         return False
     state.refused[route.keys[2]] = known | {name}
     return True
@@ -2600,7 +2612,7 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
     Failures that arrive while their cooldown runs (requests sent before it) do not add strikes.
     """
     end_probe(state, route)
-    if not failure.scope or (failure.scope in ("model", "route") and route.model not in route.provider.models and route.model.id != route.provider.default):
+    if not failure.scope or (failure.scope in ("model", "route") and not is_listed(route)):
         return None
     rule = FAILURE_RULES[failure.kind]
     key = route.keys[SCOPES[failure.scope]]
@@ -2851,7 +2863,7 @@ def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, r
     messages = _fit_messages(body["messages"], preset)
     if messages is not body["messages"]:
         changes["messages"] = messages
-    other_max = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(preset.max_field, "")
+    other_max = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(preset.max_field)
     renamed = {name: other for name, other in preset.renames.items() if name in body}
     changes |= {other: body[name] for name, other in renamed.items()}
     removed = {*dropped, *renamed, *ROUTING_FIELDS.intersection(body)}
@@ -2875,6 +2887,7 @@ def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
 
 
+_MODEL_KEY = re.compile(rb'"(?:m|\\u006[dD])(?:o|\\u006[fF])(?:d|\\u0064)(?:e|\\u0065)(?:l|\\u006[cC])"')     # however its letters are escaped
 _MODEL_FIELD = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
@@ -2884,7 +2897,7 @@ def _splice(raw: bytes, body: Json, changes: Json) -> bytes | None:
         return raw
     new = dict(changes)
     if "model" in new and "model" in body:
-        if raw.count(b'"model"') != 1 or not (match := _MODEL_FIELD.search(raw)):
+        if raw.count(b'"model"') != 1 or (b"\\u00" in raw and len(_MODEL_KEY.findall(raw)) != 1) or not (match := _MODEL_FIELD.search(raw)):
             return None
         raw = raw[:match.start(1)] + dump_json(new.pop("model"))[1:-1] + raw[match.end(1):]
     if any(name in body for name in new):
@@ -2926,6 +2939,25 @@ _CONTENT_START = re.compile(rb'"content"\s*:\s*"')
 _STRING_END = re.compile(rb'(?:[^"\\]|\\.)*"')
 
 
+#: Above this a block is a flood: its events are compared as one, and a text that is no JSON string would pass.
+_MANY_EVENTS_BYTES = 4096
+
+
+def _is_string(frame: bytes, start: int, end: int) -> bool:
+    """Whether frame[start:end] is the inside of a JSON string: no bare quote, control character or wrong escape."""
+    return _STRING_INSIDE.fullmatch(frame, start, end) is not None
+
+
+_STRING_INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
+
+
+def _content_bytes(part: Any) -> int:
+    """How much of an answer a delta or a message holds, for an estimate."""
+    if not isinstance(part, dict):
+        return 0
+    return sum(len(value.encode("utf-8", "replace")) if isinstance(value, str) else len(dump_json(value)) for name in _CONTENT_FIELDS if (value := part.get(name)))
+
+
 def _has_content(part: Any) -> bool:
     return isinstance(part, dict) and any(part.get(name) for name in _CONTENT_FIELDS)
 
@@ -2946,6 +2978,14 @@ def find_chat_error(body: Any) -> Any:
     return body if isinstance(first, dict) and (first.get("finish_reason") == "error" or first.get("error")) else None
 
 
+def _error_in_json(raw: bytes) -> Any:
+    """What find_chat_error finds in a body, None when it is not JSON."""
+    try:
+        return find_chat_error(json.loads(raw))
+    except (ValueError, RecursionError):
+        return None
+
+
 def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
     """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
@@ -2953,7 +2993,7 @@ def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
     choices = [choice for choice in body["choices"] if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
     if len(choices) != len(body["choices"]):
         return "not_json", None
-    if not any(_has_content(choice["message"]) or choice.get("finish_reason") in _SILENT_STOPS for choice in choices):
+    if not any(_has_content(choice["message"]) or str(choice.get("finish_reason")) in _SILENT_STOPS for choice in choices):
         return "empty_answer", None
     return "", chat_usage(body)
 
@@ -2997,7 +3037,12 @@ class ChatPassage:
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
+        if self.error or self.broken:
+            return b""
         rest = self._frames.rest
+        if not self.n_signs and rest.lstrip()[:1] in (b"{", b"["):
+            self.error, self.broken = _error_in_json(rest), "not_json"      # a body that is no stream at all
+            return b""
         event = read_frame(rest)
         out = self._look(rest + b"\n\n") if not self.done and event.data and (event.data.strip() == "[DONE]" or whole_json(event.data)) else b""
         if self.done or self.error or self.broken:
@@ -3011,7 +3056,7 @@ class ChatPassage:
     def _look(self, block: bytes) -> bytes:
         """Every event of the block; one that is the last one with another text needs no closer look. One loop kept whole: it runs per event."""
         prefix, suffix, n_plain_bytes = self._prefix, self._suffix, 0
-        if prefix and block.startswith(prefix) and block.endswith(suffix):
+        if prefix and len(block) > _MANY_EVENTS_BYTES and block.startswith(prefix) and block.endswith(suffix):
             n_frames = block.count(suffix + prefix) + 1
             if block.count(b"\n") == 2 * n_frames:
                 self.n_content_bytes += len(block) - n_frames * (len(prefix) + len(suffix))
@@ -3020,7 +3065,7 @@ class ChatPassage:
         frames = split_frames(block)
         out: list[bytes] = []
         for frame in frames:
-            if prefix and frame.startswith(prefix) and frame.endswith(suffix):
+            if prefix and frame.startswith(prefix) and frame.endswith(suffix) and _is_string(frame, len(prefix), len(frame) - len(suffix)):
                 n_plain_bytes += len(frame) - len(prefix) - len(suffix)
                 out.append(frame)
                 continue
@@ -3060,16 +3105,19 @@ class ChatPassage:
     def _take_chunk(self, chunk: Json, raw: bytes) -> bytes:
         self.usage = chat_usage(chunk) or self.usage
         choices = chunk.get("choices")
+        if choices is not None and (not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices)):
+            self.broken = "not_json"
+            return b""
         if not choices:
             only_usage = isinstance(choices, list) and chunk.get("usage") and not self._wants_usage
             return b"" if only_usage else self._named(chunk, raw)
         self._last = chunk
-        for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict):
-                part = choice.get("delta") or choice.get("message")
-                self.content = self.content or _has_content(part)
-                self._called = self._called or bool(isinstance(part, dict) and part.get("tool_calls"))
-                self.finish = self.finish or choice.get("finish_reason") or None
+        for choice in choices:
+            part, reason = choice.get("delta") or choice.get("message"), choice.get("finish_reason")
+            self.content = self.content or _has_content(part)
+            self.n_content_bytes += _content_bytes(part)
+            self._called = self._called or bool(isinstance(part, dict) and part.get("tool_calls"))
+            self.finish = self.finish or (reason if isinstance(reason, str) and reason else None)
         if self.finish in _SILENT_STOPS:
             self.content = True
         self._learn(choices, raw)
@@ -3082,7 +3130,6 @@ class ChatPassage:
         text = delta.get("content") if isinstance(delta, dict) else None
         if not isinstance(delta, dict) or not isinstance(text, str) or not text or self._echo or not raw.endswith(b"\n\n") or b"\r" in raw:
             return
-        self.n_content_bytes += len(text.encode("utf-8", "replace"))
         if any(delta.get(name) for name in _CONTENT_FIELDS[1:]) or choices[0].get("finish_reason") or raw.count(b'"content"') != 1:
             return
         start = _CONTENT_START.search(raw)
@@ -3202,7 +3249,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_CLIENT_HEADERS = 100
 MAX_PROVIDER_HEADERS = 200
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*\r\n")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,8}\r\n")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 
 
@@ -3227,9 +3274,12 @@ def find_head_end(buffer: bytes | bytearray) -> int:
         return end
     if end > MAX_HEAD_BYTES or len(buffer) > MAX_HEAD_BYTES:
         raise BadHttp("the head is too large", 431)
-    if b"\n\n" in buffer or b"\n\r\n" in buffer.replace(b"\r\n", b"  "):
+    if _BARE_END.search(buffer):
         raise BadHttp("a line of the head ends without CR LF")
     return 0
+
+
+_BARE_END = re.compile(rb"\n\n|(?<!\r)\n\r\n")
 
 
 def check_lines(head: bytes, max_headers: int) -> None:
@@ -3244,12 +3294,13 @@ def check_lines(head: bytes, max_headers: int) -> None:
 def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
     """Method, target, version and headers of a request head. Header names are lower case; repeated ones are joined, but for the
     few that must be alone. Raises BadHttp."""
-    length = _LENGTH_LINE.search(head)
-    if length is None or len(head) > _KEPT_HEAD_BYTES:
-        method, target, version, headers = _judge_request_head(head)
-        return method, target, version, dict(headers)
-    method, target, version, headers = _known_request_head(head[:length.start(1)] + b"0" + head[length.end(1):])
-    return method, target, version, {**headers, "content-length": length[1].decode("ascii")}
+    lengths = list(_LENGTH_LINE.finditer(head))
+    if len(lengths) > 1 or (lengths and lengths[0][1] is None):
+        raise BadHttp("Content-Length is not one number")       # h11 would join equal ones
+    length = lengths[0] if lengths else None
+    plain = head[:length.start(1)] + b"0" + head[length.end(1):] if length else head
+    method, target, version, headers = (_known_request_head if len(head) <= _KEPT_HEAD_BYTES else _judge_request_head)(plain)
+    return method, target, version, {**headers, "content-length": length[1].decode("ascii")} if length else dict(headers)
 
 
 def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
@@ -3278,32 +3329,30 @@ def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
 #: A client sends the same head again and again but for its length; what h11 has judged byte for byte needs no second judgement.
 _known_request_head = functools.lru_cache(maxsize=256)(_judge_request_head)
 _KEPT_HEAD_BYTES = 4096
-_LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n", re.IGNORECASE)
+_LENGTH_LINE = re.compile(rb"\ncontent-length[ \t]*:(?:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n))?", re.IGNORECASE)
 _ALONE = frozenset({"authorization", "content-length", "content-type", "expect", "host", "origin", "transfer-encoding", "x-api-key"})
 
 
 def parse_answer_head(head: bytes) -> tuple[int, list[tuple[str, str]]]:
     """Status and headers (names lower case) of a provider's answer. Raises BadHttp."""
     check_lines(head, MAX_PROVIDER_HEADERS)
+    if len(head.translate(None, _NOT_IN_VALUES)) != len(head):
+        raise BadHttp("a control character in the head")
     lines = head.split(b"\r\n")
-    if len(head) > _KEPT_HEAD_BYTES or len(head.translate(None, _NOT_IN_VALUES)) != len(head):
-        status, names, values = _judge_answer_head(head)
-        return status, list(zip(names, values))
-    shape, shown = [lines[0]], []
+    shape, values = [lines[0]], []
     for line in lines[1:-2]:
-        name, _, value = line.partition(b":")
-        framing = name.lower() in _FRAMING_FIELDS or line[:1] in b" \t"
-        shape.append(line if framing else name + b":0")
-        shown.append(value)
-    status, names, _ = _known_answer_shape(b"\r\n".join(shape) + b"\r\n\r\n")
-    if len(names) != len(shown):
-        status, names, values = _judge_answer_head(head)        # folded lines
-        return status, list(zip(names, values))
-    return status, [(name, value.decode("latin-1").strip(" \t")) for name, value in zip(names, shown)]
+        name, colon, value = line.partition(b":")
+        shape.append(name + b":0" if colon and name.lower() not in _FRAMING_FIELDS else line)
+        values.append(value)
+    judge = _known_answer_shape if len(head) <= _KEPT_HEAD_BYTES else _judge_answer_shape
+    status, names = judge(b"\r\n".join(shape) + b"\r\n\r\n")
+    if len(names) != len(values):
+        raise BadHttp("folded or repeated framing lines in the head")
+    return status, [(name, value.decode("latin-1").strip(" \t")) for name, value in zip(names, values)]
 
 
-def _judge_answer_head(head: bytes) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
-    """Status, names and values as h11 reads them."""
+def _judge_answer_shape(head: bytes) -> tuple[int, tuple[str, ...]]:
+    """Status and names as h11 reads them."""
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         connection.receive_data(head)
@@ -3312,13 +3361,12 @@ def _judge_answer_head(head: bytes) -> tuple[int, tuple[str, ...], tuple[str, ..
         raise BadHttp(str(error)) from error
     if type(event) is not h11.Response:
         raise BadHttp("not an answer")
-    fields = event.headers.raw_items()
-    return event.status_code, tuple(name.decode("ascii").lower() for name, _ in fields), tuple(value.decode("latin-1") for _, value in fields)
+    return event.status_code, tuple(name.decode("ascii").lower() for name, _ in event.headers.raw_items())
 
 
 #: A provider's heads differ in their values: a date, an id, what is left of a limit.  h11 judges each shape once: the status line,
 #: the names, and what frames the body; values without control characters are what h11 takes too.
-_known_answer_shape = functools.lru_cache(maxsize=256)(_judge_answer_head)
+_known_answer_shape = functools.lru_cache(maxsize=256)(_judge_answer_shape)
 _FRAMING_FIELDS = frozenset({b"connection", b"transfer-encoding"})
 _NOT_IN_VALUES = bytes([*range(9), 11, 12, *range(14, 32), 127])
 
@@ -3366,10 +3414,11 @@ def answer_framing(status: int, headers: Collection[tuple[str, str]]) -> Framing
 class BodyReader:
     """Takes the bytes behind a head and gives the body's: feed() until `done`; `rest` is what came after the end."""
 
-    __slots__ = ("done", "rest", "_framing", "_left", "_trailer_bytes", "_in_trailer", "_after_chunk")
+    __slots__ = ("done", "rest", "bad", "_framing", "_left", "_trailer_bytes", "_in_trailer", "_after_chunk")
 
     def __init__(self, framing: Framing) -> None:
         self.rest = b""
+        self.bad = ""                   #: what is wrong behind the pieces given out last
         self._framing = framing.kind
         self._left = framing.n_bytes
         self._in_trailer = self._after_chunk = False
@@ -3377,7 +3426,9 @@ class BodyReader:
         self.done = framing.kind == "none" or (framing.kind == "length" and not framing.n_bytes)
 
     def feed(self, data: bytes) -> bytes:
-        """The body bytes in `data`. Raises BadHttp when the framing is broken."""
+        """The body bytes in `data`. Raises BadHttp when the framing is broken: at the next call when good bytes came before."""
+        if self.bad:
+            raise BadHttp(self.bad)
         if self._in_trailer:
             self.rest += data
             self._end_trailer()
@@ -3414,7 +3465,9 @@ class BodyReader:
             size = None if self._after_chunk else _CHUNK_SIZE.match(buffer, position)
             if size is None:
                 if not (_PART_OF_END if self._after_chunk else _PART_OF_SIZE).fullmatch(buffer, position):
-                    raise BadHttp("a chunk that does not end or begin as it should")
+                    self.bad = "a chunk that does not end or begin as it should"
+                    if not pieces:
+                        raise BadHttp(self.bad)
                 break
             left = int(size[1], 16)
             if left <= _HELD_BYTES and left and n_bytes - size.end() < left + 2:
@@ -3428,6 +3481,12 @@ class BodyReader:
         if self._in_trailer:
             self._end_trailer()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def give_up(self) -> bytes:
+        """What of the last chunk has come, when no more will."""
+        size = None if self._framing != "chunked" or self._left or self._after_chunk or self._in_trailer or self.bad else _CHUNK_SIZE.match(self.rest)
+        held, self.rest = self.rest[size.end():size.end() + int(size[1], 16)] if size else b"", b""
+        return held
 
     def _end_trailer(self) -> None:
         """Trailers are read and thrown away; their blank line ends the body."""
@@ -3827,13 +3886,13 @@ def list_keys(path: Path) -> list[GatewayKey]:
 def revoke_key(path: Path, key_id: int) -> bool:
     """Whether there is such a key; it is refused from now on and stays listed."""
     with _changing_keys(path) as connection:
-        return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (key_id,)).rowcount > 0
+        return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
 
 
 def delete_key(path: Path, key_id: int) -> bool:
     """Whether there was such a key; it is gone, its usage rows stay."""
     with _changing_keys(path) as connection:
-        return connection.execute("DELETE FROM api_keys WHERE id = ?", (key_id,)).rowcount > 0
+        return connection.execute("DELETE FROM api_keys WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
 
 
 def _read_active_keys(path: Path) -> dict[str, tuple[str, GatewayKey]]:
@@ -3853,9 +3912,9 @@ class KeyRing:
 
     def __init__(self, path: Path, static_keys: Iterable[str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
-        static = GatewayKey(0, "...", "API_KEYS", "", "", True, 0)       # no prefix: such a key may be short
-        self._static = {digest: (digest, static) for digest in (_hash_of(key) for key in static_keys if key)}
-        self._keys = self._static
+        self._static: dict[str, tuple[str, GatewayKey]] = {}
+        self._keys: dict[str, tuple[str, GatewayKey]] = {}
+        self.accept(static_keys)
         self._epoch: mmap.mmap | bytes = b""      #: b"" while it could not be mapped
         self._seen: bytes | None = None           #: the epoch `_keys` belongs to, None to read them again
         self._files = (0, 0)
@@ -3870,6 +3929,12 @@ class KeyRing:
         digest = _hash_of(key)
         stored, found = self._keys.get(digest, ("", None))
         return found if hmac.compare_digest(stored, digest) else None
+
+    def accept(self, static_keys: Iterable[str]) -> None:
+        """From now on take these keys, besides those of the database, and no other static ones."""
+        before, stamp = self._static, GatewayKey(0, "...", "API_KEYS", "", "", True, 0)      # no prefix: such a key may be short
+        self._static = {digest: (digest, stamp) for digest in (_hash_of(key) for key in static_keys if key)}
+        self._keys = {**{digest: row for digest, row in self._keys.items() if digest not in before}, **self._static}
 
     def any_key(self) -> bool:
         """Whether any key at all would be accepted."""
@@ -4220,7 +4285,7 @@ class _Line:
 class Answer:
     """A provider's answer under way: head read, body to come by read().  End it with release() or abort(), both safe to repeat."""
 
-    __slots__ = ("status", "headers", "_transport", "_line", "_body", "_pending", "_inflate", "_eof_ends", "_reusable")
+    __slots__ = ("status", "headers", "_transport", "_line", "_body", "_pending", "_inflate", "_eof_ends", "_reusable", "_failure", "_ended")
 
     def __init__(self, transport: Transport, line: _Line, status: int, headers: Headers, framing: Framing, pending: bytes) -> None:
         self.status, self.headers = status, headers
@@ -4228,6 +4293,8 @@ class Answer:
         self._body = BodyReader(framing)
         self._pending = pending
         self._eof_ends = framing.kind == "eof"
+        self._failure: UpstreamFailure | None = None
+        self._ended = False
         fields = dict(headers)
         self._inflate = _make_inflater(fields["content-encoding"]) if "content-encoding" in fields else None
         self._reusable = not self._eof_ends and "close" not in fields.get("connection", "").lower()
@@ -4245,16 +4312,12 @@ class Answer:
     async def read(self) -> bytes:
         """The next piece of the body, inflated; b"" at its end. Raises UpstreamFailure when it is cut, broken or too slow."""
         while not self._body.done:
-            data, self._pending = self._pending or await self._line.read(), b""
-            if not data:
-                if self._eof_ends:
-                    self._body.done = True
-                    break
-                raise transport_failure("cut", "body", "the connection ended inside the answer")
+            if self._failure is not None:
+                raise self._failure
             try:
-                piece = self._body.feed(data)
-            except BadHttp as error:
-                raise transport_failure("protocol", "body", str(error)) from error
+                piece = await self._read_piece()
+            except UpstreamFailure as failure:
+                self._failure, piece = failure, self._body.give_up()    # what came before the break is given out first
             if piece and self._inflate is not None:
                 piece = self._inflate(piece)
             if piece:
@@ -4262,6 +4325,20 @@ class Answer:
         if self._inflate is not None:
             self._inflate(b"")
         return b""
+
+    async def _read_piece(self) -> bytes:
+        """What one read brings of the body, perhaps nothing."""
+        if self._body.bad:
+            raise transport_failure("protocol", "body", self._body.bad)
+        data, self._pending = self._pending or await self._line.read(), b""
+        if not data:
+            if not self._eof_ends:
+                raise transport_failure("cut", "body", "the connection ended inside the answer")
+            self._body.done = True
+        try:
+            return self._body.feed(data)
+        except BadHttp as error:
+            raise transport_failure("protocol", "body", str(error)) from error
 
     async def read_all(self, max_bytes: int = MAX_ANSWER_BYTES, *, idle_s: float, within_s: float) -> bytes:
         """The whole body, in `within_s` at the most. Blank pieces are keep-alives; once something else came the rest must follow within `idle_s`."""
@@ -4292,18 +4369,17 @@ class Answer:
 
     def release(self) -> None:
         """Give the connection back when the answer was whole and nothing follows it; close it otherwise."""
-        line, self._reusable = self._line, self._reusable and self._body.done and not self._body.rest and not self._pending
-        if self._reusable:
-            self._reusable = False
-            self._transport.park(line)
-        elif not line.inbox.parked:
-            line.close()
+        self._end(self._reusable and self._body.done and not self._body.rest and not self._pending)
 
     def abort(self) -> None:
         """Close the connection at once: the client has gone or the answer is of no use."""
-        self._reusable = False
-        if not self._line.inbox.parked:
-            self._line.close()
+        self._end(False)
+
+    def _end(self, reusable: bool) -> None:
+        if self._ended:
+            return                      # the line may be another request's by now
+        self._ended = True
+        self._transport.take_back(self._line, reusable)
 
 
 def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
@@ -4326,6 +4402,8 @@ def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
         n_bytes += len(plain)
         if n_bytes > MAX_ANSWER_BYTES:
             raise transport_failure("too_big", "body", f"an answer larger than {MAX_ANSWER_BYTES} bytes when inflated")
+        if engine.unused_data:
+            raise transport_failure("protocol", "body", "something follows the compressed answer")
         return plain
 
     return inflate
@@ -4354,8 +4432,13 @@ class Transport:
                     raise
         return await self._ask(await self._connect(origin, timeouts.connect_s), message, timeouts)
 
-    def park(self, line: _Line) -> None:
-        """Keep a connection for the next request to its origin."""
+    def take_back(self, line: _Line, reusable: bool) -> None:
+        """A connection whose answer has ended: keep it for the next request to its origin, or close it."""
+        if line.origin.scheme == "https":
+            self._remember_session(line)
+        if not reusable:
+            line.close()
+            return
         lines = self._pool.setdefault(line.origin, deque())
         line.inbox.parked = True
         line.alarm.set(_POOL_IDLE_S)
@@ -4363,8 +4446,6 @@ class Transport:
         lines.append(line)
         if len(lines) > _POOL_SIZE:
             lines.popleft().close()
-        if line.origin.scheme == "https":
-            self._remember_session(line)
 
     def close(self) -> None:
         """Close what waits in the pool."""
@@ -4437,7 +4518,9 @@ class Transport:
         except ConnectionRefusedError as error:
             raise transport_failure("refused", "connect", "connection refused") from error
         except OSError as error:
-            raise transport_failure("reset", "connect", error.strerror or type(error).__name__) from error
+            told = str(error)           # asyncio joins the errors of several addresses into one that has no number of its own
+            refused = 0 < told.count("[Errno ") == told.count(f"[Errno {errno.ECONNREFUSED}]")
+            raise transport_failure("refused" if refused else "reset", "connect", "connection refused" if refused else error.strerror or "no connection") from error
 
     async def _open(self, origin: Origin, host: str, port: int, tls: bool) -> _Line:
         loop = asyncio.get_running_loop()
@@ -4469,7 +4552,7 @@ class Transport:
                 buffer += data
             status = parse_answer_head(buffer[:end])[0]
             if not 200 <= status < 300 or buffer[end:]:
-                raise transport_failure("refused", "connect", f"the proxy answered {status}")
+                raise transport_failure("proxy", "connect", f"the proxy answered {status}")
             if origin.scheme == "https":
                 await line.writer.start_tls(self._tls_context(), server_hostname=origin.host)
         except BadHttp as error:
@@ -4553,6 +4636,7 @@ class _ClientInbox(asyncio.StreamReader):
     """A StreamReader that tells at once when the client has gone."""
 
     on_gone: Callable[[], object] | None = None
+    lost = False            #: the connection itself is gone, both ways
 
     def feed_eof(self) -> None:
         super().feed_eof()
@@ -4563,6 +4647,16 @@ class _ClientInbox(asyncio.StreamReader):
         super().set_exception(exc)
         if self.on_gone is not None:
             self.on_gone()
+
+
+class _ClientProtocol(asyncio.StreamReaderProtocol):
+    """Tells the inbox when the connection is lost: aborting a transport after that fails inside asyncio."""
+
+    inbox: _ClientInbox
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.inbox.lost = True
+        super().connection_lost(exc)
 
 
 class Exchange:
@@ -4583,7 +4677,7 @@ class Exchange:
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer."""
-        head = self._head(status, headers, f"content-length: {len(body)}\r\n")
+        head = self._head(status, headers, f"content-length: {len(body)}\r\n" if status != 204 else "")
         self._link.write(head if self._head_only else head + body)
         self.head_sent = self.finished = True
 
@@ -4631,14 +4725,15 @@ class Exchange:
             self.keep_alive = False
         lines = [f"HTTP/1.1 {status} {REASON_PHRASES.get(status, 'Unknown')}\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in (*headers, *self._answer_headers)]
-        lines += [length, self._link.server.date_line(), "" if self.keep_alive else "connection: close\r\n", "\r\n"]
+        goes_on = "" if self.keep_alive and not self._plain_version else f"connection: {'keep-alive' if self.keep_alive else 'close'}\r\n"
+        lines += [length, self._link.server.date_line(), goes_on, "\r\n"]
         return "".join(lines).encode("latin-1")
 
 
 class _Link:
     """One connection of a client, for its whole life."""
 
-    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_buffer", "_peer", "_write_alarm", "_secure")
+    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
 
     def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter) -> None:
         self.server, self.inbox, self.writer = server, inbox, writer
@@ -4646,6 +4741,7 @@ class _Link:
         self._write_alarm = Alarm(self.close)
         self.task: asyncio.Task[None] | None = None
         self.exchange: Exchange | None = None
+        self._answered = False          # an error has been sent that ends this connection
         self._buffer = b""
         self._peer = str((writer.get_extra_info("peername") or ("",))[0])
         self._secure = writer.get_extra_info("ssl_object") is not None
@@ -4654,7 +4750,9 @@ class _Link:
         self.writer.write(data)
 
     def close(self) -> None:
-        self.writer.transport.abort()
+        """End the connection at once."""
+        if not self.inbox.lost:
+            self.writer.transport.abort()
 
     async def flush(self) -> None:
         transport = self.writer.transport
@@ -4669,15 +4767,15 @@ class _Link:
 
     async def serve(self) -> None:
         """Requests one after another until either side ends the connection."""
-        try:
+        with contextlib.suppress(ConnectionError):      # the client has gone: nobody is left to tell
             while await self._serve_one():
                 pass
             await self._linger()
-        except (ConnectionError, TimeoutError):
-            pass                        # the client has gone: nobody is left to tell
-        finally:
-            self.alarm.stop()
-            self._write_alarm.stop()
+
+    def end(self) -> None:
+        """Close, and hold nothing any more."""
+        self.alarm.stop()
+        self._write_alarm.stop()
         self.close()
 
     async def _serve_one(self) -> bool:
@@ -4700,7 +4798,8 @@ class _Link:
         except GatewayError as error:
             unread = request is None or _has_body(request)      # what follows is a body nobody will read
             self._refuse(request, error, close=unread)
-            return not unread and self.exchange is not None and self.exchange.keep_alive
+            exchange, self.exchange = self.exchange, None
+            return not unread and exchange is not None and exchange.keep_alive
         self.alarm.rest()
         await handler(request, self.exchange)
         exchange, self.exchange = self.exchange, None
@@ -4710,6 +4809,7 @@ class _Link:
 
     async def _read_head(self) -> bytes | None:
         """The bytes of the next head, None when the client has nothing more to say."""
+        self._buffer = self._buffer.lstrip(b"\r\n")       # RFC 9112 2.2: empty lines before a request line are ignored
         self.alarm.set(_HEAD_S if self._buffer else _IDLE_S)
         while not (end := find_head_end(self._buffer)):
             data = await self.inbox.read(_READ_BYTES_CLIENT)
@@ -4718,8 +4818,8 @@ class _Link:
             if self._buffer:
                 self._buffer += data
                 continue
-            self._buffer = data.lstrip(b"\r\n")         # RFC 9112 2.2: empty lines before a request line are ignored
-            if b"\r\n\r\n" not in data:
+            self._buffer = data.lstrip(b"\r\n")
+            if self._buffer and b"\r\n\r\n" not in data:
                 self.alarm.set(_HEAD_S)
         head, self._buffer = self._buffer[:end], self._buffer[end:]
         return head
@@ -4749,7 +4849,7 @@ class _Link:
         if expects is not None:
             if expects.lower() != "100-continue":
                 raise bad_request("Only Expect: 100-continue is understood.", status=417)
-            if not self._buffer:
+            if not self._buffer and request.version == "1.1":
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if len(self._buffer) < framing.n_bytes or framing.kind == "chunked":
             self.alarm.set(_BODY_S)
@@ -4759,6 +4859,8 @@ class _Link:
             if not data:
                 raise ConnectionResetError("the client left inside its request")
             piece = reader.feed(data)
+            if reader.bad:
+                raise BadHttp(reader.bad)
             n_bytes += len(piece)
             if n_bytes > self.server.max_body_bytes:
                 raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
@@ -4773,6 +4875,7 @@ class _Link:
             exchange.keep_alive = False
         headers, body = self.server.application.explain(request, error)
         exchange.respond(error.status, headers, body)
+        self._answered = close
 
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
@@ -4780,14 +4883,20 @@ class _Link:
             if self.exchange is None or not self.exchange.head_sent:
                 self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
-        self.close()
 
     async def _linger(self) -> None:
         """Read on for a moment after the last answer: a reset sent because of unread bytes could destroy it on its way."""
         transport = self.writer.transport
-        if transport.is_closing() or self.inbox.at_eof():
+        if transport.is_closing():
             return
-        await self.flush()
+        # From here on drain() means that everything has gone out; a TLS transport pauses at its mark, a plain one above it.
+        transport.set_write_buffer_limits(high=1 if self._secure else 0)
+        self.alarm.rest()
+        self._write_alarm.set(_WRITE_STALL_S)
+        await self.writer.drain()
+        self._write_alarm.rest()
+        if self.inbox.at_eof():
+            return
         if self.writer.can_write_eof():
             self.writer.write_eof()
         self.alarm.set(_LINGER_S)
@@ -4797,7 +4906,7 @@ class _Link:
 
     def _ring(self) -> None:
         """The client was too slow with its request, or has been idle for long enough."""
-        if self._buffer or self.exchange is not None:
+        if (self._buffer or self.exchange is not None) and not self._answered:
             self._refuse(None, GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
             self.writer.close()
         else:
@@ -4824,7 +4933,7 @@ class Server:
         self._utc = world.utc
         self._date = (0, "")
         self._links: set[_Link] = set()
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
         self._done = asyncio.Event()
 
     async def listen(self, sockets: Sequence[socket.socket], context: ssl.SSLContext | None = None) -> None:
@@ -4833,10 +4942,12 @@ class Server:
 
         def accept() -> asyncio.StreamReaderProtocol:
             inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
-            return asyncio.StreamReaderProtocol(inbox, self._begin, loop=loop)
+            protocol = _ClientProtocol(inbox, self._begin, loop=loop)
+            protocol.inbox = inbox
+            return protocol
 
         for listening in sockets:
-            self._listener = await loop.create_server(accept, sock=listening, ssl=context, backlog=1024)
+            self._listeners.append(await loop.create_server(accept, sock=listening, ssl=context, backlog=1024))
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -4852,11 +4963,11 @@ class Server:
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let answers under way finish, interrupt what is left after `within_s` seconds, close everything."""
         self.open = False
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         for link in list(self._links):
             if link.exchange is None:
-                link.close()
+                link.writer.close()             # what is still on its way to a slow reader gets there
         await self._wait_for_links(within_s)
         for link in list(self._links):
             if link.exchange is not None and link.task is not None:
@@ -4894,6 +5005,7 @@ class Server:
             logging.getLogger("aicarousel.server").exception("connection.failed")
             await link.apologise()
         finally:
+            link.end()
             self._links.discard(link)
             if not self._links:
                 self._done.set()
@@ -4915,6 +5027,7 @@ _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_S = 5.0
 _RETRY_PAUSE_S = 0.2
 _BYTES_PER_TOKEN = 4
+_MAX_TARGETS = 4096
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
@@ -4965,7 +5078,7 @@ class Relay:
         self.config: Config
         self.catalogue: Catalogue
         self._user_agent = user_agent
-        self._targets: dict[str, tuple[Origin, str]] = {}
+        self._targets: dict[str, tuple[Provider, tuple[Origin, str]]] = {}
 
     def configure(self, config: Config) -> None:
         """Route by `config` from now on; requests under way finish on what they began with."""
@@ -4978,11 +5091,14 @@ class Relay:
 
     def message(self, route: Route, job: Job, body: bytes) -> tuple[Origin, bytes]:
         """Where a request goes and its bytes, head and body. The head's fixed part is written once per route."""
-        target = self._targets.get(route.id)
-        if target is None:
-            target = self._targets[route.id] = self._make_target(route)
-            if len(self._targets) > 4096:
-                self._targets = {route.id: target}
+        known = self._targets.get(route.id)
+        if known is not None and known[0] is route.provider:
+            target = known[1]
+        else:                           # a request under way may still be on the configuration before
+            target = self._make_target(route)
+            if len(self._targets) >= _MAX_TARGETS:
+                self._targets.clear()
+            self._targets[route.id] = route.provider, target
         own = f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
@@ -5122,7 +5238,6 @@ class _Run:
             attempt.ms = self._ms_since(attempt.started_at)
             attempt.reason = "client_closed"
             raise
-        clear(state, route)
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
@@ -5165,7 +5280,7 @@ class _Run:
         self._n_content_bytes = len(body)
         if self._config.carousel.echo_model and self._job.model:
             body = dump_json({**parsed, "model": self._job.model})
-        self._commit()
+        self._commit(route)
         self._sink.respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body)
 
     async def _relay_stream(self, answer: Answer, attempt: Attempt) -> None:
@@ -5193,7 +5308,7 @@ class _Run:
             else:
                 held += out
                 if passage.content and not passage.error and not passage.broken:
-                    self._commit()
+                    self._commit(attempt.route)
                     if not sink.head_sent:
                         sink.start(200, [*EVENT_STREAM_HEADERS, *self._headers(answer, attempt)])
                     sink.write(held)
@@ -5235,9 +5350,10 @@ class _Run:
         """A 200 that is no answer."""
         return transport_failure(reason, "body" if reason in ("cut", "too_big") else "", detail[:300])
 
-    def _commit(self) -> None:
-        """From here on there is no other route."""
+    def _commit(self, route: Route) -> None:
+        """From here on there is no other route; and this one works, whatever was held against it."""
         self._committed = True
+        clear(self._relay.state, route)
         self._first_ms = self._ms_since(self._job.received_at)
 
     def _headers(self, answer: Answer, attempt: Attempt) -> Headers:
@@ -5254,7 +5370,7 @@ class _Run:
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
-        error.message = redact(error.message, self._config.secrets)
+        error.redact(self._config.secrets)
         self._outcome, self._status = "error", error.status
         if self._sink.head_sent:
             self._sink.write(write_event(chat_error(error)))
@@ -5399,6 +5515,7 @@ class Gateway:
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration; address, port and TLS stay what they were."""
         self._good_hosts.clear()
+        self.keys.accept(config.settings.api_keys)
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
 
@@ -5478,7 +5595,7 @@ class Gateway:
 
     def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
-        error.message = redact(error.message, self.config.secrets)
+        error.redact(self.config.secrets)
         speaks_messages = request is not None and "/messages" in request.path
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
@@ -5542,12 +5659,13 @@ class Gateway:
 
     async def chat_completions(self, request: Request, exchange: Exchange) -> None:
         """POST /v1/chat/completions."""
+        raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
-            body = check_chat_request(parse_body(request.body))
+            body = check_chat_request(parse_body(raw))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(error.status, headers, answer)
-        await self._relay(request, exchange, exchange, request.body, body)
+        await self._relay(request, exchange, exchange, raw, body)
 
     async def plain_chat(self, request: Request, exchange: Exchange) -> None:
         """POST /chat: a bare list of messages in, text out."""
@@ -5582,13 +5700,14 @@ class Gateway:
 
 
 class PlainTextSink:
-    """A Sink that takes a Chat stream and passes on its text alone, for POST /chat."""
+    """A Sink that takes a Chat stream and passes on its text alone, for POST /chat.  Its head waits for the first text: a keep-alive has no text."""
 
-    __slots__ = ("_exchange", "_events")
+    __slots__ = ("_exchange", "_events", "_head")
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._events = EventReader()
+        self._head: tuple[int, Headers] = (200, [])
 
     @property
     def head_sent(self) -> bool:
@@ -5600,13 +5719,19 @@ class PlainTextSink:
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """An error before any text."""
-        message = json.loads(body)["error"]["message"]
-        kept = [(name, value) for name, value in headers if name != "content-type"]
-        self._exchange.respond(status, [("content-type", "text/plain; charset=utf-8"), *kept], message.encode("utf-8", "replace"))
+        self._exchange.respond(status, self._as_text(headers), json.loads(body)["error"]["message"].encode("utf-8", "replace"))
 
     def start(self, status: int, headers: Headers) -> None:
-        kept = [(name, value) for name, value in headers if name != "content-type"]
-        self._exchange.start(status, [("content-type", "text/plain; charset=utf-8"), *kept])
+        self._head = (status, headers)
+
+    @staticmethod
+    def _as_text(headers: Headers) -> Headers:
+        return [("content-type", "text/plain; charset=utf-8"), *((name, value) for name, value in headers if name != "content-type")]
+
+    def _pass_on(self, text: str) -> None:
+        if not self._exchange.head_sent:
+            self._exchange.start(self._head[0], self._as_text(self._head[1]))
+        self._exchange.write(text.encode("utf-8", "replace"))
 
     def write(self, data: bytes) -> None:
         for event in self._events.feed(data):
@@ -5615,10 +5740,11 @@ class PlainTextSink:
                 return self.cut()       # text has no error event: a body without its end is the only sign there is
             for choice in chunk.get("choices") or ():
                 text = (choice.get("delta") or {}).get("content")
-                if isinstance(text, str):
-                    self._exchange.write(text.encode("utf-8", "replace"))
+                if isinstance(text, str) and text:
+                    self._pass_on(text)
 
     def finish(self) -> None:
+        self._pass_on("")
         self._exchange.finish()
 
     def cut(self) -> None:
@@ -5639,7 +5765,10 @@ def _check_content_type(request: Request) -> None:
 def parse_body(raw: bytes) -> Any:
     """A request body as JSON. Raises GatewayError 400 for what is not, NaN and Infinity included."""
     try:
-        return _DECODER.decode(raw.decode("utf-8-sig"))
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if raw.count(b"[") + raw.count(b"{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
+            raise RecursionError
+        return value
     except UnicodeDecodeError:
         raise bad_request("The body is not UTF-8.") from None
     except RecursionError:
@@ -5652,7 +5781,25 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> Json:
+    """An object, unless a key stands in it twice: two readers could disagree about what it says."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return made
+
+
+def _is_deeper(value: Any, n_levels: int) -> bool:
+    """Whether containers stand inside each other more than `n_levels` deep; level by level, so that depth cannot exhaust the stack."""
+    level = [value]
+    while level and n_levels >= 0:
+        level = [child for parent in level for child in (parent.values() if type(parent) is dict else parent) if type(child) in (dict, list)]
+        n_levels -= 1
+    return bool(level)
+
+
+_MAX_DEPTH = 100
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
 
 
 class Demo:
@@ -5769,23 +5916,25 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         [demo_socket] = bind("127.0.0.1", 0)
         await demo.listen([demo_socket])
         flags = {**flags, "demo_url": f"http://127.0.0.1:{demo_socket.getsockname()[1]}/v1"}
+    seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
     logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
-    new_key = None if keys.any_key() or config.settings.no_auth else _first_key(home, config)
     _check_exposure(config, keys)
     context = _server_context(config.settings)
     sockets = bind(config.settings.host, config.settings.port)
+    new_key = None if keys.any_key() or config.settings.no_auth else create_key(home.database_path, "first")[0]
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     server = Server(gateway, world)
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
+    wanted = _handle_signals(stop)
     _announce(home, gateway, port, new_key)
     if ready is not None:
         ready(gateway, port)
-    watcher = asyncio.create_task(_watch(home, flags, gateway, stop))
+    watcher = asyncio.create_task(_watch(home, flags, gateway, stop, wanted, seen))
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again = False
     try:
@@ -5832,13 +5981,6 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _first_key(home: Home, config: Config) -> str | None:
-    """A first gateway key, so that a fresh copy can be used at once; not where the whole network could reach it."""
-    if not is_loopback(config.settings.host):
-        return None
-    return create_key(home.database_path, "first")[0]
-
-
 def _check_exposure(config: Config, keys: KeyRing) -> None:
     """Refuse to listen where others can reach while nothing keeps them out. Raises ConfigError."""
     host = config.settings.host
@@ -5872,7 +6014,7 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
         lines.append(f"providers: {', '.join(active)}")
-    if not [provider for provider in gateway.config.active if provider.name != "demo"]:
+    if not any(credential.secret for provider in gateway.config.active for credential in provider.credentials):
         lines += ["No provider key was found. Looked for: " + ", ".join(gateway.config.looked_for or ("none",)),
                   f"Put one as NAME=value into {home.env_path}; it is picked up while the server runs."
                   + ("" if settings.demo else " To try without any: serve --demo")]
@@ -5905,18 +6047,23 @@ def client_recipes(address: str, key: str) -> list[str]:
     ]
 
 
-async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event) -> bool:
-    """Signals and edits: SIGTERM and SIGINT stop, SIGHUP and a changed file load the configuration anew; True when the program itself changed."""
-    loop, log, wanted = asyncio.get_running_loop(), logging.getLogger("aicarousel.config"), asyncio.Event()
+def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
+    """SIGTERM and SIGINT stop; SIGHUP sets the event that is returned, which asks for a reload."""
+    loop, wanted = asyncio.get_running_loop(), asyncio.Event()
     if threading.current_thread() is threading.main_thread():
         for name, action in (("SIGTERM", stop.set), ("SIGINT", stop.set), ("SIGHUP", wanted.set)):
             loop.add_signal_handler(getattr(signal, name), action)
-    program, paths = Path(__file__), (home.models_path, home.env_path)
-    seen, seen_program = [_stamp(path) for path in paths], _stamp(program)
+    return wanted
+
+
+async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event, wanted: asyncio.Event, seen: list[tuple[int, int, int]]) -> bool:
+    """Load the configuration anew when its files are no longer as `seen` or `wanted` is set; True when the program itself changed."""
+    log, program = logging.getLogger("aicarousel.config"), Path(__file__)
+    seen_program = _stamp(program)
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
         gateway.keys.refresh()
-        stamps = [_stamp(path) for path in paths]
+        stamps = _stamps_of(home)
         if stamps != seen or wanted.is_set():
             seen = stamps
             wanted.clear()
@@ -5931,6 +6078,11 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
             stop.set()
             return True
     return False
+
+
+def _stamps_of(home: Home) -> list[tuple[int, int, int]]:
+    """What changes when the configuration is edited."""
+    return [_stamp(home.models_path), _stamp(home.env_path)]
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -6016,7 +6168,7 @@ def _h11_trouble() -> str:
 
 def _flags_of(arguments: Any) -> dict[str, Any]:
     """What the command line set, by the names of Settings; what it left out is not there."""
-    names = ("host", "port", "log_level", "demo", "no_auth", "cors_origins", "tls_cert", "tls_key", "reload")
+    names = ("host", "port", "log_level", "demo", "no_auth", "cors_origin", "tls_cert", "tls_key", "reload")
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None and value is not False}
 
 
@@ -6150,13 +6302,24 @@ def describe_config(config: Config) -> list[tuple[str, Any, str]]:
             value = getattr(record, name)
             if name in ("api_keys", "https_proxy", "http_proxy"):
                 value = "set, not shown" if value else ""
-            rows.append((f"{group}.{name}", _plain(value), config.origins.get(f"{group}.{name}", "default")))
+            rows.append((f"{group}.{name}", _plain(value), _origin_of(config, group, name)))
     for provider in config.providers:
         shown = {"base_url": provider.base_url, "format": provider.format, "enabled": provider.enabled, "default": provider.default, "enable_fallback": provider.enable_fallback,
                  "models": [model.id for model in provider.models], "keys": [credential.source or "none needed" for credential in provider.credentials],
                  "timeouts": _plain(provider.timeouts), "state": provider.why_out or "takes part"}
-        rows += [(f"{provider.name}.{name}", value, config.origins.get(f"{provider.name}.{name}", "-" if name in ("state", "keys") else "default")) for name, value in shown.items()]
+        rows += [(f"{provider.name}.{name}", value, _origin_of(config, provider.name, name)) for name, value in shown.items()]
     return rows
+
+
+def _origin_of(config: Config, group: str, name: str) -> str:
+    """Where a value comes from; origins are kept under the names of models.json."""
+    if name == "keys":
+        found = [origin for path, origin in config.origins.items() if path.startswith(f"{group}.keys.")]
+        return ", ".join(dict.fromkeys(found)) or "default"
+    if name == "state":
+        return "-"
+    first, *rest = name.removesuffix("_s").split("_")
+    return config.origins.get(f"{group}.{name}") or config.origins.get(f"{group}.{first}{''.join(word.capitalize() for word in rest)}", "default")
 
 
 def _plain(value: Any) -> Any:
@@ -6171,7 +6334,12 @@ def _plain(value: Any) -> Any:
 def _call_command(arguments: Any) -> int:
     """Ask a running gateway one thing; the answer on stdout, who served it on stderr."""
     config = read_config(find_home(arguments.home), {})
-    scheme, host, port, path = split_url(arguments.server or f"http://127.0.0.1:{config.settings.port}")
+    try:
+        scheme, host, port, path = split_url(arguments.server or f"http://127.0.0.1:{config.settings.port}")
+    except ValueError as error:
+        raise ConfigError("--server", str(error), "the address of a gateway, such as http://127.0.0.1:7123") from error
+    if scheme not in ("http", "https") or not host:
+        raise ConfigError("--server", arguments.server, "the address of a gateway, such as http://127.0.0.1:7123")
     key = arguments.key or os.environ.get("AICAROUSEL_KEY", "")
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     body: Json = {"model": arguments.model, "messages": [*messages, {"role": "user", "content": arguments.prompt}], "stream": arguments.stream}
@@ -6184,6 +6352,9 @@ def _call_command(arguments: Any) -> int:
     try:
         connection.request("POST", path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions", dump_json(body), headers)
         return _print_answer(connection.getresponse(), arguments.stream)
+    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
+        print(f"What answers at {host}:{port} is no gateway.", file=sys.stderr)
+        return 1
     except (OSError, http.client.HTTPException) as error:
         print(f"No answer from {host}:{port}: {error}. Is the gateway running (python aicarousel.py serve)?", file=sys.stderr)
         return 1
@@ -6193,15 +6364,16 @@ def _call_command(arguments: Any) -> int:
 
 def _print_answer(answer: Any, stream: bool) -> int:
     """Print an answer of the gateway; the exit status."""
-    usage, failed = None, False
+    usage, failed, ended = None, False, True
     if answer.status != 200 or not stream:
         body = json.loads(answer.read() or b"{}")
         failed, usage = answer.status != 200, body.get("usage")
         print(body["error"]["message"] if failed else body["choices"][0]["message"].get("content") or json.dumps(body["choices"][0]["message"]), file=sys.stderr if failed else sys.stdout)
     else:
-        reader = EventReader()
+        reader, ended = EventReader(), False
         while chunk := answer.read1(65536):
             for event in reader.feed(chunk):
+                ended = ended or event.data == "[DONE]"
                 data = {} if event.data == "[DONE]" else json.loads(event.data)
                 if "error" in data:
                     failed = True
@@ -6210,9 +6382,11 @@ def _print_answer(answer: Any, stream: bool) -> int:
                 for choice in data.get("choices") or ():
                     print(choice["delta"].get("content") or "", end="", flush=True)
         print()
+    if not ended and not failed:
+        print("The answer ended before it was whole.", file=sys.stderr)
     told = {name: answer.getheader(f"x-aicarousel-{name}") for name in ("provider", "model", "attempts")}
     print(" ".join(f"{name}={value}" for name, value in told.items() if value) + (f" in={usage.get('prompt_tokens')} out={usage.get('completion_tokens')}" if usage else ""), file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or not ended else 0
 
 
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
@@ -6243,7 +6417,7 @@ def make_parser() -> Any:
     served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
     served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
     served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
-    served.add_argument("--cors-origin", action="append", dest="cors_origins", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
+    served.add_argument("--cors-origin", action="append", dest="cors_origin", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
     served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 

@@ -167,7 +167,6 @@ def pairs(raw: bytes) -> list[tuple[str, Any]]:
     return json.JSONDecoder(object_pairs_hook=lambda found: found).decode(raw.decode())
 
 
-@pytest.mark.xfail(strict=True, reason='_splice takes the one plain "model" in the bytes for the top-level one, which may be spelt with an escape')
 @pytest.mark.parametrize("raw", ['{"mod\\u0065l":"a","metadata":{"model":"x"},"messages":[]}', '{"mod\\u0065l":"x","metadata":{"model":"x"},"messages":[]}',
                                  '{"model":"a","mod\\u0065l":"b","messages":[]}'])
 def test_an_escaped_model_key_cannot_smuggle_another_model(raw: str) -> None:
@@ -239,7 +238,6 @@ def test_the_output_limit_goes_by_the_name_the_provider_knows(max_field: Any, fi
     assert {name: value for name, value in out.items() if name.startswith("max_")} == expected
 
 
-@pytest.mark.xfail(strict=True, reason='where max_field is "" a field named "" is taken for the other spelling of the limit')
 def test_a_field_without_a_name_is_left_alone() -> None:
     assert json.loads(passed('{"model":"a","":1,"messages":[]}')[0]) == {"model": "WIRE", "": 1, "messages": []}
 
@@ -348,7 +346,7 @@ STREAM_TABLE: dict[str, Told] = {
     "html": Told("empty_answer", stays=(0, 1)),
     "html_in_data": Told("not_json", stays=(0,)),
     "garbage": Told("not_json", "Half", stays=(1, 2, 3, 4)),
-    "json_instead": Told("empty_answer", stays=(0,)),
+    "json_instead": Told("not_json", stays=(0,)),
     "crlf": Told("done", "caf\u00e9 au lait", "stop", SHORT),
     "cr": Told("done", "caf\u00e9 au lait", "stop", SHORT, (4,), b"data: [DONE]\r\r\n\n"),
     "bom": Told("done", "caf\u00e9 au lait", "stop", SHORT),
@@ -503,12 +501,12 @@ HIDDEN = [                          # events that have the look of plain text ar
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_nothing_of_meaning_takes_the_short_way(hidden: bytes) -> None:
     plain = b'data: {"choices":[{"index":0,"delta":{"content":"text"},"finish_reason":null}]}\n\n'
-    stream = plain * 3 + hidden + plain
-    fast, slow = go(stream), go(stream, passage=SlowPassage(wants_usage=False))
-    assert (fast.fed, fast.closed, fast.told) == (slow.fed, slow.closed, slow.told)
+    for n_before, n_behind in ((3, 1), (100, 100), (1, 200), (200, 1)):          # many at once are taken as one
+        for pieces in ([plain * n_before + hidden + plain * n_behind], [plain, plain * (n_before - 1) + hidden + plain * n_behind]):
+            fast, slow = go(*pieces), go(*pieces, passage=SlowPassage(wants_usage=False))
+            assert (fast.fed, fast.closed, fast.told) == (slow.fed, slow.closed, slow.told)
 
 
-@pytest.mark.xfail(strict=True, reason="an event whose start and end match the last one is not parsed: broken JSON or a finish reason between them goes unseen")
 @pytest.mark.parametrize("middle", [b'a"b', b"bad \\x escape", b"new\nline", b'a"},"finish_reason":"stop"},{"index":1,"delta":{"content":"b'])
 def test_nothing_broken_takes_the_short_way(middle: bytes) -> None:
     head, tail = b'data: {"choices":[{"index":0,"delta":{"content":"', b'"},"finish_reason":null}]}\n\n'
@@ -561,7 +559,6 @@ def test_content_bytes_are_counted_where_there_is_plain_text() -> None:
         assert n_text <= counted <= 2 * n_text + 10, name
 
 
-@pytest.mark.xfail(strict=True, reason="_learn returns before it counts: CRLF, echo_model; reasoning, tool calls and lists are never counted")
 @pytest.mark.parametrize(("name", "echo", "at_least"), [("crlf", None, 13), ("openai", "x", 9), ("openai_tools", None, 12), ("openai_refusal", None, 10), ("mistral_thinking", None, 4)])
 def test_content_bytes_are_counted_for_every_stream(name: str, echo: str | None, at_least: int) -> None:
     assert go(STREAMS_BY_NAME[name], echo_model=echo).passage.n_content_bytes >= at_least
@@ -576,7 +573,6 @@ def test_nothing_leaves_behind_an_end_an_error_or_garbage() -> None:
         assert passage.feed(more) == b"" and passage.close() == b"" and outcome(passage) == before
 
 
-@pytest.mark.xfail(strict=True, reason="close() looks at what is left in the buffer even after an error or garbage")
 @pytest.mark.parametrize("name", ["error_in_chunk", "garbage"])
 def test_nothing_leaves_at_the_close_of_a_broken_stream(name: str) -> None:
     passage = ChatPassage(wants_usage=False)
@@ -611,7 +607,6 @@ def test_chunks_of_wrong_types_do_no_harm(choices: str) -> None:
     assert not found.passage.done and b"[DONE]" not in found.fed + found.closed
 
 
-@pytest.mark.xfail(strict=True, raises=(KeyError, TypeError), reason="choices or finish_reason of a wrong type raise KeyError or TypeError out of feed()")
 @pytest.mark.parametrize("choices", ['{"a":1}', "5", "true", "1.5", '[{"delta":{"content":"a"},"finish_reason":["stop"]}]', '[{"delta":{},"finish_reason":{"a":1}}]'])
 def test_chunks_of_other_wrong_types_do_no_harm_either(choices: str) -> None:
     found = go(b'data: {"choices":%s}\n\n' % choices.encode())
@@ -665,7 +660,6 @@ def test_a_whole_answer_is_judged(answer: Any, why: str) -> None:
         assert judge_chat_answer({**answer, "usage": {"prompt_tokens": 9, "completion_tokens": 4}}) == (why, None if why else SHORT)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="finish_reason of a wrong type raises TypeError out of judge_chat_answer")
 def test_a_strange_finish_reason_is_an_empty_answer() -> None:
     assert judge_chat_answer(said_by({"content": ""}, ["stop"]))[0] == "empty_answer"
 

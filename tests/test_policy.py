@@ -226,7 +226,6 @@ def test_a_credential_serves_the_models_it_is_for(name: str, expected: str) -> N
     assert shown(routes_of(catalogue_of(CREDENTIALS), name, fallback="none").routes) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="build_catalogue does not ask _may_use for prefixed names")
 def test_a_prefix_gives_no_right_to_models_the_credential_is_not_for() -> None:
     assert "teamB/small" not in shown(routes_of(catalogue_of(CREDENTIALS), "teamB/small", fallback="none").routes)
     assert "x/small#2" not in shown(routes_of(catalogue_of(CREDENTIALS), "teamB/small", fallback="none").routes)
@@ -411,7 +410,6 @@ def test_a_proven_cooldown_is_left_out_and_says_when_it_ends() -> None:
     assert shown(routes_of(catalogue, None, state, now=50.0).routes) == "a/m b/m"
 
 
-@pytest.mark.xfail(strict=True, reason="hindrance looks at the longest cooldown alone: a longer guess hides a proven one")
 def test_a_longer_guess_does_not_make_a_proven_cooldown_a_last_resort() -> None:
     catalogue, state = catalogue_of({"a": entry("m")}), RoutingState()
     cool(state, route_of(catalogue, "a"), failed("model"), 0.0, jitter=0.5)
@@ -470,7 +468,6 @@ def test_no_more_than_ten_thousand_cooldowns_are_kept() -> None:
     assert len(state.cooling) == 10_000 and "k1" in state.cooling, "one that is known needs no room"
 
 
-@pytest.mark.xfail(strict=True, reason="turns keeps an entry for every model name clients make up, when a provider has several keys")
 def test_names_clients_make_up_are_not_remembered_for_ever() -> None:
     catalogue, state = catalogue_of(WIDE), RoutingState()
     for number in range(20_000):

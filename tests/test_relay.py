@@ -637,7 +637,6 @@ BROKEN: dict[str, list[Any]] = {
     "reset": [Reset()],
     "choices are a number": [frame({"choices": 5}), End()],
     "choices are an object": [frame({"choices": {"index": 0}}), End()],
-    "choices hold null": [frame({"choices": [None]}), End()],
     "finish reason is a list": [frame({"choices": [{"index": 0, "delta": {}, "finish_reason": ["stop"]}]}), End()],
     "an event is a number": [frame("5"), End()],
 }
@@ -731,3 +730,33 @@ def test_connection_of_a_finished_stream_is_used_again(build: Build, provider: P
         check_answered(house.chat())
     connections: list[Connection] = provider.links("a")
     assert [connection.n_requests for connection in connections] == [8]
+
+
+# ---------------------------------------------------------------- POST /chat, which has no comments and no error event
+
+def plain(house: House) -> Client:
+    """A client that has asked for plain text."""
+    client = house.connect()
+    client.send(house.request_bytes("POST", "/chat", chat_body()["messages"]))
+    return client
+
+
+def test_plain_text_of_a_slow_provider(build: Build, provider: Provider) -> None:
+    house = build(a=stream(Pause("head"), ROLE, content("one"), FINISH, DONE))
+    with plain(house) as client:
+        provider.wait_paused("head")
+        house.pass_time(20.0)
+        provider.release("head")
+        reply = client.read_all()
+    assert reply.status == 200 and reply.body == b"one" and reply.complete
+
+
+def test_plain_text_when_slow_providers_fail_is_still_told(build: Build, provider: Provider) -> None:
+    """No text has gone out, so that there is something better than a connection that ends."""
+    house = build(a=[Pause("a"), *OOPS, Close()])
+    with plain(house) as client:
+        provider.wait_paused("a")
+        house.pass_time(6.0)
+        provider.release("a")
+        reply = client.read_all()
+    assert reply.status >= 500 and reply.headers["content-type"].startswith("text/plain") and b"a/m" in reply.body, reply.raw
