@@ -164,7 +164,7 @@ class Model:
     limits: Limits | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class PayloadRule:
     """Edits of request bodies for the models that match a glob."""
     models: str

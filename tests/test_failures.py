@@ -677,7 +677,7 @@ def test_an_error_inside_a_success_may_name_its_time() -> None:
     ("bad_stream", "server", "route"), ("empty_answer", "server", "route"), ("not_json", "server", "route"),
 ])
 def test_transport_failures(reason: str, kind: str, scope: str) -> None:
-    failure = ac.transport_failure(reason, "head", "with Bearer abcdefghij")
+    failure = ac.transport_failure(reason, "head", "with Bearer abcdefghijklmn")
     assert (failure.kind, failure.scope, failure.phase, failure.status, failure.detail) == (kind, scope, "head", 0, "with Bearer ***")
 
 

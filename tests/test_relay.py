@@ -51,7 +51,7 @@ class House(Gateway):
     @staticmethod
     def read(models: dict[str, Any]) -> aicarousel.Config:
         """The configuration that `models` means, with one key for all."""
-        return aicarousel.load_config(json.dumps(models), models_path="models.json", environment={"FAKE_KEY": FAKE_KEY}, dotenv={}, flags={})
+        return aicarousel.load_config(json.dumps(models), models_path="models.json", environment={"FAKE_KEY": FAKE_KEY, "API_KEYS": KEY}, dotenv={}, flags={})
 
     def start(self) -> House:
         self._logger.addHandler(self._handler)
