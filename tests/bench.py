@@ -1033,7 +1033,7 @@ SHAPES: dict[str, Shape] = {
     "c16":    Shape(16),
     "c64":    Shape(64, saturates=True),
     "short":  Shape(1, n_tokens=8),
-    "flood":  Shape(64, n_tokens=2000, write_bytes=4096, saturates=True),
+    "flood":  Shape(64, n_tokens=20_000, write_bytes=4096, saturates=True),     # long: what a request costs is told by c64
     "single": Shape(64, n_tokens=1000),
     "paced":  Shape(64, n_tokens=30, interval_ms=20),
 }
