@@ -1768,7 +1768,8 @@ def _upstream_message(error: Json) -> str:
     inner = _unwrap(data) if isinstance(data, (dict, list)) else None
     if isinstance(inner, dict):
         inner = next((inner[key] for key in _MESSAGE_KEYS if isinstance(inner.get(key), str)), None)
-    return inner if isinstance(inner, str) and inner else raw
+    said, around = inner if isinstance(inner, str) and inner else raw, error.get("message")
+    return f"{around}: {said}" if isinstance(around, str) and around and around not in said else said
 
 
 def _read_code(error: Json) -> str | None:
@@ -3011,18 +3012,20 @@ class ChatPassage:
     Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_frames", "_prefix", "_suffix", "_last", "_called")
+    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_frames", "_prefix", "_suffix", "_last", "_called")
 
     def __init__(self, *, wants_usage: bool, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """n_prompt_tokens: an estimate, for a client that wants usage from a provider that tells none."""
         self.content = False                #: something of the answer itself has come
         self.done = False                   #: the end mark has come
-        self.finish: str | None = None      #: the first finish reason
         self.usage: Usage | None = None
         self.error: Any = None              #: what find_chat_error found
         self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big
         self.n_content_bytes = 0            #: for an estimate where no usage comes
         self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
+        self._reason: str | None = None     #: the first finish reason
+        self._unfinished: set[str] = set()  #: choices that have begun and not finished
+        self._finished: set[str] = set()
         self._wants_usage = wants_usage
         self._n_prompt_tokens = n_prompt_tokens
         self._usage_shown = False
@@ -3031,6 +3034,11 @@ class ChatPassage:
         self._prefix = self._suffix = b""   #: what the last event of plain text had around its text
         self._last: Json = {}
         self._called = False
+
+    @property
+    def finish(self) -> str | None:
+        """The first finish reason, once every choice that has begun has one."""
+        return self._reason if not self._unfinished else None
 
     def feed(self, chunk: bytes) -> bytes:
         """What of `chunk`, and of what was kept before it, may go to the client now."""
@@ -3142,7 +3150,13 @@ class ChatPassage:
             self.content = self.content or _has_content(part)
             self.n_content_bytes += _content_bytes(part)
             self._called = self._called or bool(isinstance(part, dict) and part.get("tool_calls"))
-            self.finish = self.finish or (reason if isinstance(reason, str) and reason else None)
+            index = str(choice.get("index"))
+            if isinstance(reason, str) and reason:
+                self._reason = self._reason or reason
+                self._unfinished.discard(index)
+                self._finished.add(index)
+            elif index not in self._finished:
+                self._unfinished.add(index)
         if self.finish in _SILENT_STOPS:
             self.content = True
         self._learn(choices, raw)
@@ -3175,12 +3189,13 @@ class ChatPassage:
 
     def _end(self, mark: bytes = b"") -> bytes:
         """The end mark; before it the finish chunk that a provider left out, without which some clients ask again for ever."""
-        owed = b""
-        if self.finish is None:
-            self.finish = "tool_calls" if self._called else "stop"
+        owed, reason = b"", "tool_calls" if self._called else "stop"
+        for index in sorted(self._unfinished):
             head = {name: self._last.get(name) for name in ("id", "object", "created", "model")}
-            chunk = {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": self.finish}]}
-            owed = self._named(chunk, write_event(chunk))
+            chunk = {**head, "choices": [{"index": int(index) if index.isdigit() else 0, "delta": {}, "finish_reason": reason}]}
+            owed += self._named(chunk, write_event(chunk))
+        self._unfinished.clear()
+        self._reason = self._reason or reason
         if self._wants_usage and not self._usage_shown and self._last:
             owed += self._owed_usage()
         return owed + (mark if mark.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) else b"data: [DONE]\n\n")
@@ -6290,7 +6305,7 @@ def _status_command(arguments: Any) -> int:
 def describe_status(home: Home, config: Config) -> Json:
     """What `status` shows, as it is without asking any provider."""
     database = {**totals(home.database_path), "schema": schema_version(home.database_path)} if home.database_path.exists() else None
-    providers = [{"name": provider.name, "state": "out" if provider.why_out else "active", "why": provider.why_out, "models": len(provider.models), "keys": len(provider.credentials)}
+    providers = [{"name": provider.name, "state": "out" if provider.why_out else "active", "why": provider.why_out, "models": len(provider.models), "keys": sum(bool(credential.secret) for credential in provider.credentials)}
                  for provider in config.providers]
     return {"version": __version__, "home": str(home.folder), "models": str(home.models_path), "database": database, "server": _probe_server(config.settings),
             "port": config.settings.port, "providers": providers, "warnings": list(config.warnings)}
@@ -6369,7 +6384,7 @@ def _call_command(arguments: Any) -> int:
     """Ask a running gateway one thing; the answer on stdout, who served it on stderr."""
     config = read_config(find_home(arguments.home), {})
     try:
-        scheme, host, port, path = split_url(arguments.server or f"http://127.0.0.1:{config.settings.port}")
+        scheme, host, port, path = split_url(arguments.server or f"{'https' if config.settings.tls_cert else 'http'}://127.0.0.1:{config.settings.port}")
     except ValueError as error:
         raise ConfigError("--server", str(error), "the address of a gateway, such as http://127.0.0.1:7123") from error
     if scheme not in ("http", "https") or not host:

@@ -732,3 +732,14 @@ def test_the_envelope_of_errors() -> None:
     tried = [{"provider": "a", "model": "m", "status": 500, "reason": "server_error", "ms": 5}]
     full = GatewayError("No", 404, "model_not_found", "invalid_request_error", "model", attempts=tried)
     assert chat_error(full) == {"error": {"message": "No", "type": "invalid_request_error", "param": "model", "code": "model_not_found", "attempts": tried}}
+
+
+def test_a_stream_of_two_choices_is_whole_when_both_have_finished() -> None:
+    def piece(index: int, text: str | None = None, reason: str | None = None) -> bytes:
+        return b"data: %s\n\n" % json.dumps({"id": "1", "choices": [{"index": index, "delta": {"content": text} if text else {}, "finish_reason": reason}]}).encode()
+
+    begun = piece(0, "a") + piece(1, "b") + piece(0, reason="stop")
+    cut, whole, marked = go(begun), go(begun + piece(1, reason="stop")), go(begun + DONE_FRAME)
+    assert outcome(cut.passage) == "cut" and b"[DONE]" not in cut.fed + cut.closed
+    assert whole.passage.done and (whole.fed + whole.closed).endswith(DONE_FRAME)
+    assert marked.passage.done and b'"index":1,"delta":{},"finish_reason":"stop"' in marked.fed
