@@ -5202,17 +5202,22 @@ class _Run:
         except asyncio.CancelledError:
             reason = self._sink.interrupted
             if not reason:
-                self._outcome, self._status = "client_closed", 499
+                self._note_leaving()
                 raise
             asyncio.current_task().uncancel()       # type: ignore[union-attr]
             self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
         except ConnectionError:
-            self._outcome, self._status = "client_closed", 499
+            self._note_leaving()
             raise
         finally:
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
+
+    def _note_leaving(self) -> None:
+        """The client has gone; that says nothing of an answer that was whole by then."""
+        if self._outcome != "ok":
+            self._outcome, self._status = "client_closed", 499
 
     async def _serve(self) -> None:
         """Try the routes of the plan in order until one serves. Raises GatewayError when none does."""
@@ -5285,7 +5290,7 @@ class _Run:
                 answer.abort()
             end_probe(state, route)
             attempt.ms = self._ms_since(attempt.started_at)
-            attempt.reason = "client_closed"
+            attempt.reason = "" if self._outcome == "ok" else "client_closed"
             raise
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
@@ -5349,25 +5354,25 @@ class _Run:
             if passage.n_signs != n_signs:
                 n_signs = passage.n_signs
                 answer.watch("idle", min(timeouts.idle_s if passage.finish is None else _AFTER_FINISH_S, max(ends_at - self._relay.world.clock(), 0.0)))
-            if self._committed:
-                if out:
-                    sink.write(out)
-                    keeper.set(_KEEP_ALIVE_S)
-                    await sink.flush()
-            else:
+            if not self._committed and passage.content and not passage.error and not passage.broken:
+                out, held = held + out, b""
+                self._start_stream(answer, attempt)
+            if not self._committed:
                 held += out
-                if passage.content and not passage.error and not passage.broken:
-                    self._commit(attempt.route)
-                    if not sink.head_sent:
-                        sink.start(200, [*EVENT_STREAM_HEADERS, *self._headers(answer, attempt)])
-                    sink.write(held)
-                    held = b""
-                    keeper.set(_KEEP_ALIVE_S)
-                    await sink.flush()
+            elif out:
+                sink.write(out)
+                keeper.set(_KEEP_ALIVE_S)
+                await sink.flush()
             self._usage, self._n_content_bytes = passage.usage, passage.n_content_bytes
             if failure is not None and not passage.done:
                 self._break_off(failure, attempt)
         await self._end_stream(passage, answer, attempt)
+
+    def _start_stream(self, answer: Answer, attempt: Attempt) -> None:
+        """Commit, and send the head if no keep-alive has."""
+        self._commit(attempt.route)
+        if not self._sink.head_sent:
+            self._sink.start(200, [*EVENT_STREAM_HEADERS, *self._headers(answer, attempt)])
 
     async def _end_stream(self, passage: ChatPassage, answer: Answer, attempt: Attempt) -> None:
         """Finish a stream that ended rightly, or raise what was wrong with it."""
@@ -5376,6 +5381,7 @@ class _Run:
         if passage.broken or not self._committed:
             self._break_off(self._bad_answer(attempt.route, passage.broken or "empty_answer", ""), attempt)
         self._sink.finish()
+        self._outcome, self._status = "ok", 200         # whole, even if the client leaves before the provider's connection has ended too
         if self._keeper is not None:
             self._keeper.rest()
         answer.watch("idle", _AFTER_END_S)
@@ -5521,7 +5527,6 @@ def as_messages_model(row: Json) -> Json:
 
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
-_MAX_LOCAL_HOST_BYTES = 255
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
