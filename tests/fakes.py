@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -955,3 +955,40 @@ class ShiftedLoop(asyncio.SelectorEventLoop):
         """Moves time forward and wakes the loop; from any thread."""
         self.shift_s += seconds
         self.call_soon_threadsafe(lambda: None)
+
+
+class InLoop:
+    """What works inside this process: a ShiftedLoop in a thread of its own, and ways to act in it from the test's thread."""
+
+    loop: ShiftedLoop
+
+    def run_loop(self) -> None:
+        """Starts the loop."""
+        self.loop = ShiftedLoop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def end_loop(self) -> None:
+        """Stops it and waits for its thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(HANG_S)
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` (a coroutine function or a plain one) in the loop."""
+        async def run() -> Any:
+            result = work()
+            return await result if asyncio.iscoroutine(result) else result
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(HANG_S)
+
+    def settle(self) -> None:
+        """Lets the loop take in everything that has arrived on its sockets."""
+        async def turn() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+        self.do(turn)
+
+    def pass_time(self, seconds: float) -> None:
+        """What was due in `seconds` is done when this returns."""
+        self.settle()
+        self.loop.advance(seconds)
+        self.settle()

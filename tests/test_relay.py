@@ -6,14 +6,12 @@ for things that happen (a script reached a pause, bytes arrived); `settle` lets 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
 import re
 import sqlite3
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +20,8 @@ from typing import Any
 import pytest
 
 import aicarousel
-from fakes import (DONE, FAKE_KEY, FINISH, HANG_S, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Gateway, Head, Pause, Provider, Reply, Reset, Script,
-                   ShiftedLoop, Silence, answer, chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
+from fakes import (DONE, FAKE_KEY, FINISH, HANG_S, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Gateway, Head, InLoop, Pause, Provider, Reply, Reset, Script,
+                   Silence, answer, chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
 
 KEY = "sk-" + "7" * 64
 COMMENT = b": keep-alive\n\n"
@@ -36,13 +34,12 @@ def rate_limited(*headers: tuple[str, str]) -> list[Any]:
     return answer({"error": {"message": "Slow down."}}, 429, headers)
 
 
-class House(Gateway):
+class House(InLoop, Gateway):
     """A Gateway and its Server in this process, in a thread of their own; its requests are those of fakes.Gateway."""
 
     def __init__(self, models: dict[str, Any]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="aicarousel-test-"))
         self.models, self.key, self.process = models, KEY, None
-        self.loop = ShiftedLoop()
         self.lines: list[str] = []
         self._handler = logging.Handler(logging.INFO)
         self._handler.emit = lambda record: self.lines.append(f"{record.levelname} {record.getMessage()}")    # type: ignore[method-assign]
@@ -57,8 +54,7 @@ class House(Gateway):
         self._logger.addHandler(self._handler)
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
+        self.run_loop()
         self.do(self._open)
         return self
 
@@ -73,26 +69,6 @@ class House(Gateway):
         await self.server.listen(sockets)
         self.port = sockets[0].getsockname()[1]
         self.database = path
-
-    def do(self, work: Callable[[], Any]) -> Any:
-        """Runs `work` (a coroutine function or a plain one) in the gateway's loop."""
-        async def run() -> Any:
-            result = work()
-            return await result if asyncio.iscoroutine(result) else result
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(HANG_S)
-
-    def settle(self) -> None:
-        """Lets the gateway take in everything that has arrived on its sockets."""
-        async def turn() -> None:
-            for _ in range(20):
-                await asyncio.sleep(0)
-        self.do(turn)
-
-    def pass_time(self, seconds: float) -> None:
-        """What was due in `seconds` is done when this returns."""
-        self.settle()
-        self.loop.advance(seconds)
-        self.settle()
 
     def seen_by(self, client: Client) -> bytes:
         """What has reached the client so far."""
@@ -126,8 +102,7 @@ class House(Gateway):
         self.do(self.gateway.close)
         self.usage.close()
         self.keys.close()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(HANG_S)
+        self.end_loop()
         self.loop.close()
         self._logger.removeHandler(self._handler)
         self._logger.propagate = True

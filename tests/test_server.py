@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import aicarousel
-from fakes import DONE, FAKE_KEY, FINISH, HANG_S, ROLE, Client, Gateway, Pause, Provider, Reply, ShiftedLoop, content, read_reply, stream, unchunk
+from fakes import DONE, FAKE_KEY, FINISH, HANG_S, ROLE, Client, Gateway, InLoop, Pause, Provider, Reply, content, read_reply, stream, unchunk
 
 MAX_BODY = 100_000
 BIG = b"0123456789abcdef" * 400_000         # 6.4 MB: more than any socket takes at once
@@ -92,15 +92,13 @@ class Echo:
         exchange.cut()
 
 
-class Hall:
+class Hall(InLoop):
     """A Server around Echo, in a thread."""
 
     def __init__(self, n_sockets: int = 1) -> None:
-        self.loop = ShiftedLoop()
+        self.run_loop()
         self.complaints: list[str] = []
         self.loop.set_exception_handler(lambda loop, context: self.complaints.append(str(context.get("exception") or context["message"])))
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
         self.do(lambda: self._open(n_sockets))
 
     async def _open(self, n_sockets: int) -> None:
@@ -109,26 +107,6 @@ class Hall:
         sockets = [aicarousel.bind("127.0.0.1", 0)[0] for _ in range(n_sockets)]
         await self.server.listen(sockets)
         self.ports = [listening.getsockname()[1] for listening in sockets]
-
-    def do(self, work: Callable[[], Any]) -> Any:
-        """Runs `work` (a coroutine function or a plain one) in the server's loop."""
-        async def run() -> Any:
-            result = work()
-            return await result if asyncio.iscoroutine(result) else result
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(HANG_S)
-
-    def settle(self) -> None:
-        """Lets the server take in everything that has arrived."""
-        async def turn() -> None:
-            for _ in range(20):
-                await asyncio.sleep(0)
-        self.do(turn)
-
-    def pass_time(self, seconds: float) -> None:
-        """What was due in `seconds` is done when this returns."""
-        self.settle()
-        self.loop.advance(seconds)
-        self.settle()
 
     def connect(self, receive_buffer: int = 0) -> Client:
         client = Client(self.ports[0], receive_buffer=receive_buffer)
@@ -145,8 +123,7 @@ class Hall:
 
     def close(self) -> None:
         self.do(lambda: self.server.drain(0.0))
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(HANG_S)
+        self.end_loop()
         self.loop.close()
         assert not self.complaints, self.complaints
 
