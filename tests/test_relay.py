@@ -270,8 +270,24 @@ def test_blank_lines_keep_a_whole_answer_waiting(build: Build, provider: Provide
         check_answered(client.read_all())
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_success_ends_every_cooldown_of_its_route(build: Build, streamed: bool) -> None:
+    """The probe that serves clears the strikes: the next failure is guessed from the start again."""
+    down = answer({"error": {"message": "down"}}, 503)
+    house = build(a=in_turn(down, healthy(), down, healthy(), down, healthy()), b=healthy(OTHER_TEXT))
+    ends = []
+    for _ in range(3):
+        check_answered(house.chat("a/m", stream=streamed), OTHER_TEXT)
+        [cooldown] = house.cooling("a")
+        ends.append(cooldown["until_s"])
+        house.pass_time(cooldown["until_s"] + 0.1)
+        check_answered(house.chat("a/m", stream=streamed))
+        assert house.gateway.relay.state.cooling == {}
+    assert max(ends) <= 6.0, "never doubled"
+
+
 def test_whole_stream_has_a_longest_time(build: Build, provider: Provider) -> None:
-    house = build(a=opened(ROLE, content("one"), Pause("1"), content(" two"), Pause("2"), content(" three"), Pause("3")), entries={"a": times(idle=20, streamTotal=40)})
+    house = build(a=opened(ROLE, content("one"), Pause("1"), content(" two"), Pause("2"), content(" three"), Pause("3")), entries={"a": times(idle=500, streamTotal=40)})
     with house.start_chat("aicarousel") as client:
         for pause in "12":
             provider.wait_paused(pause)
