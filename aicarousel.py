@@ -2205,7 +2205,8 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
     unsure: list[float] = []
     for name, value in headers.items():
         if name == "retry-after-ms":
-            waits.append(float(value) / 1000.0 if _DECIMAL.fullmatch(value.strip()) else None)
+            number = value.strip()          # of more than float() would: OpenRouter's copies may hold control characters
+            waits.append(float(number) / 1000.0 if _DECIMAL.fullmatch(number) else None)
         elif name.endswith("retry-after"):
             waits.append(_read_wait(value, utc))
         elif "ratelimit" in name and "reset" in name:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import aicarousel as ac
@@ -817,6 +817,8 @@ def check(failure: ac.UpstreamFailure) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@example(429, {"retry-after-ms": "0\x1f"}, b"")
+@example(429, {}, b'{"error": {"metadata": {"headers": {"retry-after-ms": "0\\u001f"}}}}')
 @given(st.sampled_from([200, 204, 301, 400, 403, 404, 413, 422, 429, 500, 503, 999]), HEADERS, st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_body_and_no_header_breaks_the_judgement(status: int, headers: dict[str, str], body: bytes) -> None:
     for preset in ("openrouter", "zai", ""):
