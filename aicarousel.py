@@ -18,8 +18,11 @@ Contents
      5  Failures            what an answer or a broken connection means
      7  Routing policy      which route, in which order, what cools for how long
      8  Event streams       server-sent events, incremental and bounded
-    10  OpenAI Chat         requests checked, streams watched on their way through
-    12  Anthropic Messages  the envelope of its errors
+     9  Hub                 the neutral request, parts and deltas, and every rule that formats share
+    10  OpenAI Chat         requests checked, streams watched on their way through, and the six names
+    11  OpenAI Responses    the same for Responses
+    12  Anthropic Messages  the same for Messages
+    13  Translation         the FORMATS table, pass-through, stream coupling, token estimate
     14  World               time, chance, the network, alarms
     15  HTTP                heads by h11, bodies by hand
     16  Store               SQLite: gateway keys, usage, migrations
@@ -1104,8 +1107,8 @@ _PROVIDER_FIELDS = {
     "timeouts": _Field("timeouts", _want_object(_TIMEOUT_FIELDS)),
     "limits": _Field("limits", _LIMITS),
     "maxConcurrent": _Field("max_concurrent", _want_whole(1, 10_000)),
-    "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, drop=(): PayloadRule(
-        models, default or {}, override or {}, drop), _RULE_FIELDS))),
+    "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, **rest: PayloadRule(
+        models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
 
 _CAROUSEL_FIELDS = {
@@ -1242,7 +1245,7 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     enabled, switch = _choose_enabled(load, name, entry)
     out = (switch if not enabled else f"no model: name one in models.json or in {variable_name(name, 'MODEL')}" if not default
            else f"no account: {unset} is not set" if unset
-           else keys_out or ("" if wire == "chat" else f"it speaks the format {wire}, which comes with the next version"))
+           else keys_out)
     timeouts = replace(Timeouts(first_byte_s=preset.first_byte_s, idle_s=preset.idle_s), **entry.get("timeouts", {}))
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
                     entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
@@ -2298,6 +2301,7 @@ _BLAMES: Mapping[str, str] = MappingProxyType({
     "payload_too_large": "bytes",
     "request_over_tpm": "tpm",
     "capability_missing": "capability",
+    "unsupported": "capability",
     "timeout": "timeout",
 })
 _URL = re.compile(r"\(?\bhttps?://[^\s\"'<>]+")
@@ -2770,7 +2774,2503 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 ##############################################################################
-# 10. OpenAI Chat                                           pure | uses 1-3, 8
+# 9. Hub                                                    pure | uses 1-2
+##############################################################################
+# The neutral form between the wire formats, and every rule that all formats share, each one function here: a format's reader
+# recognises shapes, its writer renders shapes, and neither pairs calls, invents ids or cleans schemas.
+#     hub = X_read_request(body);  hub = recall(hub, memo);  ready = prepare(hub, profile);  body = X_write_request(ready, profile)
+#     reader owns a Serialiser(source) -> deltas -> CallHolder -> X writer
+# A request is a dict: model, stream, system, turns, tools, choice, parallel, max_out, sampling, stop, format, think, meta, extra, client,
+# dropped.  A part is a dict with "type", a delta a dict with "delta".  Absent means absent.  `args` of a call is always the exact JSON string.
+# Before editing: prepare() must stay idempotent and deterministic (prefix caches compare bytes), and must never change what it was given.
+# Source: published SDK types and vendor references, read 2026-11.  Guarded by tests/test_hub.py.
+# One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in _PROFILE_ROWS or MODEL_FACTS.
+
+# ---- Profiles: what is odd about a provider, as data
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a target takes and how it answers, for one preset, wire model and wire format."""
+    format: Format = "chat"
+    preset: str = ""
+    model: str = ""                          #: wire model
+    family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
+    vendor: bool = False                     #: the true Anthropic or the true OpenAI
+    reject: tuple[str, ...] = ()             #: body fields that are answered by 400
+    message_reject: tuple[str, ...] = ()     #: the same within a message
+    max_field: str = "max_tokens"
+    system_role: str = "system"
+    late_system: str = "wrap"                #: keep: system text between turns keeps its role
+    null_content: str | None = None          #: `content` beside calls
+    replay: str = ""                         #: how thinking goes back: native, thinking, reasoning_content, reasoning, reasoning_details, think_tag
+    must_replay: bool = False                #: refuses tool turns whose thinking is missing
+    effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
+    switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
+    schema: str = "full"                     #: json, none: what response_format may be
+    tool_schema: str = ""                    #: gemini: only its subset
+    choices: tuple[str, ...] = ("auto", "none", "required", "tool")
+    required_word: str = "required"
+    call_id: str = ""                        #: anthropic, openai64, mistral9
+    tool_images: bool = False
+    file_url: bool = False
+    cache_control: bool = False
+    cache_key: bool = False                  #: takes prompt_cache_key
+    top_k: bool = False
+    penalties: bool = True
+    sampling: str = "ok"                     #: idle: only while not thinking; never
+    stream_options: bool = True
+    custom_tools: bool = False
+    namespaces: bool = False
+    hosted: bool = False                     #: its own server-run tools may be offered
+    via_hub: bool = False
+    own_ids: bool = False
+    codex_length: str = "incomplete"
+    merge_choices: bool = False
+    think_tags: bool = False
+    think_open: bool = False
+    name_fragments: bool = False
+    repeats_args: bool = False
+    note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
+    thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
+    prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    user_first: bool = False
+    forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
+    max_stop: int | None = None              #: how many stop strings, 0 for none
+    seed_field: str = "seed"
+    max_out_limit: int | None = None
+    default_max_out: int = 8192
+    images: bool = True
+    extra_names: bool = False                #: assistant and tool messages want `name`
+
+
+_TRUE_CHAT: Json = {"call_id": "openai64", "system_role": "system", "custom_tools": True, "cache_key": True, "max_stop": 4, "vendor": True,
+                    "choices": ("auto", "none", "required", "tool", "allowed", "custom")}
+_LOCAL: Json = {"replay": "reasoning", "top_k": True, "null_content": ""}
+
+_PROFILE_ROWS: Mapping[str, Json] = {
+    "anthropic": {"family": "anthropic", "vendor": True},
+    "openai": {"family": "openai", **_TRUE_CHAT},
+    "gemini": {"family": "gemini", "tool_schema": "gemini", "null_content": "", "reject": ("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias",
+               "service_tier", "safety_identifier", "user", "verbosity")},
+    "groq": {"reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier"),
+             "message_reject": ("name", "reasoning_content", "reasoning"), "max_field": "max_completion_tokens", "penalties": False},
+    "cerebras": {"reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias", "service_tier", "prompt_cache_key",
+                 "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning"},
+    "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
+    "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
+                "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "user_first": True, "extra_names": True},
+    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False},
+    "xai": {"family": "xai", "reject": ("logit_bias", "store")},
+    "huggingface": {},
+    "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
+    "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
+    "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
+    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs"},
+    "lmstudio": {**_LOCAL},
+    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",)},
+    "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
+    "minimax": {"replay": "think_tag", "reject": ("store",)},
+    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",)},
+    "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
+    "fireworks": {"top_k": True},
+    "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata")},
+    "sambanova": {"reject": ("store",)},
+    "cloudflare": {},
+    "perplexity": {"choices": (), "user_first": True},
+}
+
+_FORMAT_ROWS: Mapping[str, Json] = {
+    "chat": {},
+    "messages": {"replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+                 "user_first": True,
+                 "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
+                 "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
+    "responses": {"replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
+                  "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
+}
+_CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
+_NEW_CLAUDE: Json = {"thinking": ("adaptive",), "sampling": "never", "effort": _CLAUDE_LEVELS, "prefill": "no", "default_max_out": 32000}
+_OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (), "prefill": "ok", "forced_choice": "not_enabled", "default_max_out": 32000}
+
+#: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
+MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": None}),
+    ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
+    ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
+    ("deepseek", "messages", "*", {"images": False}),
+    ("*", "messages", "*claude*", _NEW_CLAUDE),
+    ("*", "messages", "*fable-5* *mythos-*", {"forced_choice": "no"}),
+    ("*", "messages", "*opus-4-6* *opus-4.6* *sonnet-4-6* *sonnet-4.6*", {"thinking": ("adaptive", "enabled"), "sampling": "idle", "effort": ("low", "medium", "high", "max")}),
+    ("*", "messages", "*sonnet-4-0* *sonnet-4-2* *sonnet-4-5* *sonnet-4.5* *sonnet-4 *opus-4-0* *opus-4-1* *opus-4-2* *opus-4 *haiku-4-5* *haiku-4.5* *3-7-sonnet*",
+     _OLD_CLAUDE),
+    ("*", "messages", "*opus-4-5* *opus-4.5*", {**_OLD_CLAUDE, "effort": ("low", "medium", "high")}),
+    ("*", "messages", "*claude-2* *claude-3-5* *claude-3-opus* *claude-3-sonnet* *claude-3-haiku*",
+     {"thinking": (), "sampling": "ok", "effort": (), "prefill": "ok", "default_max_out": 4096, "schema": "none"}),
+    ("openai", "responses", "*", {"replay": "native", "custom_tools": True, "namespaces": True, "hosted": True, "choices": _TRUE_CHAT["choices"]}),
+    ("openai", "*", "o1* o3* o4* gpt-5* gpt-6*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle", "penalties": False, "effort": ("minimal", "low", "medium", "high")}),
+    ("openai", "*", "gpt-5.1* gpt-5.2* gpt-5.3*", {"effort": ("none", "low", "medium", "high", "xhigh")}),
+    ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
+    ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
+    ("openai", "responses", "*", {"max_field": "max_output_tokens", "max_stop": 0}),
+    ("xai", "responses", "*", {"replay": "native"}),
+    ("xai", "*", "*", {"effort": (), "max_stop": None}),
+    ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
+    ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
+    ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("groq", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("groq", "chat", "*llama*", {"effort": ()}),
+    ("cerebras", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("cerebras", "chat", "*glm*", {"effort": ("none",), "replay": "think_tag"}),
+    ("cerebras", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("gemini", "chat", "*", {"effort": ("none", "minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemini-3*", {"note_dummy": "skip_thought_signature_validator", "effort": ("minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemma*", {"effort": ()}),
+    ("mistral", "chat", "*", {"effort": ("none", "high")}),
+    ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
+    ("github-copilot", "chat", "gpt-5* o3* o4*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle"}),
+    ("*", "chat", "*kimi-k2*", {"own_ids": True}),
+    ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
+)
+
+
+def _profile_row(preset: str, row: Json) -> Profile:
+    return Profile(preset=preset, **{"family": preset, **row})
+
+
+#: Profiles by preset name, for their Chat endpoint and no model in particular.
+PROFILES: Mapping[str, Profile] = MappingProxyType({name: _profile_row(name, row) for name, row in _PROFILE_ROWS.items()})
+
+
+@functools.lru_cache(maxsize=1024)
+def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
+    """What `model` of `preset` takes when spoken to in `format`; a preset without a row has only the defaults."""
+    profile = PROFILES.get(preset) or Profile(preset=preset, family=preset)
+    changes: Json = {"model": model, "format": format, **_FORMAT_ROWS[format]}
+    if format != "chat" and not (profile.family in ("anthropic", "openai") and profile.vendor):
+        changes["vendor"] = False
+    for preset_glob, format_glob, models, row in MODEL_FACTS:
+        if fnmatch.fnmatchcase(preset, preset_glob) and fnmatch.fnmatchcase(format, format_glob) and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in models.split()):
+            changes.update(row)
+    return replace(profile, **changes)
+
+
+# ---- Parts and deltas
+
+#: Reasons a delta of kind stop may carry.
+STOP_REASONS: tuple[str, ...] = ("end", "length", "tool", "sequence", "filter", "refusal", "pause", "context")
+
+_CONTENT = frozenset({"text", "think", "call", "refuse", "opaque"})
+
+
+def new_hub(client: Format, model: str, stream: bool) -> Json:
+    """An empty hub request, for readers to fill."""
+    return {"client": client, "model": model, "stream": stream, "turns": [], "extra": {}, "meta": {}, "dropped": []}
+
+
+def text_part(text: str, cache: Json | None = None) -> Json:
+    """A text part."""
+    return {"type": "text", "text": text, "cache": cache} if cache else {"type": "text", "text": text}
+
+
+def call_part(call_id: str, name: str, args: str, kind: str = "function", namespace: str = "") -> Json:
+    """A call part; `args` is the exact JSON string."""
+    part = {"type": "call", "id": call_id, "name": name, "args": args, "kind": kind}
+    return {**part, "namespace": namespace} if namespace else part
+
+
+def result_part(call_id: str, parts: list[Json], *, error: bool = False, kind: str = "function") -> Json:
+    """A tool result; it belongs into a user turn."""
+    part: Json = {"type": "result", "id": call_id, "parts": parts, "kind": kind}
+    return {**part, "error": True} if error else part
+
+
+def start_delta(answer_id: str, model: str, usage: Json | None = None) -> Json:
+    """The first delta."""
+    return {"delta": "start", "id": answer_id, "model": model, **({"usage": usage} if usage else {})}
+
+
+def text_delta(text: str) -> Json:
+    """More of the answer's text."""
+    return {"delta": "text", "text": text}
+
+
+def think_delta(text: str) -> Json:
+    """More of the current thinking."""
+    return {"delta": "think", "text": text}
+
+
+def seal_delta(record: Json) -> Json:
+    """The end of a thinking block: {"family", "model", "field", "data"?, "id"?}."""
+    return {"delta": "seal", **record}
+
+
+def refuse_delta(text: str) -> Json:
+    """More of a refusal."""
+    return {"delta": "refuse", "text": text}
+
+
+def call_delta(call_id: str, name: str, kind: str = "function", namespace: str = "") -> Json:
+    """A call opens; what was open closes."""
+    delta = {"delta": "call", "id": call_id, "name": name, "kind": kind}
+    return {**delta, "namespace": namespace} if namespace else delta
+
+
+def args_delta(text: str) -> Json:
+    """More arguments of the latest call."""
+    return {"delta": "args", "text": text}
+
+
+def note_delta(call_id: str, family: str, data: Any) -> Json:
+    """Opaque provider data of a call."""
+    return {"delta": "note", "id": call_id, "family": family, "data": data}
+
+
+def cite_delta(url: str, title: str, **more: Any) -> Json:
+    """A citation of the current text; more: start, end, raw, family."""
+    return {"delta": "cite", "url": url, "title": title, **more}
+
+
+def opaque_delta(family: str, data: Any, text: str = "") -> Json:
+    """A block only its own family understands; `text` is a readable rendering."""
+    return {"delta": "opaque", "family": family, "data": data, **({"text": text} if text else {})}
+
+
+def usage_delta(usage: Json) -> Json:
+    """Token counts: input (all of it), cached, cache_write, output, reasoning; last wins per key."""
+    return {"delta": "usage", **usage}
+
+
+def stop_delta(reason: str, sequence: str | None = None, details: Json | None = None) -> Json:
+    """The proper end."""
+    return {"delta": "stop", "reason": reason, **({"sequence": sequence} if sequence else {}), **({"details": details} if details else {})}
+
+
+def error_delta(status: int, message: str, code: str | None = None, type: str = "server_error") -> Json:
+    """The end by failure."""
+    return {"delta": "error", "status": status, "type": type, "code": code, "message": message}
+
+
+def check_deltas(deltas: Sequence[Json]) -> list[str]:
+    """Where a finished stream breaks the contract of the deltas, [] when it is kept."""
+    wrong: list[str] = []
+    kinds = [delta["delta"] for delta in deltas]
+    for index, (kind, delta) in enumerate(zip(kinds, deltas)):
+        if kind == "start" and index:
+            wrong.append(f"{index}: start is not first")
+        if kind in ("text", "think", "refuse", "args") and not delta["text"]:
+            wrong.append(f"{index}: {kind} is empty")
+        if kind == "call" and not (delta["id"] and delta["name"]):
+            wrong.append(f"{index}: call without id or name")
+        if kind in ("args", "note") and _since_content(kinds[:index]) != "call":
+            wrong.append(f"{index}: {kind} outside a call")
+        if kind in ("text", "refuse", "call", "opaque", "stop") and _last_thinking(kinds[:index]) == "think":
+            wrong.append(f"{index}: thinking was not sealed")
+        if kind in ("stop", "error") and index != len(kinds) - 1:
+            wrong.append(f"{index}: {kind} is not last")
+    ids = [delta["id"] for delta in deltas if delta["delta"] == "call"]
+    if len(set(ids)) != len(ids):
+        wrong.append("a call id occurs twice")
+    if kinds and kinds[-1] not in ("stop", "error"):
+        wrong.append("no end")
+    return wrong
+
+
+def _since_content(kinds: list[str]) -> str:
+    """The latest kind that opened something."""
+    return next((kind for kind in reversed(kinds) if kind in _CONTENT or kind == "seal"), "")
+
+
+def _last_thinking(kinds: list[str]) -> str:
+    return next((kind for kind in reversed(kinds) if kind in ("think", "seal", "text", "refuse", "call", "opaque")), "")
+
+
+def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
+    """The parts of a whole answer; calls without arguments get "{}"."""
+    parts: list[Json] = []
+    for delta in deltas:
+        kind, last = delta["delta"], parts[-1] if parts else {}
+        if kind in ("text", "think", "refuse"):
+            part_type = "refusal" if kind == "refuse" else kind
+            if last.get("type") == part_type and "seal" not in last:
+                last["text"] += delta["text"]
+            else:
+                parts.append({"type": part_type, "text": delta["text"]})
+        elif kind == "seal":
+            if last.get("type") != "think" or "seal" in last:
+                parts.append({"type": "think", "text": ""})
+            parts[-1]["seal"] = {name: value for name, value in delta.items() if name != "delta"}
+        elif kind == "call":
+            parts.append(call_part(delta["id"], delta["name"], "", delta["kind"], delta.get("namespace", "")))
+        elif kind == "args":
+            last["args"] += delta["text"]
+        elif kind == "note":
+            last["note"] = {"family": delta["family"], "data": delta["data"]}
+        elif kind == "cite":
+            _cited(parts)["cites"].append({name: value for name, value in delta.items() if name != "delta"})
+        elif kind == "opaque":
+            parts.append({"type": "opaque", **{name: value for name, value in delta.items() if name != "delta"}})
+    return [{**part, "args": part["args"].strip() or "{}"} if part["type"] == "call" else part for part in parts]
+
+
+def _cited(parts: list[Json]) -> Json:
+    """The text part that the next citation belongs to."""
+    if not parts or parts[-1]["type"] != "text":
+        parts.append({"type": "text", "text": ""})
+    parts[-1].setdefault("cites", [])
+    return parts[-1]
+
+
+# ---- Reading helpers
+
+def drop(hub: Json, *names: str) -> None:
+    """Note what was left out, for the header x-aicarousel-dropped."""
+    hub["dropped"].extend(name for name in names if name not in hub["dropped"])
+
+
+def compact(value: Any) -> str:
+    """JSON without blanks, characters as they are."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def is_blank(text: str) -> bool:
+    """Nothing but white space."""
+    return not text or text.isspace()
+
+
+def empty_id(value: Any) -> bool:
+    """Whether an id says nothing: missing, null, "", "null"."""
+    return not isinstance(value, str) or value.strip() in ("", "null", "None", "undefined")
+
+
+def rest_of(body: Json, known: Collection[str]) -> Json:
+    """The fields of `body` that its reader does not know: they go to extra, prepare() warns of them."""
+    return {name: value for name, value in body.items() if name not in known}
+
+
+def args_text(value: Any) -> str:
+    """Arguments as the hub holds them: a string as it is, an object dumped, nothing as ""."""
+    return value if isinstance(value, str) else "" if value is None else compact(value)
+
+
+def args_object(text: str) -> Json:
+    """Arguments as an object, for formats that want one: "" is {}, a bare value {"value": ..}, what is no JSON {"_raw": ..}."""
+    if is_blank(text):
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"_raw": text}
+    return value if isinstance(value, dict) else {} if value is None else {"value": value}
+
+
+def freeform_args(text: str) -> str:
+    """The arguments of a call to a freeform tool."""
+    return compact({"input": text})
+
+
+def freeform_text(args: str) -> str:
+    """The text of a freeform call: its `input`, else its only string, else all of it."""
+    try:
+        value = json.loads(args)
+    except (ValueError, RecursionError):
+        return args
+    if isinstance(value, dict):
+        if isinstance(value.get("input"), str):
+            return value["input"]
+        strings = [item for item in value.values() if isinstance(item, str)]
+        if len(strings) == 1:
+            return strings[0]
+    return value if isinstance(value, str) else args
+
+
+def read_stop(value: Any) -> list[str]:
+    """Stop strings of a request: a string, a list or nothing."""
+    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [item for item in values if isinstance(item, str) and item]
+
+
+_MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"), (b"%PDF", "application/pdf"))
+
+
+def read_data_url(url: str) -> tuple[str, str]:
+    """(mime, base64) of a data URL. Raises GatewayError 400 when it is none."""
+    head, comma, body = url.partition(",")
+    if not comma or head[:5].lower() != "data:":
+        raise bad_request("invalid data URL")
+    mime, *more = head[5:].split(";")
+    if any(word.strip().lower() == "base64" for word in more):
+        data = "".join(body.split())
+    else:
+        from urllib.parse import unquote_to_bytes
+        data = base64.b64encode(unquote_to_bytes(body)).decode("ascii")
+    return mime.strip().lower() or _sniff(data), data
+
+
+def _sniff(data: str) -> str:
+    """The mime type by the first bytes. Raises GatewayError 400."""
+    try:
+        head = base64.b64decode(data[:16])
+    except ValueError as error:
+        raise bad_request("invalid data URL") from error
+    for magic, mime in _MAGIC:
+        if head.startswith(magic):
+            return mime
+    raise bad_request("invalid data URL")
+
+
+def image_part(url: str, detail: str | None = None) -> Json:
+    """An image part for a URL or a data URL."""
+    if url[:5].lower() == "data:":
+        mime, data = read_data_url(url)
+        part: Json = {"type": "image", "data": data, "mime": mime}
+    else:
+        part = {"type": "image", "url": url}
+    return {**part, "detail": detail} if detail else part
+
+
+def file_part(url: str, name: str | None = None) -> Json:
+    """A file part for a URL, a data URL or bare base64 (a PDF then)."""
+    part: Json = {"type": "file"}
+    if url[:5].lower() == "data:":
+        part["mime"], part["data"] = read_data_url(url)
+    elif re.match(r"https?://", url, re.IGNORECASE):
+        part["url"] = url
+    else:
+        part["mime"], part["data"] = "application/pdf", "".join(url.split())
+    return {**part, "name": name} if name else part
+
+
+def data_url(part: Json) -> str:
+    """The data URL, or the plain URL, of an image or file part."""
+    return f"data:{part['mime']};base64,{part['data']}" if "data" in part else part.get("url", "")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def mend_text(value: Any) -> Any:
+    """`value` with lone surrogates replaced everywhere; the same object when there are none."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value) if _SURROGATE.search(value) else value
+    if isinstance(value, list):
+        items = [mend_text(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value)) else value
+    if isinstance(value, dict):
+        fields = {name: mend_text(item) for name, item in value.items()}
+        return fields if any(fields[name] is not value[name] for name in value) else value
+    return value
+
+
+# ---- Identifiers
+
+_COUNTER_LIKE = re.compile(r"[:_.\-]\d{1,3}\Z")
+_OWN_SUFFIX = re.compile(r"_u[0-9a-z]{8}\Z")
+_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def _digits(text: str, alphabet: str, length: int) -> str:
+    """`length` letters of `alphabet` that depend on `text` alone."""
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest(), "big")
+    letters = []
+    for _ in range(length):
+        number, digit = divmod(number, len(alphabet))
+        letters.append(alphabet[digit])
+    return "".join(letters)
+
+
+def mint(prefix: str, seed: str, number: int = 0) -> str:
+    """A new id: `prefix` and 24 letters, always the same for the same seed and number."""
+    return prefix + _digits(f"{prefix}|{seed}|{number}", _BASE62, 24)
+
+
+def _hex(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
+
+
+def _fit_anthropic(call_id: str) -> str:
+    clean = re.sub(r"[^a-zA-Z0-9_-]", "_", call_id)
+    return call_id if clean == call_id else f"{clean}_{_hex(call_id, 8)}"
+
+
+def _fit_openai(call_id: str) -> str:
+    return call_id if len(call_id) <= 64 else f"{call_id[:40]}_{_hex(call_id, 23)}"
+
+
+def _fit_mistral(call_id: str) -> str:
+    return call_id if re.fullmatch(r"[a-zA-Z0-9]{9}", call_id) else _digits(call_id, _BASE62, 9)
+
+
+_ID_RULES: Mapping[str, Callable[[str], str]] = {"anthropic": _fit_anthropic, "openai64": _fit_openai, "mistral9": _fit_mistral}
+
+
+def fit_id(call_id: str, rule: str) -> str:
+    """`call_id` as the target takes it; the same for a call and its result, and stable under repetition."""
+    return _ID_RULES[rule](call_id) if rule else call_id
+
+
+def unique_id(call_id: str, seen: Collection[str], seed: str, prefix: str = "call_") -> str:
+    """The id a client gets: minted when there is none, lengthened when it counts or repeats, for clients key results by id across turns."""
+    if empty_id(call_id):
+        return mint(prefix, seed, len(seen))
+    if len(call_id) < 6 or _COUNTER_LIKE.search(call_id) or call_id in seen:
+        return f"{call_id}_u{_digits(f'{seed}|{call_id}|{len(seen)}', _BASE62[:10] + _BASE62[36:], 8)}"
+    return call_id
+
+
+def strip_own_id(call_id: str) -> str:
+    """`call_id` without the suffix of unique_id."""
+    return _OWN_SUFFIX.sub("", call_id)
+
+
+# ---- Thinking: seals and the envelope
+
+_ENVELOPE = "aic1."
+_ANY_ENVELOPE = re.compile(r"aic\d+\.")
+_FOREIGN: Json = {"family": "?", "model": "", "field": "?"}
+
+
+def is_envelope(text: Any) -> bool:
+    """Whether `text` is one of our envelopes, of whatever version."""
+    return isinstance(text, str) and _ANY_ENVELOPE.match(text) is not None
+
+
+def seal_envelope(record: Json, text: str | None = None) -> str:
+    """A seal packed for a client of another family; `text` is thinking that the client is not to see."""
+    body = {"o": record["family"], "m": record.get("model", ""), "f": record.get("field", "")}
+    if record.get("data") is not None:
+        body["d"] = record["data"]
+    if text:
+        body["t"] = text
+    return _ENVELOPE + base64.urlsafe_b64encode(compact(body).encode("utf-8", "replace")).decode("ascii").rstrip("=")
+
+
+def open_envelope(text: str) -> Json:
+    """The seal of an envelope, with "text" when it held some; one that cannot be read is foreign and without data."""
+    if not text.startswith(_ENVELOPE):
+        return dict(_FOREIGN)
+    body = text[len(_ENVELOPE):]
+    try:
+        fields = json.loads(base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True))
+        record = {"family": fields["o"], "model": fields.get("m", ""), "field": fields["f"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return dict(_FOREIGN)
+    if not all(isinstance(value, str) for value in record.values()):
+        return dict(_FOREIGN)
+    return {**record, **({"data": fields["d"]} if "d" in fields else {}), **({"text": fields["t"]} if isinstance(fields.get("t"), str) else {})}
+
+
+def write_seal(record: Json, own_family: str, text: str | None = None) -> str:
+    """What a client's signature field holds: data of its own family as it is, else an envelope."""
+    if record.get("family") == own_family and isinstance(record.get("data"), str) and record["data"]:
+        return record["data"]
+    return seal_envelope(record, text)
+
+
+def read_seal(value: Any, own_family: str, field_name: str) -> Json | None:
+    """The seal in a client's signature field, None for an empty one."""
+    if not isinstance(value, str) or not value:
+        return None
+    if is_envelope(value):
+        return open_envelope(value)
+    if own_family == "anthropic" and not looks_anthropic(value):
+        return dict(_FOREIGN)
+    return {"family": own_family, "model": "", "field": field_name, "data": value}
+
+
+def looks_anthropic(signature: str) -> bool:
+    """Whether a signature may be Anthropic's: others' are Fernet tokens, dotted, or empty."""
+    return bool(signature) and "." not in signature and not signature.startswith("gAAAA")
+
+
+_DETAIL_FORMATS: Mapping[str, str] = {"anthropic": "anthropic-claude-v1", "openai": "openai-responses-v1", "xai": "xai-responses-v1", "gemini": "google-gemini-v1"}
+_DETAIL_FAMILIES: Mapping[str, str] = {name: family for family, name in _DETAIL_FORMATS.items()}
+_DETAIL_VENDORS: Mapping[str, str] = {"anthropic/": "anthropic-claude-v1", "openai/": "openai-responses-v1", "x-ai/": "xai-responses-v1", "google/": "google-gemini-v1"}
+
+
+def details_of(record: Json, text: str = "") -> list[Json]:
+    """The `reasoning_details` entries that carry a seal to a Chat client or provider; [] for a seal without data."""
+    data, family = record.get("data"), record.get("family", "")
+    if data is None:
+        return []
+    if record.get("field") == "reasoning_details":
+        return _details_with_text(data, text) if isinstance(data, list) else []
+    form = _DETAIL_FORMATS.get(family, f"{family}-v1" if family else "unknown")
+    if record.get("field") == "signature":
+        return [{"type": "reasoning.text", "format": form, "index": 0, "text": text, "signature": data}]
+    return [{"type": "reasoning.encrypted", "format": form, "index": 0, **({"id": record["id"]} if record.get("id") else {}), "data": data}]
+
+
+def _details_with_text(entries: list[Any], text: str) -> list[Json]:
+    """Kept entries, the first signed text entry with the thinking's text put back."""
+    rebuilt = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            if text and entry.get("type") == "reasoning.text" and not entry.get("text"):
+                entry, text = {**entry, "text": text}, ""
+            rebuilt.append(entry)
+    return rebuilt
+
+
+def read_details(entries: Any) -> list[Json]:
+    """Think parts of the `reasoning_details` a Chat client sends back: signed text and encrypted entries, each on its own."""
+    parts: list[Json] = []
+    text = ""
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        text += entry.get("text") or entry.get("summary") or ""
+        form = entry.get("format") or "unknown"
+        kept = {name: value for name, value in entry.items() if name not in ("text", "summary")}
+        family = _DETAIL_FAMILIES.get(form, "openrouter")
+        if entry.get("signature"):
+            seal = {"family": family, "model": "", "field": "signature", "data": entry["signature"]} if family == "anthropic" else _details_seal(kept)
+        elif entry.get("data"):
+            known = family in ("openai", "xai", "anthropic")
+            seal = {"family": family, "model": "", "field": "redacted" if family == "anthropic" else "encrypted", "data": entry["data"]} if known else _details_seal(kept)
+        else:
+            continue
+        parts.append({"type": "think", "text": text, "seal": seal})
+        text = ""
+    return parts + [{"type": "think", "text": text}] if text else parts
+
+
+def _details_seal(entry: Json) -> Json:
+    return {"family": "openrouter", "model": "", "field": "reasoning_details", "data": [entry]}
+
+
+def _details_for(part: Json, model: str) -> list[Json]:
+    """The entries of a think part that this model's vendor made."""
+    wanted = next((form for start, form in _DETAIL_VENDORS.items() if model.startswith(start)), None)
+    entries = details_of(part.get("seal") or {}, part["text"])
+    return [entry for entry in entries if wanted is None and entry.get("format") not in _DETAIL_FAMILIES or wanted is not None and entry.get("format", wanted) == wanted]
+
+
+class Memo:
+    """What clients' formats have no place for, by call id: bounded, the least recently used entry goes first.  Owned by the process; a miss is normal."""
+
+    __slots__ = ("_entries", "_max_entries")
+
+    def __init__(self, max_entries: int = 10_000) -> None:
+        self._entries: dict[str, Json] = {}
+        self._max_entries = max_entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, key: str, value: Json) -> None:
+        """Keep `value`, as the newest."""
+        self._entries.pop(key, None)
+        self._entries[key] = value
+        while len(self._entries) > self._max_entries:
+            del self._entries[next(iter(self._entries))]
+
+    def get(self, key: str) -> Json | None:
+        """What is kept under `key`, which becomes the newest."""
+        value = self._entries.pop(key, None)
+        if value is not None:
+            self._entries[key] = value
+        return value
+
+
+def remember(memo: Memo, parts: Sequence[Json]) -> None:
+    """Keep the thinking and the notes of an answer (its folded parts) under each of its calls."""
+    thinking: list[Json] = []
+    for part in parts:
+        if part["type"] == "think":
+            thinking.append(part)
+        elif part["type"] == "call":
+            kept = {**({"think": thinking} if thinking else {}), **({"note": part["note"]} if "note" in part else {})}
+            if kept:
+                memo.put(part["id"], kept)
+
+
+def recall(hub: Json, memo: Memo) -> Json:
+    """The hub with thinking and notes put back into turns whose client lost them; the same hub when there is nothing to put back."""
+    turns = [_recall_turn(turn, memo) if turn["role"] == "assistant" else turn for turn in hub["turns"]]
+    return {**hub, "turns": turns} if any(new is not old for new, old in zip(turns, hub["turns"])) else hub
+
+
+def _recall_turn(turn: Json, memo: Memo) -> Json:
+    kept = {part["id"]: found for part in turn["parts"] if part["type"] == "call" and (found := memo.get(part["id"]))}
+    if not kept:
+        return turn
+    parts = [{**part, "note": kept[part["id"]]["note"]} if part["type"] == "call" and "note" not in part and "note" in kept.get(part["id"], {}) else part for part in turn["parts"]]
+    lost = not any(part["type"] == "think" and (part["text"] or (part.get("seal") or {}).get("data")) for part in parts)
+    thinking = next((found["think"] for found in kept.values() if "think" in found), [])
+    return {**turn, "parts": [*thinking, *parts] if lost else parts}
+
+
+# ---- Turns: pairing and order
+
+_NO_RESULT = "No result was recorded for this tool call."
+
+
+def mend(turns: Sequence[Json], profile: Profile = Profile()) -> list[Json]:
+    """Turns that every format takes: roles alternate, each call is answered once and directly, each result has its call, ids are unique.
+
+    Orphan results become user text, unanswered calls get an error result; nothing else is invented or lost.  Stable under repetition.
+    """
+    merged = _merge_turns(_without_blanks(turns))
+    merged = _named_calls(merged)
+    answers, orphans = _pair(merged)
+    rebuilt: list[Json] = []
+    owed: list[Json] = []
+    number = 0
+    for turn_index, turn in enumerate(merged):
+        if turn["role"] == "assistant":
+            _settle(rebuilt, owed)
+            calls = [part for part in turn["parts"] if part["type"] == "call"]
+            owed = [answers.get(number + offset) or result_part(call["id"], [text_part(_NO_RESULT)], error=True, kind=call["kind"]) for offset, call in enumerate(calls)]
+            number += len(calls)
+            rebuilt.append({**turn, "parts": _calls_last(turn["parts"], profile)})
+            continue
+        parts: list[Json] = []
+        for part_index, part in enumerate(turn["parts"]):
+            if part["type"] != "result":
+                parts.append(part)
+            elif (turn_index, part_index) in orphans:
+                parts.extend(_orphan_parts(part))
+        if turn["role"] == "user":
+            rebuilt.append({**turn, "parts": [*owed, *parts]})
+            owed = []
+        else:
+            _settle(rebuilt, owed)
+            owed = []
+            rebuilt.append({**turn, "parts": parts})
+    _settle(rebuilt, owed)
+    return _trimmed_end(_merge_turns(rebuilt))
+
+
+def _settle(turns: list[Json], owed: list[Json]) -> None:
+    """Answers whose own user turn is not there get one."""
+    if owed:
+        turns.append({"role": "user", "parts": list(owed)})
+
+
+def _without_blanks(turns: Sequence[Json]) -> list[Json]:
+    return [{**turn, "parts": [part for part in turn["parts"] if part["type"] != "text" or not is_blank(part["text"])]} for turn in turns]
+
+
+def _merge_turns(turns: Sequence[Json]) -> list[Json]:
+    """Neighbours of one role made one, turns without parts left out."""
+    merged: list[Json] = []
+    for turn in turns:
+        if turn["parts"] and merged and merged[-1]["role"] == turn["role"]:
+            merged[-1] = {**merged[-1], "parts": [*merged[-1]["parts"], *turn["parts"]]}
+        elif turn["parts"]:
+            merged.append(turn)
+    return merged
+
+
+def _named_calls(turns: list[Json]) -> list[Json]:
+    """Empty ids of calls filled from their place in the conversation, and those of the results that answer them in turn."""
+    filled: list[Json] = []
+    unnamed: deque[str] = deque()
+    for number, turn in enumerate(turns):
+        parts = []
+        for position, part in enumerate(turn["parts"]):
+            if part["type"] == "call" and empty_id(part["id"]):
+                part = {**part, "id": mint("call_", f"turn {number}", position)}
+                unnamed.append(part["id"])
+            elif part["type"] == "result" and empty_id(part["id"]) and unnamed:
+                part = {**part, "id": unnamed.popleft()}
+            parts.append(part)
+        filled.append({**turn, "parts": parts})
+    return filled
+
+
+def _pair(turns: list[Json]) -> tuple[dict[int, Json], set[tuple[int, int]]]:
+    """Results by the number of the call they answer, and the places of results that answer none; repeated call ids are told apart in `turns`."""
+    answers: dict[int, Json] = {}
+    orphans: set[tuple[int, int]] = set()
+    calls_by_id: dict[str, list[tuple[int, str]]] = {}
+    taken: set[str] = {part["id"] for turn in turns for part in turn["parts"] if part["type"] == "call"}
+    number = 0
+    for turn_index, turn in enumerate(turns):
+        for part_index, part in enumerate(turn["parts"]):
+            if part["type"] == "call":
+                known = calls_by_id.setdefault(part["id"], [])
+                new_id = _next_id(part["id"], taken) if known else part["id"]
+                known.append((number, new_id))
+                taken.add(new_id)
+                turn["parts"][part_index] = {**part, "id": new_id}
+                number += 1
+            elif part["type"] == "result":
+                known = calls_by_id.get(part["id"], [])
+                call = next((call for call in reversed(known) if call[0] not in answers), known[-1] if known else None)
+                if call is None or empty_id(part["id"]):
+                    orphans.add((turn_index, part_index))
+                else:
+                    answers[call[0]] = {**part, "id": call[1]}
+    return answers, orphans
+
+
+def _next_id(call_id: str, taken: Collection[str]) -> str:
+    number = 2
+    while f"{call_id}_{number}" in taken:
+        number += 1
+    return f"{call_id}_{number}"
+
+
+def _orphan_parts(result: Json) -> list[Json]:
+    """What is left of a result without a call: its text, its images."""
+    texts = [part["text"] for part in result["parts"] if part["type"] == "text"]
+    name = "" if empty_id(result["id"]) else f" {result['id']}"
+    return [text_part(f"[tool result{name}]\n" + "\n".join(texts)), *(part for part in result["parts"] if part["type"] in ("image", "file"))]
+
+
+def _is_native(part: Json, profile: Profile) -> bool:
+    """Whether the target itself made this part, so that its place is to be kept."""
+    return part["type"] == "opaque" and part["family"] == profile.family or part["type"] == "think" and (part.get("seal") or {}).get("family") == profile.family
+
+
+def _calls_last(parts: list[Json], profile: Profile) -> list[Json]:
+    """Calls behind everything else, unless the target's own blocks are among them."""
+    if profile.format == "messages" and any(_is_native(part, profile) for part in parts):
+        return parts
+    return [part for part in parts if part["type"] != "call"] + [part for part in parts if part["type"] == "call"]
+
+
+def _trimmed_end(turns: list[Json]) -> list[Json]:
+    """A last assistant turn without white space at the end of its text."""
+    if not turns or turns[-1]["role"] != "assistant" or turns[-1]["parts"][-1]["type"] != "text":
+        return turns
+    last = turns[-1]["parts"][-1]
+    return [*turns[:-1], {**turns[-1], "parts": [*turns[-1]["parts"][:-1], {**last, "text": last["text"].rstrip()}]}]
+
+
+# ---- System text
+
+def late_system(turns: Sequence[Json], profile: Profile, client: str) -> list[Json]:
+    """System turns in the middle as the target takes them: kept, or user text inside <system-reminder>, always in their place."""
+    if profile.late_system == "keep" and (profile.format != "messages" or client == "messages"):
+        return list(turns)
+    wrapped = []
+    for turn in turns:
+        if turn["role"] == "system":
+            text = "\n\n".join(part["text"] for part in turn["parts"] if part["type"] == "text")
+            turn = {"role": "user", "parts": [] if is_blank(text) else [text_part(f"<system-reminder>\n{text}\n</system-reminder>")]}
+        wrapped.append(turn)
+    return wrapped
+
+
+def system_parts(parts: Sequence[Json], profile: Profile) -> list[Json]:
+    """System text without blanks and, for all but Anthropic, without Claude Code's billing block, which changes with every request."""
+    billing = profile.family == "anthropic" and profile.vendor
+    return [part for part in parts if not is_blank(part["text"]) and (billing or not part["text"].startswith("x-anthropic-billing-header:"))]
+
+
+def system_text(hub: Json) -> str:
+    """All system text in one string."""
+    return "\n\n".join(part["text"] for part in hub.get("system", ()))
+
+
+def _apply_tool_changes(ready: Json, profile: Profile) -> None:
+    """Tools that a system turn adds or removes, where the target has no such turns."""
+    if not any(part["type"] == "tool_change" for turn in ready["turns"] for part in turn["parts"]):
+        return
+    if profile.family == "anthropic" and profile.vendor and ready["client"] == profile.format == "messages":
+        return
+    tools = list(ready.get("tools", ()))
+    for turn in ready["turns"]:
+        for part in turn["parts"]:
+            if part["type"] == "tool_change":
+                removed = set(part.get("remove", ()))
+                tools = [tool for tool in tools if tool["name"] not in removed] + list(part.get("add", ()))
+    ready["turns"] = [{**turn, "parts": [part for part in turn["parts"] if part["type"] != "tool_change"]} for turn in ready["turns"]]
+    ready["tools"] = tools
+    drop(ready, "mid_conv_tools")
+
+
+# ---- Parts that a target does not take
+
+def unsupported(message: str) -> UpstreamFailure:
+    """This route cannot serve the request; when none can, the client gets 400 with `message`."""
+    return UpstreamFailure("fit", "unsupported", message, 400, "translate")
+
+
+def document_text(part: Json) -> str:
+    """A text document inside a message."""
+    title = f' title="{part["title"]}"' if part.get("title") else ""
+    context = f"{part['context']}\n" if part.get("context") else ""
+    return f"<document{title}>\n{context}{part['text']}\n</document>"
+
+
+def _opaque_parts(part: Json) -> list[Json]:
+    """What other families may read of a block: its readable rendering, or the image it holds."""
+    if part.get("image"):
+        return [part["image"]]
+    return [text_part(part["text"])] if not is_blank(part.get("text", "")) else []
+
+
+_MESSAGES_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+
+
+def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
+    if not profile.images:
+        drop(hub, "image")
+        return text_part("[image omitted]")
+    if "file_id" in part and not (profile.vendor and hub["client"] == profile.format != "chat"):
+        raise unsupported("image file ids cannot be sent to this provider")
+    if part.get("mime") == "image/jpg":
+        part = {**part, "mime": "image/jpeg"}
+    if profile.format == "messages" and "data" in part and part["mime"] not in _MESSAGES_IMAGES:
+        raise unsupported(f"image type {part['mime']} is not supported")
+    if "detail" in part and profile.format != "responses":
+        detail = None if profile.format == "messages" else "high" if part["detail"] == "original" else part["detail"]
+        part = {name: value for name, value in part.items() if name != "detail"} | ({"detail": detail} if detail else {})
+    return part
+
+
+def _fit_file(part: Json, hub: Json, profile: Profile) -> Json:
+    cache = part.get("cache")
+    if "data" in part and part.get("mime", "").startswith("text/"):
+        with contextlib.suppress(ValueError):
+            part = {name: value for name, value in part.items() if name not in ("data", "mime")} | {"text": base64.b64decode(part["data"]).decode("utf-8", "replace")}
+    if "file_id" in part and not (profile.vendor and hub["client"] == profile.format):
+        raise unsupported("file ids cannot be sent to this provider")
+    if "text" in part and profile.format != "messages":
+        return text_part(document_text(part), cache)
+    if "url" in part and not profile.file_url:
+        raise unsupported("file URLs cannot be sent to this provider")
+    return part
+
+
+def _fit_media(part: Json, hub: Json, profile: Profile) -> Json:
+    if profile.format != "chat" or part["type"] == "video" and hub["client"] != "chat":
+        raise unsupported(f"{part['type']} input is not supported by this provider")
+    return part
+
+
+_PART_RULES: Mapping[str, Callable[[Json, Json, Profile], Json]] = {"image": _fit_image, "file": _fit_file, "audio": _fit_media, "video": _fit_media}
+
+
+def _fit_part(part: Json, hub: Json, profile: Profile) -> list[Json]:
+    """A part as the target takes it, and what it became instead."""
+    kind = part["type"]
+    if kind == "opaque":
+        return [part] if part["family"] == profile.family and part.get("format", profile.format) == profile.format else _opaque_parts(part)
+    if kind == "result":
+        return [{**part, "parts": [fitted for inner in part["parts"] for fitted in _fit_part(inner, hub, profile)]}]
+    if kind == "refusal" and profile.format == "messages":
+        return [text_part(part["text"])]
+    return [_PART_RULES[kind](part, hub, profile)] if kind in _PART_RULES else [part]
+
+
+def _fit_result(result: Json, images: list[Json], profile: Profile) -> Json:
+    """A result for Chat and Responses: errors marked in the text; for Chat images moved to `images`, numbered."""
+    parts = list(result["parts"])
+    if profile.format == "chat" and not profile.tool_images:
+        for index, part in enumerate(parts):
+            if part["type"] in ("image", "file"):
+                images.append(part)
+                parts[index] = text_part(f"[image {sum(kept['type'] != 'text' for kept in images)}]")
+                images.insert(len(images) - 1, parts[index])
+    if result.get("error"):
+        first = next((index for index, part in enumerate(parts) if part["type"] == "text"), None)
+        if first is None:
+            parts.insert(0, text_part("[tool error] "))
+        else:
+            parts[first] = {**parts[first], "text": "[tool error] " + parts[first]["text"]}
+    return {name: value for name, value in result.items() if name != "error"} | {"parts": parts}
+
+
+def _fit_results(turns: list[Json], profile: Profile) -> list[Json]:
+    """User turns whose results hold only what their target's tool results can; images follow the last result."""
+    fitted = []
+    for turn in turns:
+        images: list[Json] = []
+        parts = [_fit_result(part, images, profile) if part["type"] == "result" else part for part in turn["parts"]]
+        if images:
+            behind = sum(part["type"] == "result" for part in parts)
+            parts[behind:behind] = [text_part("Images returned by tools:"), *images]
+        fitted.append({**turn, "parts": parts})
+    return fitted
+
+
+# ---- Thinking on its way back to a provider
+
+def _replay_native(part: Json, profile: Profile) -> Json | None:
+    seal = part.get("seal") or {}
+    own = seal.get("family") == profile.family and seal.get("data") and seal.get("field") != "reasoning_details"
+    return part if own else None
+
+
+def _replay_thinking(part: Json, profile: Profile) -> Json | None:
+    native = _replay_native(part, profile)
+    return native or ({"type": "think", "text": part["text"]} if part["text"] and profile.must_replay else None)
+
+
+def _replay_text(part: Json, profile: Profile) -> Json | None:
+    text = part["text"] or (part.get("seal") or {}).get("text", "")
+    return {"type": "think", "text": text} if text else None
+
+
+def _replay_tag(part: Json, profile: Profile) -> Json | None:
+    replayed = _replay_text(part, profile)
+    return text_part(f"<think>{replayed['text']}</think>") if replayed else None
+
+
+def _replay_details(part: Json, profile: Profile) -> Json | None:
+    if "details" in part:
+        return part
+    details = _details_for(part, profile.model)
+    return {"type": "think", "text": part["text"], "details": details} if details else None
+
+
+_REPLAYS: Mapping[str, Callable[[Json, Profile], Json | None]] = {
+    "native": _replay_native, "thinking": _replay_thinking, "reasoning_content": _replay_text, "reasoning": _replay_text, "reasoning_details": _replay_details,
+    "think_tag": _replay_tag, "": lambda part, profile: None,
+}
+
+
+def replay_thinking(turns: Sequence[Json], profile: Profile) -> list[Json]:
+    """Turns with the thinking that the target wants back, in the form it wants; text forms only since the last words of the user."""
+    since = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), -1)
+    always = profile.replay in ("native", "reasoning_details", "thinking")
+    replayed = []
+    for index, turn in enumerate(turns):
+        parts = []
+        for part in turn["parts"]:
+            kept = part if part["type"] != "think" else _REPLAYS[profile.replay](part, profile) if always or index > since else None
+            if kept is not None:
+                parts.append(kept)
+        replayed.append({**turn, "parts": parts})
+    return replayed
+
+
+def _without_bare_thinking(turns: Sequence[Json], profile: Profile) -> list[Json]:
+    """Turns without thinking that led to nothing: one that holds nothing else, and for Responses what stands last in its turn."""
+    kept = []
+    for turn in turns:
+        parts = turn["parts"]
+        while profile.format == "responses" and parts and parts[-1]["type"] == "think":
+            parts = parts[:-1]
+        kept.append({**turn, "parts": parts if any(part["type"] != "think" for part in parts) else []})
+    return kept
+
+
+def _lost_thinking(turns: Sequence[Json]) -> bool:
+    """Whether a tool turn of the current loop came back without its thinking."""
+    for turn in reversed(turns):
+        kinds = {part["type"] for part in turn["parts"]}
+        if turn["role"] == "user" and kinds - {"result"}:
+            return False
+        if turn["role"] == "assistant" and "call" in kinds and "think" not in kinds:
+            return True
+    return False
+
+
+def _fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
+    """Calls with the notes of the target's own family as bare data; a step's first call gets the stand-in for a lost one."""
+    fitted = []
+    for turn in turns:
+        parts = []
+        first = True
+        for part in turn["parts"]:
+            if part["type"] == "call":
+                note = part.get("note") or {}
+                data = note.get("data") if note.get("family") == profile.family else None
+                part = {name: value for name, value in part.items() if name != "note"}
+                if data is None and first and profile.note_dummy:
+                    data = {"google": {"thought_signature": profile.note_dummy}}
+                if data is not None:
+                    part["note"] = {"family": profile.family, "data": data}
+                first = False
+            parts.append(part)
+        fitted.append({**turn, "parts": parts})
+    return fitted
+
+
+# ---- Tools: names, schemas, choice
+
+_OBJECT: Json = {"type": "object", "properties": {}}
+_TEXT, _INTEGER = {"type": "string"}, {"type": "integer"}
+_PAIR = {"type": "array", "items": {"type": "integer"}}
+
+
+def _schema(required: str, **properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+#: Schemas of Anthropic's tools that the client runs and whose schema only their own models know, by the start of their type.
+BUILTIN_SCHEMAS: Mapping[str, Json] = {
+    "bash_": _schema("", command=_TEXT, restart={"type": "boolean"}),
+    "text_editor_": _schema("command path", command=_TEXT, path=_TEXT, view_range=_PAIR, old_str=_TEXT, new_str=_TEXT, insert_line=_INTEGER, insert_text=_TEXT, file_text=_TEXT),
+    "memory_": _schema("command", command=_TEXT, path=_TEXT, view_range=_PAIR, old_str=_TEXT, new_str=_TEXT, insert_line=_INTEGER, insert_text=_TEXT, file_text=_TEXT,
+                       old_path=_TEXT, new_path=_TEXT),
+    "computer_": _schema("action", action=_TEXT, coordinate=_PAIR, start_coordinate=_PAIR, text=_TEXT, duration={"type": "number"}, scroll_direction=_TEXT, scroll_amount=_INTEGER),
+}
+#: The parameters of a freeform tool where only functions exist.
+FREEFORM_SCHEMA: Json = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
+
+
+def flat_name(name: str, namespace: str = "") -> str:
+    """One name for a tool of a namespace; `functions` is the default one and adds nothing."""
+    if not namespace or namespace == "functions":
+        return name
+    return namespace + name if namespace.endswith("__") else f"{namespace}__{name}"
+
+
+def fit_name(name: str) -> str:
+    """A tool name of at most 64 letters, digits, _ and -."""
+    clean = re.sub(r"[^a-zA-Z0-9_-]", "_", name) or "_"
+    return clean if len(clean) <= 64 else f"{clean[:55]}_{_hex(name, 8)}"
+
+
+class Names:
+    """Tool names on the wire and back, for one request and target.  Worked out from the request alone, so both ways always agree."""
+
+    __slots__ = ("_back", "_namespaces")
+
+    def __init__(self, tools: Sequence[Json], namespaces: bool) -> None:
+        self._namespaces = namespaces
+        self._back: dict[str, tuple[str, str, str]] = {}
+        for tool in tools:
+            kind = "custom" if tool["kind"] == "custom" else tool.get("calls", "function")
+            self._back.setdefault(self.wire(tool["name"], tool.get("namespace", "")), (tool["name"], tool.get("namespace", ""), kind))
+
+    def wire(self, name: str, namespace: str = "") -> str:
+        """The name a provider sees."""
+        return fit_name(name if self._namespaces else flat_name(name, namespace))
+
+    def back(self, wire: str) -> tuple[str, str, str]:
+        """(name, namespace, kind of call) as the client knows them; kind is "" for a tool it never named."""
+        return self._back.get(wire, (wire, "", ""))
+
+
+EMPTY_NAMES = Names((), False)
+
+
+def name_map(hub: Json, profile: Profile) -> Names:
+    """The names of the client's tools on this target's wire."""
+    return Names(hub.get("tools", ()), profile.namespaces)
+
+
+def merge_tools(hub: Json, tools: Iterable[Json]) -> None:
+    """More tools for the request; of two with one name the first stays.  For readers."""
+    known = {(tool.get("namespace", ""), tool["name"]) for tool in hub.get("tools", ())}
+    for tool in tools:
+        key = (tool.get("namespace", ""), tool["name"])
+        if key not in known:
+            known.add(key)
+            hub.setdefault("tools", []).append(tool)
+
+
+def clean_schema(schema: Any, profile: Profile) -> Json:
+    """Parameters as the target takes them, in the order they came."""
+    if not isinstance(schema, dict) or not schema:
+        return dict(_OBJECT)
+    if "type" not in schema:
+        schema = {"type": "object", **schema}
+    if not profile.vendor and "$schema" in schema:
+        schema = {name: value for name, value in schema.items() if name != "$schema"}
+    if schema.get("type") == "object" and "properties" not in schema and not any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
+        schema = {**schema, "properties": {}}
+    return gemini_schema(schema) if profile.tool_schema == "gemini" else schema
+
+
+def closed_schema(schema: Any) -> Any:
+    """`schema` with additionalProperties false on every object that does not say."""
+    if isinstance(schema, list):
+        return [closed_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: {key: closed_schema(item) for key, item in value.items()} if name in ("properties", "$defs", "definitions") and isinstance(value, dict)
+              else closed_schema(value) if name in ("items", "anyOf", "oneOf", "allOf", "prefixItems", "not") else value for name, value in schema.items()}
+    if (schema.get("type") == "object" or "properties" in schema) and "additionalProperties" not in schema:
+        closed["additionalProperties"] = False
+    return closed
+
+
+_GEMINI_KEPT = ("type", "title", "description", "properties", "required", "items", "enum", "format", "nullable", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength",
+                "pattern", "anyOf")
+_GEMINI_FORMATS: Mapping[str, tuple[str, ...]] = {"string": ("enum", "date-time"), "integer": ("int32", "int64"), "number": ("float", "double")}
+
+
+def gemini_schema(schema: Json) -> Json:
+    """The part of a schema that Gemini's function declarations understand, references inlined; a new object, stable under repetition."""
+    definitions = {f"#/{place}/{name}": value for place in ("$defs", "definitions") for name, value in (schema.get(place) or {}).items()}
+    return _gemini_node(schema, definitions, ())
+
+
+def _gemini_node(node: Any, definitions: Json, path: tuple[str, ...]) -> Json:
+    if not isinstance(node, dict):
+        return {"type": "string"} if node is True or node is None else dict(_OBJECT)
+    node, path = _gemini_plain(node, definitions, path)
+    kept: Json = {}
+    for name in [name for name in node if name in _GEMINI_KEPT]:
+        value = node[name]
+        if name == "properties" and isinstance(value, dict):
+            value = {key: _gemini_node(item, definitions, path) for key, item in value.items()}
+        elif name == "items":
+            value = _gemini_node(value, definitions, path)
+        elif name == "anyOf":
+            value = [_gemini_node(item, definitions, path) for item in value]
+        kept[name] = value
+    return _gemini_checked(kept)
+
+
+def _gemini_plain(node: Json, definitions: Json, path: tuple[str, ...]) -> tuple[Json, tuple[str, ...]]:
+    """One node with references inlined, `allOf` united and the only member of an `anyOf` put in its place, and the references on the way."""
+    node = dict(node)
+    while True:
+        if isinstance(node.get("$ref"), str):
+            target = node.pop("$ref")
+            known = target in definitions and target not in path and len(path) < 16 and isinstance(definitions[target], dict)
+            node, path = {**(definitions[target] if known else _OBJECT), **node}, (*path, target)
+        elif isinstance(node.get("allOf"), list):
+            for member in node.pop("allOf"):
+                if isinstance(member, dict):
+                    member, path = _gemini_plain(member, definitions, path)
+                    node = _gemini_united(node, member)
+        elif isinstance(node.get("oneOf"), list):
+            node["anyOf"] = [*(node.get("anyOf") or ()), *node.pop("oneOf")]
+        elif isinstance(node.get("anyOf"), list) and any(isinstance(member, dict) and member.get("type") == "null" for member in node["anyOf"]):
+            node["anyOf"] = [member for member in node["anyOf"] if not (isinstance(member, dict) and member.get("type") == "null")]
+            node["nullable"] = True
+        elif isinstance(node.get("anyOf"), list) and len(node["anyOf"]) == 1 and isinstance(node["anyOf"][0], dict):
+            member = node.pop("anyOf")[0]
+            node = {**member, **node}
+        elif isinstance(node.get("type"), list):
+            node = _gemini_typed(node)
+        else:
+            break
+    if not isinstance(node.get("anyOf"), list) or not node["anyOf"]:
+        node.pop("anyOf", None)
+    return _gemini_words(node), path
+
+
+def _gemini_united(node: Json, member: Json) -> Json:
+    """`node` with what one member of its allOf adds: properties and required of both, the rest where `node` has none."""
+    united = {**member, **node}
+    for name in ("properties", "required"):
+        if name in node and name in member:
+            united[name] = {**member[name], **node[name]} if name == "properties" else list(dict.fromkeys([*node[name], *member[name]]))
+    return united
+
+
+def _gemini_typed(node: Json) -> Json:
+    """One type per node: null becomes nullable, several become anyOf."""
+    types = [name for name in node["type"] if name != "null"]
+    nullable = {"nullable": True} if len(types) < len(node["type"]) else {}
+    if len(types) < 2:
+        return {**node, "type": types[0] if types else "string", **nullable}
+    rest = {name: value for name, value in node.items() if name != "type"}
+    return {"anyOf": [{"type": name} for name in types], **rest, **nullable}
+
+
+def _gemini_words(node: Json) -> Json:
+    """Bounds, constants and tuples in the words that are known."""
+    for old, new in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(node.get(old), (int, float)) and not isinstance(node[old], bool):
+            node.setdefault(new, node[old])
+    if "const" in node:
+        constant = node.pop("const")
+        if isinstance(constant, str):
+            node["enum"] = [constant]
+        else:
+            node["description"] = " ".join(filter(None, (node.get("description"), f"Always {compact(constant)}.")))
+    if isinstance(node.get("prefixItems"), list) and node["prefixItems"] and "items" not in node:
+        node["items"] = node["prefixItems"][0]
+    if isinstance(node.get("items"), list):
+        node["items"] = node["items"][0] if node["items"] else {"type": "string"}
+    return node
+
+
+def _gemini_checked(node: Json) -> Json:
+    """Keywords only where they belong, and what an array or object must have."""
+    kind = node.get("type")
+    if "format" in node and node["format"] not in _GEMINI_FORMATS.get(kind or "", ()):
+        del node["format"]
+    if "enum" in node:
+        if kind in ("integer", "number", "boolean"):
+            del node["enum"]
+        else:
+            node["enum"] = [value if isinstance(value, str) else compact(value) for value in node["enum"]]
+            node["type"] = "string"
+            kind = "string"
+    if kind == "array":
+        node.setdefault("items", {"type": "string"})
+    else:
+        node.pop("items", None)
+    if kind == "object":
+        node.setdefault("properties", {})
+    if "required" in node:
+        node["required"] = [name for name in node["required"] if name in node.get("properties", {})]
+        if not node["required"]:
+            del node["required"]
+    return node
+
+
+def _freeform_function(tool: Json) -> Json:
+    """A freeform tool where only functions exist."""
+    lines = [tool.get("description", ""), 'The whole text goes in "input".']
+    if tool.get("grammar"):
+        lines += [f"It must match this {tool['grammar'].get('syntax', '')} grammar:", tool["grammar"].get("definition", "")]
+    return {"name": tool["name"], "description": "\n".join(filter(None, lines)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
+            **({"namespace": tool["namespace"]} if tool.get("namespace") else {})}
+
+
+def _web_search(tool: Json, profile: Profile) -> Json | None:
+    """A vendor's web search in the words of the other vendor."""
+    raw = tool.get("raw") or {}
+    if not str(raw.get("type", "")).startswith("web_search") or not (profile.hosted and profile.vendor):
+        return None
+    place = {"user_location": raw["user_location"]} if raw.get("user_location") else {}
+    if profile.format == "responses":
+        filters = {"filters": {"allowed_domains": raw["allowed_domains"]}} if raw.get("allowed_domains") else {}
+        return {**tool, "family": "openai", "raw": {"type": "web_search", **filters, **place}}
+    if profile.format == "messages":
+        domains = (raw.get("filters") or {}).get("allowed_domains")
+        return {**tool, "name": "web_search", "family": "anthropic",
+                "raw": {"type": "web_search_20250305", "name": "web_search", **({"allowed_domains": domains} if domains else {}), **place}}
+    return None
+
+
+def _fit_hosted(tool: Json, profile: Profile) -> Json | None:
+    """A tool of a vendor's own kind: as it is for that vendor, as a function when the client runs it, else None."""
+    raw = tool.get("raw") or {}
+    home = "messages" if tool.get("family") == "anthropic" else "responses"
+    if profile.hosted and tool.get("family") == profile.family and home == profile.format:
+        return tool
+    builtin = next((schema for start, schema in BUILTIN_SCHEMAS.items() if str(raw.get("type", "")).startswith(start)), None) if home == "messages" else None
+    if builtin:
+        return {"name": tool["name"], "description": tool.get("description") or f"The {tool['name']} tool of the client.", "schema": builtin, "kind": "function"}
+    return _web_search(tool, profile)
+
+
+def _fit_tool(tool: Json, profile: Profile, own: bool) -> Json | None:
+    if tool["kind"] == "hosted":
+        return _fit_hosted(tool, profile)
+    if tool["kind"] == "custom" and not profile.custom_tools:
+        tool = _freeform_function(tool)
+    if tool["kind"] == "function":
+        tool = {**tool, "schema": clean_schema(tool.get("schema"), profile)}
+    kept = {name: value for name, value in tool.items() if name not in ("defer", "raw") or own}
+    return kept if profile.cache_control else {name: value for name, value in kept.items() if name != "cache"}
+
+
+def _fit_tools(ready: Json, profile: Profile, names: Names) -> None:
+    """`ready["tools"]` as the target takes them, each with its wire name; what it cannot take is dropped."""
+    own = profile.vendor and ready["client"] == profile.format
+    fitted: list[Json] = []
+    taken: set[str] = set()
+    for tool in ready.pop("tools", ()):
+        if "wire" in tool:
+            fitted.append(tool)
+            continue
+        kept = _fit_tool(tool, profile, own)
+        if kept is None:
+            drop(ready, f"tools.{tool['name']}")
+            continue
+        wire = names.wire(kept["name"], kept.get("namespace", "")) if kept["kind"] != "hosted" else kept["name"]
+        if wire not in taken:
+            taken.add(wire)
+            fitted.append({**kept, "wire": wire})
+    if fitted:
+        ready["tools"] = fitted
+
+
+def _stub_tools(ready: Json, names: Names) -> None:
+    """Anthropic wants tools wherever the history has calls: one stub per name, not to be called."""
+    called = dict.fromkeys(part["name"] for turn in ready["turns"] for part in turn["parts"] if part["type"] == "call")
+    if called:
+        ready["tools"] = [{"name": name, "schema": dict(_OBJECT), "kind": "function", "wire": name} for name in called]
+        ready["choice"] = {"mode": "none"}
+
+
+def _fit_call(part: Json, names: Names, profile: Profile) -> Json:
+    """A call or result of the history under its wire name, id and kind."""
+    call_id = fit_id(strip_own_id(part["id"]) if profile.own_ids else part["id"], profile.call_id)
+    own = profile.custom_tools if part["kind"] == "custom" else profile.format == "responses" and profile.vendor
+    kind = part["kind"] if own else "function"
+    fitted = {**part, "id": call_id, "kind": kind}
+    if part["type"] == "call":
+        fitted["name"] = names.wire(part["name"], part.get("namespace", ""))
+        if not profile.namespaces:
+            fitted.pop("namespace", None)
+    return fitted
+
+
+def _fit_calls(turns: Sequence[Json], names: Names, profile: Profile) -> list[Json]:
+    fitted = [{**turn, "parts": [_fit_call(part, names, profile) if part["type"] in ("call", "result") else part for part in turn["parts"]]} for turn in turns]
+    ids = [part["id"] for turn in fitted for part in turn["parts"] if part["type"] == "call"]
+    return mend(fitted, profile) if len(set(ids)) < len(ids) else fitted
+
+
+def _fit_choice(ready: Json, profile: Profile, names: Names) -> None:
+    """`choice` and `parallel` in a form the target has; a forced tool that is not there is a reason to go elsewhere."""
+    choice = ready.get("choice")
+    tools = ready.get("tools", [])
+    if choice and choice.get("mode") == "tool":
+        wire = names.wire(choice.get("name", ""), choice.get("namespace", ""))
+        wire = next((tool["wire"] for tool in tools if tool["wire"] in (wire, choice.get("name"))), None)
+        if wire is None:
+            raise unsupported(f'the forced tool "{choice.get("name", "")}" cannot be offered by this provider')
+        choice = {**choice, "name": wire}
+        if choice.get("kind") == "custom" and ("custom" not in profile.choices or not profile.custom_tools):
+            choice.pop("kind")
+    if not tools:
+        ready.pop("choice", None)
+        ready.pop("parallel", None)
+        return
+    if choice and "allowed" in choice:
+        allowed = [names.wire(name) for name in choice["allowed"]]
+        if "allowed" in profile.choices:
+            choice = {**choice, "allowed": allowed}
+        else:
+            ready["tools"] = [tool for tool in tools if tool["wire"] in allowed] or tools
+            choice = {name: value for name, value in choice.items() if name != "allowed"}
+    word = {"any": "required"}.get(choice["mode"], choice["mode"]) if choice else ""
+    if choice and word not in profile.choices:
+        if word in ("required", "tool"):
+            drop(ready, "tool_choice")
+        choice = {"mode": "auto"} if "auto" in profile.choices and word != "none" else None
+    if choice:
+        ready["choice"] = choice
+    else:
+        ready.pop("choice", None)
+    if ready.get("parallel") is not False or (choice or {}).get("mode") == "none":
+        ready.pop("parallel", None)
+
+
+# ---- Limits, effort, sampling, output format
+
+EFFORTS: tuple[str, ...] = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_BUDGETS: Mapping[str, int] = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 24576, "xhigh": 32768, "max": 65536}
+
+
+def effort_of(budget: int) -> str:
+    """The effort word for a thinking budget."""
+    return "low" if budget <= 2048 else "medium" if budget <= 8192 else "high" if budget <= 24576 else "xhigh"
+
+
+def budget_of(effort: str) -> int:
+    """The thinking budget for an effort word; an unknown one counts as medium."""
+    return _BUDGETS.get(effort, _BUDGETS["medium"])
+
+
+def fit_effort(effort: str, allowed: Sequence[str] | None) -> str | None:
+    """The nearest word the model has: downward, and only when there is none lower upward; None to leave it out."""
+    if allowed is None or effort in allowed:
+        return effort
+    rank = EFFORTS.index(effort) if effort in EFFORTS else EFFORTS.index("medium")
+    lower = [word for word in EFFORTS[:rank] if word in allowed and word != "none"]
+    higher = [word for word in EFFORTS[rank:] if word in allowed]
+    return lower[-1] if lower else higher[0] if higher and effort != "none" else None
+
+
+def _fit_think(ready: Json, profile: Profile) -> None:
+    """`ready["think"]` in the target's terms: Messages form, budget, effort, display; others mode, effort, show."""
+    think = dict(ready.pop("think", None) or {})
+    if not think:
+        return
+    if profile.format == "messages":
+        think = _fit_claude(think, ready, profile)
+    else:
+        mode = think.get("mode")
+        if mode == "off":
+            effort = "none" if profile.effort and "none" in profile.effort else None
+            if profile.format == "responses" and profile.effort and effort is None:
+                effort = next(word for word in EFFORTS if word in profile.effort)
+        else:
+            wanted = think.get("effort") or (effort_of(think["budget"]) if mode == "on" and think.get("budget") else None)
+            effort = fit_effort(wanted, profile.effort) if wanted else None
+        think = {name: think[name] for name in ("mode", "show") if think.get(name)} | ({"effort": effort} if effort else {})
+    if think:
+        ready["think"] = think
+
+
+_SUMMARY_SHOWN = {"auto": "summarized", "concise": "summarized", "detailed": "summarized", "summarized": "summarized", "omitted": "omitted"}
+
+
+def _fit_claude(think: Json, ready: Json, profile: Profile) -> Json:
+    """{"form", "budget"?, "effort"?, "display"?} for a model that speaks Messages."""
+    mode, effort, max_out = think.get("mode"), think.get("effort"), ready["max_out"]
+    fitted = fit_effort(effort, profile.effort) if effort and effort != "none" else None
+    result: Json = {"effort": fitted} if fitted else {}
+    if mode == "off" or effort == "none":
+        return {**({"form": "disabled"} if profile.thinking else {}), **(result if profile.vendor else {})}
+    if mode is None or not profile.thinking:
+        return result
+    if "adaptive" in profile.thinking and ("enabled" not in profile.thinking or not think.get("budget")):
+        if think.get("budget") and not fitted and profile.effort != () and (guessed := fit_effort(effort_of(think["budget"]), profile.effort)):
+            result["effort"] = guessed
+        result["form"] = "adaptive"
+    elif mode == "auto" and not effort and not think.get("budget") and ready["client"] != "messages":
+        return result
+    else:
+        budget = min(think.get("budget") or budget_of(effort or "medium"), max_out - 1)
+        if max_out <= 1024:
+            return {**result, "form": "disabled"} if profile.vendor else result
+        result |= {"form": "enabled", "budget": max(1024, budget)}
+        if (ready.get("choice") or {}).get("mode") in ("any", "tool") and profile.forced_choice != "ok":
+            drop(ready, "thinking")
+            return {name: value for name, value in result.items() if name == "effort"}
+    display = _SUMMARY_SHOWN.get(think.get("show") or "")
+    if profile.vendor and "adaptive" in profile.thinking and display:
+        result["display"] = display
+    return result
+
+
+def think_fields(think: Json | None, profile: Profile) -> Json:
+    """The body fields that ask a Chat provider for a prepared hub's thinking."""
+    if not think:
+        return {}
+    mode, effort = think.get("mode"), think.get("effort")
+    off = mode == "off"
+    if profile.switch == "reasoning":
+        inner: Json = {"enabled": False} if off else {"effort": effort} if effort else {"enabled": True} if mode == "on" else {}
+        if think.get("show") == "omitted" and inner and not off:
+            inner["exclude"] = True
+        return {"reasoning": inner} if inner else {}
+    fields: Json = {}
+    if profile.switch and mode in ("off", "on"):
+        fields = {"thinking": {"thinking": {"type": "disabled" if off else "enabled"}}, "enable_thinking": {"enable_thinking": not off},
+                  "chat_template_kwargs": {"chat_template_kwargs": {"enable_thinking": not off}}}[profile.switch]
+    if effort and not (off and profile.switch):
+        fields = {**fields, "reasoning_effort": effort}
+    return fields
+
+
+def _fit_max_out(ready: Json, profile: Profile) -> None:
+    limit, asked = profile.max_out_limit, ready.get("max_out")
+    if asked is None and profile.format == "messages":
+        asked = min(profile.default_max_out, limit or profile.default_max_out)
+    if asked is not None and limit and asked > limit:
+        if ready["client"] != "messages":
+            drop(ready, "max_tokens")
+        asked = limit
+    if asked is not None:
+        ready["max_out"] = max(16, asked) if profile.format == "responses" else asked
+
+
+def _fit_sampling(ready: Json, profile: Profile) -> None:
+    """Sampling values that the target takes; the rest is dropped, by name when it would have made a difference."""
+    given = {name: value for name, value in (ready.pop("sampling", None) or {}).items() if value is not None}
+    thinking = ready.get("think") or {}
+    active = thinking.get("form") in ("enabled", "adaptive") or (profile.format != "messages" and thinking.get("effort") != "none")
+    kept = {name: value for name, value in given.items() if _SAMPLING[name](profile)}
+    if profile.sampling == "never" or profile.sampling == "idle" and active:
+        strict = profile.format == "messages" and profile.sampling == "idle"
+        kept = {name: value for name, value in kept.items() if name not in ("temperature", "top_p", "top_k") or strict and name == "top_p" and value >= 0.95}
+    if profile.format == "messages":
+        if kept.get("temperature", 0) > 1:
+            kept["temperature"] = 1
+            drop(ready, "temperature")
+        if "temperature" in kept and "top_p" in kept:
+            del kept["top_p"]
+    drop(ready, *(name for name, value in given.items() if name not in kept and value not in (0, {}) or name in _PLAIN and name not in kept))
+    if kept:
+        ready["sampling"] = kept
+
+
+_PLAIN = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING: Mapping[str, Callable[[Profile], bool]] = {
+    "temperature": lambda profile: True,
+    "top_p": lambda profile: True,
+    "top_k": lambda profile: profile.top_k,
+    "min_p": lambda profile: profile.format == "chat" and profile.top_k,
+    "repetition_penalty": lambda profile: profile.format == "chat" and profile.top_k,
+    "seed": lambda profile: profile.format == "chat",
+    "presence_penalty": lambda profile: profile.format == "chat" and profile.penalties,
+    "frequency_penalty": lambda profile: profile.format == "chat" and profile.penalties,
+    "logit_bias": lambda profile: profile.format == "chat" and "logit_bias" not in profile.reject,
+}
+
+
+def _fit_stop(ready: Json, profile: Profile) -> None:
+    stop = ready.pop("stop", None) or []
+    if profile.format == "messages":
+        stop = [text for text in stop if not is_blank(text)]
+    kept = stop if profile.max_stop is None else stop[:profile.max_stop]
+    if len(kept) < len(stop):
+        drop(ready, "stop")
+    if kept:
+        ready["stop"] = kept
+
+
+_JSON_LINE = "Answer with a single JSON object and nothing else."
+
+
+def _fit_format(ready: Json, profile: Profile) -> None:
+    """Structured output in the strongest form the target has; weaker forms are asked for in words."""
+    wanted = ready.pop("format", None)
+    if not wanted:
+        return
+    kind = wanted["kind"]
+    if kind == "schema" and profile.schema == "full":
+        schema = closed_schema(wanted["schema"]) if profile.format == "messages" and ready["client"] != "messages" else wanted["schema"]
+        ready["format"] = {**wanted, "name": wanted.get("name") or "output", "schema": schema}
+        return
+    line = _JSON_LINE
+    if kind == "schema":
+        drop(ready, "json_schema")
+        line = f"{_JSON_LINE} It must match this JSON schema:\n{compact(wanted['schema'])}"
+    elif profile.format == "messages" or profile.schema == "none":
+        drop(ready, "response_format")
+    if profile.format != "messages" and profile.schema != "none":
+        ready["format"] = {"kind": "json"}
+    spoken = kind == "json" and "format" in ready and "json" in compact([ready.get("system", ()), ready["turns"]]).lower()
+    if not spoken and not any(part["text"] == line for part in ready.get("system", ())):
+        ready["system"] = [*ready.get("system", ()), text_part(line)]
+
+
+# ---- Cache marks, user, session, tier, fields of one format only
+
+def last_marks(ready: Json, limit: int = 4) -> None:
+    """Only the last `limit` cache marks: Anthropic takes no more, tools and system first in the count."""
+    marked = [part for part in [*ready.get("tools", ()), *ready.get("system", ()), *_cached_parts(ready["turns"])] if part.get("cache")]
+    spare = {id(part) for part in marked[:max(0, len(marked) - limit)]}
+    _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if id(part) in spare else part)
+
+
+def _cached_parts(turns: Sequence[Json]) -> Iterator[Json]:
+    for turn in turns:
+        for part in turn["parts"]:
+            yield from part["parts"] if part["type"] == "result" else ()
+            yield part
+
+
+def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
+    """`change` done to everything that may hold a mark."""
+    def inside(part: Json) -> Json:
+        inner = {**part, "parts": [change(item) for item in part["parts"]]} if part["type"] == "result" else part
+        return {name: value for name, value in inner.items() if name != "cache"} if "cache" in part and "cache" not in change(part) else inner
+    for place in ("tools", "system"):
+        if place in ready:
+            ready[place] = [change(part) for part in ready[place]]
+    ready["turns"] = [{**turn, "parts": [inside(part) for part in turn["parts"]]} for turn in ready["turns"]]
+
+
+def _fit_marks(ready: Json, profile: Profile) -> None:
+    if not profile.cache_control:
+        _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
+        ready["meta"].pop("cache_auto", None)
+        return
+    last_marks(ready)
+    if profile.format == "messages" and profile.vendor and ready["client"] != "messages":
+        ready["meta"].setdefault("cache_auto", {"type": "ephemeral"})
+    elif profile.format != "messages":
+        ready["meta"].pop("cache_auto", None)
+
+
+_SESSION = re.compile(r"session_([0-9a-zA-Z-]{8,64})\Z")
+_PERSONAL = re.compile(r"@|\A\+?[\d\s().-]{7,}\Z")
+
+
+def session_of(user_id: Any) -> str | None:
+    """The session inside Claude Code's user id, in its old form or its JSON form; None when it is another kind of id."""
+    if not isinstance(user_id, str):
+        return None
+    if user_id.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            session = json.loads(user_id).get("session_id")
+            return session[:64] if isinstance(session, str) and session else None
+    match = _SESSION.search(user_id)
+    return match.group(1) if match and user_id.startswith("user_") else None
+
+
+def user_id(user: Any, limit: int = 64) -> str | None:
+    """A user id that may be shown to a provider: a personal or long one is hashed, Claude Code's is left out."""
+    if not isinstance(user, str) or not user or session_of(user) is not None:
+        return None
+    return _hex(user, 64) if len(user) > limit or _PERSONAL.search(user) else user
+
+
+_TIERS: Mapping[tuple[str, str], Mapping[str, str]] = {("openai", "messages"): {"auto": "auto", "default": "standard_only"}}
+
+
+def _fit_meta(ready: Json, profile: Profile) -> None:
+    meta = dict(ready["meta"])
+    if (meta.get("n") or 1) > 1 and profile.format != "chat":
+        raise unsupported("n > 1 is not supported for this model")
+    same = ready["client"] == profile.format or profile.format != "messages" and ready["client"] != "messages"
+    own_claude = profile.vendor and ready["client"] == profile.format == "messages"
+    session = meta.get("session") or session_of(meta.get("user"))
+    meta["user"] = meta.get("user") if own_claude else user_id(meta.get("user"), 128 if profile.preset == "openrouter" else 64)
+    key = meta.get("cache_key") or (session if profile.family == "openai" else None)
+    meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
+    if not same:
+        meta["tier"] = _TIERS.get(("openai", profile.format), {}).get(meta.get("tier") or "")
+        meta.pop("speed", None)
+        meta.pop("metadata", None)
+    elif profile.format != "messages" and not profile.vendor:
+        meta["tier"] = None
+    if profile.format == "messages":
+        drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
+    elif meta.get("verbosity") and not profile.vendor:
+        drop(ready, "verbosity")
+    if profile.format == "messages" or not profile.vendor:
+        meta.pop("verbosity", None)
+    if profile.format == "messages":
+        meta = {name: value for name, value in meta.items() if name not in ("logprobs", "top_logprobs", "n")}
+    ready["meta"] = {name: value for name, value in meta.items() if value is not None}
+
+
+#: Fields of one client format that no other needs to hear of.
+SILENT_FIELDS = frozenset((
+    "stream_options metadata store prediction moderation prompt_cache_key prompt_cache_retention prompt_cache_options output_config service_tier speed context_management betas fallbacks "
+    "fallback_credit_token diagnostics max_tool_calls include background client_metadata prompt_cache_breakpoint conversation reasoning citations modalities user "
+    "safety_identifier previous_response_id").split())
+
+#: Fields of one client format that only that format can serve, with what the client hears when no route speaks it.
+_BOUND: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("responses", "background", lambda value: value is True, "background mode is not supported"),
+    ("responses", "prompt", bool, "stored prompts are not supported by this provider"),
+    ("responses", "conversation", bool, "stored conversations are not supported by this provider"),
+    ("chat", "audio", bool, "audio output is not supported for this model"),
+    ("chat", "modalities", lambda value: isinstance(value, list) and "audio" in value, "audio output is not supported for this model"),
+    ("messages", "container", lambda value: isinstance(value, dict) and bool(value.get("id")), "containers are not supported by this provider"),
+)
+
+
+def _fit_extra(ready: Json, profile: Profile) -> None:
+    """Fields with meaning in one format: kept for it, else refused, dropped by name, or dropped in silence."""
+    extra = ready.pop("extra", None) or {}
+    ready["extra"] = {profile.format: extra[profile.format]} if profile.format in extra else {}
+    for client, fields in extra.items():
+        if client == profile.format:
+            continue
+        for bound_client, name, applies, message in _BOUND:
+            if bound_client == client and name in fields and applies(fields[name]):
+                raise unsupported(message)
+        drop(ready, *(name for name, value in fields.items() if value not in (None, False, [], {}, "") and name not in SILENT_FIELDS))
+        if fields.get("store") is True and client == "chat":
+            drop(ready, "store")
+
+
+# ---- The whole preparation
+
+def prepare(hub: Json, profile: Profile) -> Json:
+    """A hub request that the profile's writer can render as it stands: every shared rule applied, names of what was lost in `dropped`.
+
+    The request given stays as it is.  Preparing twice changes nothing.  Raises UpstreamFailure("fit") when this target cannot serve it.
+    """
+    if hub.get("prepared") == profile:
+        return hub
+    ready: Json = {**mend_text(hub), "meta": dict(hub.get("meta") or {}), "dropped": list(hub["dropped"]), "prepared": profile}
+    if not ready["turns"]:
+        ready["turns"] = [{"role": "user", "parts": ready.pop("system", [])}]      # some clients send system text alone
+    _apply_tool_changes(ready, profile)
+    names = name_map(ready, profile)
+    _prepare_turns(ready, profile, names)
+    if "system" in ready:
+        ready["system"] = system_parts(ready["system"], profile)
+    _fit_tools(ready, profile, names)
+    if profile.family == "anthropic" and profile.format == "messages" and "tools" not in ready:
+        _stub_tools(ready, names)
+    if ready.get("choice", {}).get("mode") != "none" or "tools" in hub:
+        _fit_choice(ready, profile, names)
+    _fit_max_out(ready, profile)
+    if profile.must_replay and profile.format == "chat" and _lost_thinking(ready["turns"]):
+        ready["think"] = {"mode": "off"}
+    _fit_think(ready, profile)
+    for rule in (_fit_sampling, _fit_stop, _fit_format, _fit_marks, _fit_meta, _fit_extra):
+        rule(ready, profile)
+    if not ready.get("system"):
+        ready.pop("system", None)
+    return ready
+
+
+def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
+    """`ready["turns"]`: system text placed, foreign blocks rendered, thinking chosen, turns mended, ids and names fitted."""
+    turns = late_system(ready["turns"], profile, ready["client"])
+    turns = [{**turn, "parts": [fitted for part in turn["parts"] for fitted in _fit_part(part, ready, profile)]} for turn in turns]
+    turns = mend(_without_bare_thinking(replay_thinking(mend(turns, profile), profile), profile), profile)
+    turns = _fit_notes(_fit_calls(turns, names, profile), profile)
+    if profile.format != "messages":
+        turns = _fit_results(turns, profile)
+    if profile.user_first and turns and turns[0]["role"] == "assistant":
+        turns.insert(0, {"role": "user", "parts": [text_part("(conversation continues)")]})
+    if turns and turns[-1]["role"] == "assistant" and profile.prefill == "no":
+        turns.append({"role": "user", "parts": [text_part("Continue.")]})
+        drop(ready, "prefill")
+    if not turns:
+        raise bad_request("messages: at least one message is required", param="messages")
+    ready["turns"] = turns
+
+
+def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body without the fields it rejects, and the names of those that made a difference."""
+    names = [name for name in profile.reject if name in body]
+    body = {name: value for name, value in body.items() if name not in names}
+    return body, tuple(name for name in names if name not in SILENT_FIELDS)
+
+
+# ---- Answers: how they stop, what they used, how they fail
+
+_END, _LENGTH, _TOOL, _FILTER = "end", "length", "tool", "filter"
+
+#: What a wire format's word for the end means; None: not the end, "error": a failure.  Unknown words mean end.
+READ_STOPS: Mapping[str, Mapping[str, str | None]] = {
+    "chat": {"stop": _END, "eos": _END, "end_turn": _END, "STOP": _END, "stop_sequence": _END, "length": _LENGTH, "max_tokens": _LENGTH, "model_length": _LENGTH,
+             "MAX_TOKENS": _LENGTH, "tool_calls": _TOOL, "function_call": _TOOL, "tool_use": _TOOL, "content_filter": _FILTER, "SAFETY": _FILTER, "RECITATION": _FILTER,
+             "PROHIBITED_CONTENT": _FILTER, "BLOCKLIST": _FILTER, "sensitive": _FILTER, "refusal": "refusal", "context_length_exceeded": "context",
+             "model_context_window_exceeded": "context", "error": "error", "abort": "error", "insufficient_system_resource": "error", "MALFORMED_FUNCTION_CALL": "error",
+             "network_error": "error", "": None},
+    "messages": {"end_turn": _END, "max_tokens": _LENGTH, "tool_use": _TOOL, "stop_sequence": "sequence", "refusal": "refusal", "pause_turn": "pause", "compaction": "pause",
+                 "model_context_window_exceeded": "context", "": None},
+    "responses": {"completed": _END, "max_output_tokens": _LENGTH, "max_tokens": _LENGTH, "content_filter": _FILTER, "incomplete": _LENGTH, "failed": "error", "cancelled": "error",
+                  "in_progress": None, "queued": None, "": None},
+}
+
+#: The word each format has for a stop reason; for Responses (status, reason of incomplete_details).
+WRITE_STOPS: Mapping[str, Mapping[str, Any]] = {
+    "chat": {"end": "stop", "length": "length", "tool": "tool_calls", "sequence": "stop", "filter": "content_filter", "refusal": "stop", "pause": "stop", "context": "length"},
+    "messages": {"end": "end_turn", "length": "max_tokens", "tool": "tool_use", "sequence": "stop_sequence", "filter": "refusal", "refusal": "refusal", "pause": "pause_turn",
+                 "context": "model_context_window_exceeded"},
+    "responses": {"end": ("completed", None), "length": ("incomplete", "max_output_tokens"), "tool": ("completed", None), "sequence": ("completed", None),
+                  "filter": ("incomplete", "content_filter"), "refusal": ("completed", None), "pause": ("completed", None), "context": ("incomplete", "max_output_tokens")},
+}
+
+
+def read_stop_reason(format: str, word: Any) -> str | None:
+    """The hub's reason for a provider's word; None while the answer goes on, "error" for a failure."""
+    return READ_STOPS[format].get(word, _END) if isinstance(word, str) else None
+
+
+def correct_stop(reason: str, n_calls: int) -> str:
+    """`end` with calls is `tool`, `tool` without any is `end`; a cut by length stays one."""
+    return _TOOL if reason == _END and n_calls else _END if reason == _TOOL and not n_calls else reason
+
+
+def _token_count(value: Any) -> int | None:
+    """A token count as an integer from 0, None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return max(0, int(float(value)))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _at(usage: Json, path: str) -> int | None:
+    value: Any = usage
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return _token_count(value)
+
+
+_USAGE_PLACES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "chat": {"input": ("prompt_tokens",), "cached": ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens"),
+             "cache_write": ("prompt_tokens_details.cache_write_tokens",), "output": ("completion_tokens",), "reasoning": ("completion_tokens_details.reasoning_tokens",)},
+    "messages": {"input": ("input_tokens",), "cached": ("cache_read_input_tokens",), "cache_write": ("cache_creation_input_tokens",), "output": ("output_tokens",),
+                 "reasoning": ("output_tokens_details.thinking_tokens",)},
+    "responses": {"input": ("input_tokens",), "cached": ("input_tokens_details.cached_tokens",), "cache_write": ("input_tokens_details.cache_write_tokens",),
+                  "output": ("output_tokens",), "reasoning": ("output_tokens_details.reasoning_tokens",)},
+}
+
+
+def read_usage(format: str, usage: Any) -> Json:
+    """A provider's usage as the hub counts it; only what was told.
+
+    Messages: input holds the uncached tokens only, and a message_delta may tell some of the keys: merge the raw objects, then read once.
+    xAI leaves reasoning out of completion_tokens: it is added when only then the total fits.
+    """
+    if not isinstance(usage, dict):
+        return {}
+    found = {key: next((count for place in places if (count := _at(usage, place)) is not None), None) for key, places in _USAGE_PLACES[format].items()}
+    told = {key: count for key, count in found.items() if count is not None}
+    if format == "messages" and "input" in told:
+        told["input"] += told.get("cached", 0) + told.get("cache_write", 0)
+    total, reasoning = _token_count(usage.get("total_tokens")), told.get("reasoning", 0)
+    if format == "chat" and reasoning and total is not None and total == told.get("input", 0) + told.get("output", 0) + reasoning:
+        told["output"] = told.get("output", 0) + reasoning
+    return told
+
+
+def merge_usage(old: Json, new: Json) -> Json:
+    """`old` with what `new` tells; null tells nothing."""
+    return {**old, **{key: value for key, value in new.items() if value is not None}}
+
+
+def write_usage(format: str, usage: Json) -> Json:
+    """The usage object of a client's format, from hub counts; every number an integer, parts summing up to the whole."""
+    total_in, out, reasoning = (_token_count(usage.get(key)) or 0 for key in ("input", "output", "reasoning"))
+    cached = min(total_in, _token_count(usage.get("cached")) or 0)
+    written = min(total_in - cached, _token_count(usage.get("cache_write")) or 0)
+    if format == "messages":
+        thought = {"output_tokens_details": {"thinking_tokens": reasoning}} if reasoning else {}
+        return {"input_tokens": total_in - cached - written, "cache_creation_input_tokens": written, "cache_read_input_tokens": cached, "output_tokens": out, **thought}
+    details_in, details_out = {"cached_tokens": cached, "cache_write_tokens": written}, {"reasoning_tokens": reasoning}
+    if format == "chat":
+        return {"prompt_tokens": total_in, "completion_tokens": out, "total_tokens": total_in + out, "prompt_tokens_details": details_in, "completion_tokens_details": details_out}
+    return {"input_tokens": total_in, "input_tokens_details": details_in, "output_tokens": out, "output_tokens_details": details_out, "total_tokens": total_in + out}
+
+
+class ErrorRow(NamedTuple):
+    """How one kind of error looks to Messages clients and to the others."""
+    messages_status: int
+    messages_type: str
+    status: int
+    type: str
+    code: str | None
+
+
+#: What each client gets for a kind of error, before commit as a body, after commit as an event.
+ERROR_ROWS: Mapping[str, ErrorRow] = {
+    "bad_request": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", None),
+    "overflow": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", "context_length_exceeded"),
+    "too_large": ErrorRow(413, "request_too_large", 413, "invalid_request_error", None),
+    "unknown_model": ErrorRow(404, "not_found_error", 404, "invalid_request_error", "model_not_found"),
+    "key": ErrorRow(401, "authentication_error", 401, "invalid_request_error", "invalid_api_key"),
+    "credential": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
+    "payment": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "insufficient_quota"),
+    "forbidden": ErrorRow(403, "permission_error", 403, "invalid_request_error", None),
+    "rate": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
+    "overloaded": ErrorRow(529, "overloaded_error", 503, "server_error", "server_is_overloaded"),
+    "server": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
+    "timeout": ErrorRow(504, "timeout_error", 504, "server_error", "timeout"),
+    "no_route": ErrorRow(503, "overloaded_error", 503, "server_error", "no_route"),
+}
+
+_CODE_KINDS: Mapping[str, str] = {
+    "context_length_exceeded": "overflow", "rate_limit_exceeded": "rate", "rate_limit_error": "rate", "insufficient_quota": "payment", "usage_not_included": "payment",
+    "invalid_prompt": "bad_request", "invalid_request_error": "bad_request", "model_not_found": "unknown_model", "not_found_error": "unknown_model",
+    "overloaded_error": "overloaded", "server_is_overloaded": "overloaded", "slow_down": "overloaded", "timeout_error": "timeout", "timeout": "timeout",
+    "authentication_error": "credential", "invalid_api_key": "credential", "billing_error": "payment", "request_too_large": "too_large", "permission_error": "forbidden",
+}
+_STATUS_KINDS: Mapping[int, str] = {400: "bad_request", 401: "credential", 402: "payment", 403: "forbidden", 404: "unknown_model", 405: "bad_request", 408: "timeout",
+                                    409: "bad_request", 413: "too_large", 415: "bad_request", 422: "bad_request", 429: "rate", 498: "overloaded", 503: "overloaded",
+                                    504: "timeout", 529: "overloaded"}
+
+
+def error_kind(status: int, code: Any = None, message: str = "") -> str:
+    """The row of ERROR_ROWS for what a provider said: its words first, then its code, then the status."""
+    if is_overflow(message) or code == "context_length_exceeded":
+        return "overflow"
+    return _CODE_KINDS.get(code if isinstance(code, str) else "") or _STATUS_KINDS.get(status) or ("bad_request" if 400 <= status < 500 else "server")
+
+
+def read_error(error: Any, status: int = 502) -> Json:
+    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text."""
+    if isinstance(error, list):
+        error = error[0] if error else {}
+    inner = error.get("error") if isinstance(error, dict) else None
+    if isinstance(inner, (dict, str)) and inner:
+        outer, error = error, inner if isinstance(inner, dict) else {**error, "message": inner}
+        status = next((code for code in (outer.get("status_code"), outer.get("code")) if isinstance(code, int) and 400 <= code < 600), status)
+    if isinstance(error, str):
+        error = {"message": error}
+    if not isinstance(error, dict):
+        error = {}
+    code = error.get("code")
+    status = next((number for number in (_token_count(code), _token_count(error.get("status_code")), _token_count(error.get("status"))) if number and 400 <= number < 600), status)
+    kind_word = code if isinstance(code, str) and code in _CODE_KINDS else error.get("type")
+    message = _error_message(error)
+    row = ERROR_ROWS[error_kind(status, kind_word, message)]
+    told = 400 <= status < 600 and status != 502
+    return error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type)
+
+
+def _error_message(error: Json) -> str:
+    """The words of an error object."""
+    for name in ("message", "detail", "msg", "error_description"):
+        value = error.get(name)
+        if isinstance(value, str) and value:
+            return redact(value)
+        if isinstance(value, list) and value:
+            return redact("; ".join(str(item.get("msg", item)) if isinstance(item, dict) else str(item) for item in value)[:500])
+        if isinstance(value, dict) and value:
+            return redact(compact(value)[:500])
+    return "The provider reported an error."
+
+
+_TOO_LONG = re.compile(
+    r"context[_ ]length[_ ]exceeded|maximum context length|context window|prompt (?:is )?too long|prompt exceeds max length|input is too long|too many tokens|maximum number of tokens"
+    r"|input length and `?max_tokens`? exceed|reduce the length|model_max_prompt_tokens_exceeded|exceeds the available context size|exceed_context_size_error|n_ctx"
+    r"|token count.{0,40}exceeds|exceeded (?:max )?context length|string too long|string_above_max_length|maximum allowed input length|maximum prompt length is"
+    r"|longer than the model'?s context length|exceeded model token limit|range of input length should be|greater than the context length|ContextWindowExceededError"
+    r"|token_limit_exceeded", re.IGNORECASE)
+_NOT_OVERFLOW = re.compile(r"rate.?limit|too many requests|tokens per (?:min|day)|throttl|\bTPM\b|\bTPD\b", re.IGNORECASE)
+_NUMBER_IN_TEXT = re.compile(r"\d[\d,]{2,}")
+
+
+def is_overflow(text: str) -> bool:
+    """Whether an error's words say that the prompt does not fit the model."""
+    return _TOO_LONG.search(text) is not None and _NOT_OVERFLOW.search(text) is None
+
+
+def overflow_numbers(text: str) -> tuple[int | None, int | None]:
+    """(tokens asked, limit) as far as an error tells them: of two numbers the larger is what was asked."""
+    numbers = sorted({int(number.replace(",", "")) for number in _NUMBER_IN_TEXT.findall(text)} - {0})
+    limit = re.search(r"(?:maximum context length is|maximum prompt length is|limit of|limit:|window of|>) *(\d[\d,]*)", text)
+    if limit:
+        bound = int(limit.group(1).replace(",", ""))
+        return next((number for number in numbers if number > bound), None), bound
+    return (numbers[-1], numbers[0]) if len(numbers) >= 2 else (None, None)
+
+
+def overflow_message(client: Format, tokens: int, limit: int | None, max_out: int | None = None) -> str:
+    """The words that make the client compact: Claude Code acts on two texts, Codex on the code beside this one."""
+    limit = limit or max(1, tokens - 1)
+    if client == "messages" and max_out and tokens <= limit < tokens + max_out:
+        return f"input length and `max_tokens` exceed context limit: {tokens} + {max_out} > {limit}, decrease input length or `max_tokens` and try again"
+    tokens = max(tokens, limit + 1)
+    if client == "messages":
+        return f"prompt is too long: {tokens} tokens > {limit} maximum"
+    return f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens. Please reduce the length of the messages."
+
+
+def with_retry_hint(message: str, retry_after_s: float | None) -> str:
+    """A rate-limit message with the wait that Codex reads from it."""
+    if not retry_after_s or "try again in" in message.lower():
+        return message
+    return f"{message.rstrip()} Please try again in {max(1, round(retry_after_s))}s."
+
+
+_CALL_TAGS = re.compile(r"<function=([\w.\-:]+)[^{\[<]*([{\[].*?)\s*(?:</function>|\Z)|<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+
+
+def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[str, str] | None:
+    """(name, args) of the call in Groq's `failed_generation`, when it parses and names a tool of the request."""
+    if not isinstance(failed_generation, str):
+        return None
+    text, name = failed_generation.strip(), None
+    tagged = _CALL_TAGS.search(text)
+    if tagged:
+        name, text = tagged.group(1), (tagged.group(2) or tagged.group(3) or "").rstrip("> \n")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    value = value[0] if isinstance(value, list) and value else value
+    if name is None:
+        if not isinstance(value, dict):
+            return None
+        name, value = value.get("name"), value.get("arguments", value.get("parameters", {}))
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return (name, compact(value)) if isinstance(value, dict) and name in tool_names else None
+
+
+# ---- Streams: what readers are told, and the rules they share
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a stream reader is told of the answer it reads."""
+    profile: Profile = Profile()
+    seed: str = ""                    #: makes the ids of this answer differ from others'
+    call_prefix: str = "call_"        #: of minted call ids; toolu_ for Messages clients
+    names: Names = EMPTY_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a writer is told: the client's own hub request, and what the answer is stamped with."""
+    hub: Json
+    seed: str = ""
+    created_s: int = 0
+    names: Names = EMPTY_NAMES
+
+
+_SCAN = {False: re.compile(r'["{}\[\]]'), True: re.compile(r'["\\]')}
+
+
+class JsonScan:
+    """Tells when the text fed so far holds one whole JSON object; each character is looked at once."""
+
+    __slots__ = ("complete", "_depth", "_in_string", "_escaped")
+
+    def __init__(self) -> None:
+        self.complete = False
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def feed(self, text: str) -> bool:
+        """Whether the object has closed."""
+        position = 0
+        if self._escaped and text:
+            self._escaped, position = False, 1
+        while not self.complete and (match := _SCAN[self._in_string].search(text, position)):
+            position = match.end()
+            mark = match.group()
+            if mark == '"':
+                self._in_string = not self._in_string
+            elif mark == "\\":
+                self._escaped = position >= len(text)
+                position += 1
+            else:
+                self._depth += 1 if mark in "{[" else -1
+                self.complete = self._depth <= 0
+        return self.complete
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One call of an answer while it is being read."""
+    id: str = ""
+    name: str = ""
+    kind: str = "function"
+    namespace: str = ""
+    waiting: list[Json] = field(default_factory=list)     #: deltas to give out when it opens
+    scan: JsonScan = field(default_factory=JsonScan)
+    done: bool = False
+    shut: bool = False
+
+
+class Serialiser:
+    """Makes the deltas of an answer keep their contract, whatever order its provider has them in.
+
+    The first call relays live; what comes while it is open (text, thinking, more calls) waits until its arguments are whole or the provider
+    ends it.  Also here, so that no reader does it: ids, names as the client knows them, seals, the corrected stop reason, the end.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.deltas: list[Json] = []
+        self.n_calls = 0
+        self.produced = False
+        self.finished: str | None = None
+        self.failed = False
+        self._source = source
+        self._slots: dict[Any, _Slot] = {}
+        self._queue: deque[_Slot | Json] = deque()
+        self._head: _Slot | None = None
+        self._ids: set[str] = set()
+        self._thinking = ""                     # field of the open thinking run, "" for none
+        self._pending_seal: Json | None = None
+        self._usage: Json = {}
+        self._stop: Json = {}
+        self._started = self._closed = False
+
+    def take(self) -> list[Json]:
+        """The deltas that are ready."""
+        ready, self.deltas = self.deltas, []
+        return ready
+
+    def start(self, answer_id: str, model: str, usage: Json | None = None) -> None:
+        """The answer begins; a second start is ignored, and so is one after content."""
+        if not self._started:
+            self._started = True
+            self.deltas.append(start_delta(answer_id, model, usage))
+
+    def text(self, text: str) -> None:
+        """Text for the reader of the answer."""
+        if text:
+            self._give(text_delta(text))
+
+    def refuse(self, text: str) -> None:
+        """Text of a refusal."""
+        if text:
+            self._give(refuse_delta(text))
+
+    def cite(self, record: Json) -> None:
+        """A citation of the text before it."""
+        self._give({"delta": "cite", **record})
+
+    def opaque(self, family: str, data: Any, text: str = "") -> None:
+        """A block of the provider's own kind."""
+        self._give(opaque_delta(family, data, text))
+
+    def think(self, text: str, field_name: str) -> None:
+        """Thinking that came in `field_name`."""
+        if text:
+            self._give({**think_delta(text), "field": field_name})
+
+    def seal(self, record: Json) -> None:
+        """The end of a thinking block; family and model are the profile's unless told."""
+        self._give(seal_delta({"family": self._source.profile.family, "model": self._source.profile.model, **record}))
+
+    def seal_later(self, record: Json) -> None:
+        """What seals the thinking under way when it ends; the last one counts."""
+        self._pending_seal = {"family": self._source.profile.family, "model": self._source.profile.model, **record}
+
+    def call(self, key: Any, call_id: str = "", name: str = "", kind: str = "function", namespace: str = "") -> None:
+        """A call appears under `key`, or more of its head becomes known; it opens once it has a name."""
+        slot = self._slots.get(key)
+        if slot is None:
+            self._slots[key] = slot = _Slot(kind=kind, namespace=namespace)
+            self._queue.append(slot)
+        slot.id = slot.id or ("" if empty_id(call_id) else call_id)
+        slot.name = slot.name or name
+        slot.namespace = slot.namespace or namespace
+        self._advance()
+
+    def add_name(self, key: Any, fragment: str) -> None:
+        """More of a name that comes in pieces (profile name_fragments), while its call has not opened."""
+        if key in self._slots and self._slots[key] is not self._head:
+            self._slots[key].name += fragment
+
+    def args(self, key: Any, text: str) -> None:
+        """Arguments of the call under `key`."""
+        slot = self._slots.get(key)
+        if slot is None or slot.shut or not text:
+            return
+        if slot is self._head:
+            self._emit(args_delta(text))
+        else:
+            slot.waiting.append(args_delta(text))
+        slot.scan.feed(text)
+        self._advance()
+
+    def note(self, key: Any, data: Any) -> None:
+        """Opaque provider data of the call under `key`."""
+        slot = self._slots.get(key)
+        if slot is None or slot.shut:
+            return
+        note = note_delta(slot.id, self._source.profile.family, data)
+        (self.deltas if slot is self._head else slot.waiting).append(note)
+
+    def end_call(self, key: Any) -> None:
+        """The provider said that the call under `key` is whole."""
+        if key in self._slots:
+            self._slots[key].done = True
+            self._advance()
+
+    def has(self, key: Any) -> bool:
+        """Whether a call was seen under `key`."""
+        return key in self._slots
+
+    def whole(self, key: Any) -> bool:
+        """Whether the arguments under `key` are one complete JSON object."""
+        return key in self._slots and self._slots[key].scan.complete
+
+    def named(self, key: Any) -> bool:
+        """Whether the call under `key` has its name."""
+        return key in self._slots and bool(self._slots[key].name)
+
+    def usage(self, usage: Json) -> None:
+        """What the provider counted; given out at the end."""
+        self._usage = merge_usage(self._usage, usage)
+
+    def finish(self, reason: str | None, sequence: str | None = None, details: Json | None = None) -> None:
+        """The provider's reason to stop (a hub reason); the first one counts, the stream may go on."""
+        if reason and self.finished is None:
+            self.finished, self._stop = reason, stop_delta(reason, sequence, details)
+
+    def fail(self, error: Json) -> None:
+        """The provider failed; after a finish reason that no longer matters."""
+        if self.finished is None and not self._closed:
+            self._queue.clear()
+            self._head = None
+            self.failed = self._closed = True
+            self.deltas.append(error)
+
+    def close(self, *, ended: bool) -> list[Json]:
+        """The last deltas. `ended`: the stream had its end mark, so that a missing finish reason is no cut."""
+        if self._closed:
+            return self.take()
+        if self.finished is None and not (ended and (self.produced or self._slots)):
+            self.fail(_CUT if self.produced or self._slots or not ended else _EMPTY)
+            return self.take()
+        if self.finished == "error":
+            self.finished = None
+            self.fail(_BROKEN)
+            return self.take()
+        self._release_all()
+        if self._usage:
+            self.deltas.append(usage_delta(self._usage))
+        reason = correct_stop(self.finished or _END, self.n_calls)
+        self.deltas.append({**(self._stop or stop_delta(reason)), "reason": reason})
+        self._closed = True
+        return self.take()
+
+    def _give(self, delta: Json) -> None:
+        if self._closed:
+            return
+        if self._head is None and not self._queue:
+            self._emit(delta)
+        else:
+            self._queue.append(delta)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Close the head once it is whole and something waits; give out what waits up to the next call."""
+        while self._queue:
+            if self._head is not None:
+                if not (self._head.done or self._head.scan.complete):
+                    return
+                self._shut_head()
+            item = self._queue[0]
+            if isinstance(item, _Slot):
+                if not item.name:
+                    return
+                self._open(item)
+            else:
+                self._emit(item)
+            self._queue.popleft()
+
+    def _release_all(self) -> None:
+        """Everything that still waits, calls without a name left out."""
+        for item in self._queue:
+            self._shut_head()
+            if not isinstance(item, _Slot):
+                self._emit(item)
+            elif item.name:
+                self._open(item)
+        self._queue.clear()
+        self._shut_head()
+        self._end_thinking()
+
+    def _shut_head(self) -> None:
+        if self._head is not None:
+            self._head.shut, self._head = True, None
+
+    def _open(self, slot: _Slot) -> None:
+        source = self._source
+        name, namespace, kind = source.names.back(slot.name)
+        slot.id = unique_id(slot.id, self._ids, source.seed, source.call_prefix)
+        self._ids.add(slot.id)
+        self.n_calls += 1
+        self._emit(call_delta(slot.id, name, kind or slot.kind, namespace or slot.namespace))
+        self.deltas.extend({**delta, "id": slot.id} if delta["delta"] == "note" else delta for delta in slot.waiting)
+        slot.waiting.clear()
+        self._head = slot
+
+    def _emit(self, delta: Json) -> None:
+        kind = delta["delta"]
+        if kind == "think":
+            field_name = delta.pop("field")
+            if not self._thinking and field_name != "signature" and is_blank(delta["text"]):
+                return
+            self._thinking = field_name
+        elif kind == "seal":
+            self._thinking, self._pending_seal = "", None
+        elif kind not in ("args", "cite"):
+            self._end_thinking()
+        self.produced = True
+        self.deltas.append(delta)
+
+    def _end_thinking(self) -> None:
+        """Seal the thinking that ends here: with what came for it, else with where it came from."""
+        if self._pending_seal is not None:
+            self.deltas.append(seal_delta(self._pending_seal))
+        elif self._thinking:
+            self.deltas.append(seal_delta({"family": self._source.profile.family, "model": self._source.profile.model, "field": self._thinking}))
+        self._thinking, self._pending_seal = "", None
+
+
+_CUT = error_delta(502, "upstream closed the stream before finishing", "server_error")
+_EMPTY = error_delta(502, "empty answer", "empty_answer")
+_BROKEN = error_delta(502, "The provider stopped with an error.", "server_error")
+
+
+class TagSplitter:
+    """Splits <think> off the beginning of an answer's text, the same for every way the text was cut.
+
+    mode: auto (only when the answer begins with the tag), open (it begins inside), off.
+    """
+
+    __slots__ = ("_mode", "_rest")
+
+    def __init__(self, mode: str = "auto") -> None:
+        self._mode = {"auto": "begin", "open": "inside_begin", "off": "off"}[mode]
+        self._rest = ""
+
+    def stop(self) -> list[tuple[str, str]]:
+        """No tags are to be expected any more, since thinking came by a field; what was kept back is text."""
+        kept, self._rest = self._rest, ""
+        if self._mode == "begin":
+            self._mode = "off"
+            return [("text", kept)] if kept else []
+        self._rest = kept
+        return []
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """("think" | "text", text) pieces, in order, none empty."""
+        if self._mode == "off":
+            return [("text", text)] if text else []
+        self._rest += text
+        done: list[tuple[str, str]] = []
+        while self._step(done):
+            pass
+        return [piece for piece in done if piece[1]]
+
+    def close(self) -> list[tuple[str, str]]:
+        """What was kept back: thinking when the tag never closed."""
+        kept, self._rest = self._rest, ""
+        if not kept or self._mode == "after" and kept.isspace():
+            return []
+        return [("think" if self._mode.startswith("inside") else "text", kept)]
+
+    def _step(self, done: list[tuple[str, str]]) -> bool:
+        """One change of mode, False when more text is needed."""
+        bare = self._rest.lstrip()
+        if self._mode == "begin":
+            if bare.startswith("<think>"):
+                self._mode, self._rest = "inside_begin", bare[7:]
+                return True
+            if "<think>".startswith(bare):
+                return False
+        elif self._mode == "inside_begin":
+            self._rest = bare
+            if bare:
+                self._mode = "inside"
+            return bool(bare)
+        elif self._mode == "inside":
+            head, tag, tail = self._rest.partition("</think>")
+            if tag:
+                done.append(("think", head))
+                self._mode, self._rest = "after", tail
+                return True
+            kept = next((n for n in range(min(7, len(head)), 0, -1) if "</think>".startswith(head[-n:])), 0)
+            done.append(("think", head[:len(head) - kept]))
+            self._rest = head[len(head) - kept:]
+            return False
+        elif not bare:
+            self._rest = ""
+            return False
+        done.append(("text", self._rest if self._mode == "begin" else bare))
+        self._mode, self._rest = "off", ""
+        return False
+
+
+class CallHolder:
+    """Keeps a call back from its first fragment until its JSON is whole, so that one which dies half-made is never seen.
+
+    live: nothing is kept back.  Past max_bytes a call goes out as it comes.  A proper stop lets a call through as it is: its reason tells.
+    """
+
+    __slots__ = ("_held", "_scan", "_size", "_live", "_max_bytes")
+
+    def __init__(self, live: bool = False, max_bytes: int = 1 << 20) -> None:
+        self._held: list[Json] = []
+        self._scan = JsonScan()
+        self._size = 0
+        self._live = live
+        self._max_bytes = max_bytes
+
+    @property
+    def holding(self) -> bool:
+        """Whether a half-made call is kept back."""
+        return bool(self._held)
+
+    def feed(self, delta: Json) -> list[Json]:
+        """What may go on to the writer."""
+        kind = delta["delta"]
+        if self._live:
+            return [delta]
+        if kind == "call":
+            released, self._held, self._scan, self._size = self._held, [delta], JsonScan(), 0
+            return released
+        if not self._held:
+            return [delta]
+        if kind == "error":
+            self._held = []
+            return [delta]
+        self._held.append(delta)
+        if kind in ("args", "note"):
+            self._size += len(delta.get("text", ""))
+            if kind == "note" or not self._scan.feed(delta["text"]) and self._size <= self._max_bytes:
+                return []
+        return self.close()
+
+    def close(self) -> list[Json]:
+        """What is kept back, when the stream ended properly."""
+        released, self._held = self._held, []
+        return released
+
+
+##############################################################################
+# 10. OpenAI Chat                                           pure | uses 1-3, 8-9
 ##############################################################################
 # Chat Completions as clients send it and providers answer it, relayed in the provider's own bytes.  ChatPassage watches a
 # stream go by and looks closely only where an event differs from the one before it in more than its text.
@@ -3041,6 +5541,15 @@ class ChatPassage:
         """The first finish reason, once every choice that has begun has one."""
         return self._reason if not self._unfinished else None
 
+    @property
+    def calling(self) -> bool:
+        """Whether a tool call has begun and may not be whole yet."""
+        return self._called and self.finish is None
+
+    def keep_alive(self) -> bytes:
+        """A comment, for silences."""
+        return b": keep-alive\n\n"
+
     def feed(self, chunk: bytes) -> bytes:
         """What of `chunk`, and of what was kept before it, may go to the client now."""
         if self.done or self.error or self.broken:
@@ -3202,21 +5711,4216 @@ class ChatPassage:
         return owed + (mark if mark.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) else b"data: [DONE]\n\n")
 
 
+# ---- Translation: requests read into the hub
+
+#: Fields that the hub has a place for; the rest goes to extra, for Chat providers.
+_CHAT_READ_FIELDS = ROUTING_FIELDS.union((
+    "model messages stream stream_options max_tokens max_completion_tokens stop tools functions tool_choice function_call parallel_tool_calls response_format "
+    "reasoning_effort reasoning thinking enable_thinking chat_template_kwargs system cache_control").split())
+_CHAT_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+#: Names in the hub's meta of fields that are what they are.
+_CHAT_META: Mapping[str, str] = {
+    "user": "user",
+    "safety": "safety_identifier",
+    "cache_key": "prompt_cache_key",
+    "tier": "service_tier",
+    "verbosity": "verbosity",
+    "logprobs": "logprobs",
+    "top_logprobs": "top_logprobs",
+    "n": "n",
+    "metadata": "metadata",
+    "store": "store",
+}
+_CHAT_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+#: Where an answer or a message of the history has its thinking; the first that holds text counts.
+_CHAT_THINK_FIELDS = ("reasoning_content", "reasoning", "reasoning_text", "cot_summary", "thinking")
+_CHAT_THINK_MODES: Mapping[str, str] = {"enabled": "on", "disabled": "off", "adaptive": "auto"}
+
+
+def chat_read_request(body: Any) -> Json:
+    """The hub request for a Chat body. Raises GatewayError 400.
+
+    in:      {"model", "messages", "tools"?, ...}; tools and choices in the flat form of Responses too    out: hub request (section 9)
+    dropped: `name` of messages.    kept in extra, for Chat providers only: prediction, modalities, provider, ... and what is unknown.
+    """
+    body = check_chat_request(_nested_tools(body))
+    hub = new_hub("chat", body.get("model") or "", body.get("stream") is True)
+    if body.get("system"):
+        hub["system"] = [part for part in _read_chat_parts(body["system"], "system") if part["type"] == "text"]
+    for index, message in enumerate(body["messages"]):
+        _read_chat_message(hub, message, f"messages[{index}]")
+    tools = [_read_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.get("tools") or ())]
+    legacy = [function for function in body.get("functions") or () if isinstance(function, dict) and isinstance(function.get("name"), str)]
+    merge_tools(hub, [*tools, *(_read_chat_tool({"type": "function", "function": function}, "functions") for function in legacy)])
+    max_out = body.get("max_completion_tokens")
+    found = {
+        "choice": _read_chat_choice(body.get("tool_choice") if body.get("tool_choice") is not None else body.get("function_call")),
+        "parallel": False if legacy and not tools else body.get("parallel_tool_calls"),
+        "max_out": body.get("max_tokens") if max_out is None else max_out,
+        "sampling": {name: body[name] for name in _CHAT_SAMPLING if body.get(name) is not None},
+        "stop": read_stop(body.get("stop")),
+        "format": _read_chat_format(body.get("response_format") or {}),
+        "think": _read_chat_think(body),
+        "meta": _read_chat_meta(body),
+        "legacy": bool(legacy and not tools) or None,      # the answer is to hold function_call instead of tool_calls
+    }
+    hub.update({name: value for name, value in found.items() if value not in (None, [], {})})
+    extra = _chat_extra(body)
+    if extra:
+        hub["extra"] = {"chat": extra}
+    return hub
+
+
+def _chat_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _chat_inner(value: Json, name: str) -> Json:
+    """The object under `name`, or the object itself where a client wrote it flat."""
+    return value[name] if isinstance(value.get(name), dict) else value
+
+
+def _is_flat_tool(tool: Any) -> bool:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else ""
+    return kind in ("function", "custom") and isinstance(tool.get("name"), str) and not isinstance(tool.get(kind), dict)
+
+
+def _nested_tools(body: Any) -> Any:
+    """The body with tools that are flat, as Responses has them and Cursor sends them here, in the form of this format."""
+    tools = body.get("tools") if isinstance(body, dict) else None
+    if not isinstance(tools, list) or not any(map(_is_flat_tool, tools)):
+        return body
+    return {**body, "tools": [_nested_tool(tool) if _is_flat_tool(tool) else tool for tool in tools]}
+
+
+def _nested_tool(tool: Json) -> Json:
+    kind = tool.get("type", "function")
+    return {"type": kind, kind: rest_of(tool, ("type",))}
+
+
+def _read_chat_message(hub: Json, message: Json, where: str) -> None:
+    role, turns = message["role"], hub["turns"]
+    parts = _read_chat_parts(message.get("content"), where)
+    if role in ("system", "developer"):
+        texts = [part for part in parts if part["type"] == "text"]
+        if turns:
+            turns.append({"role": "system", "parts": texts})
+        else:
+            hub["system"] = [*hub.get("system", ()), *texts]
+        return
+    if role in ("tool", "function"):
+        call_id = message["tool_call_id"] if role == "tool" else _function_id(turns, message.get("name"))
+        parts, role = [result_part(call_id, parts)], "user"
+        if turns and turns[-1]["role"] == "user" and all(part["type"] == "result" for part in turns[-1]["parts"]):
+            turns[-1]["parts"] += parts
+            return
+    elif message.get("name"):
+        drop(hub, "name")
+    turns.append({"role": role, "parts": _read_chat_said(message, parts, where) if role == "assistant" else parts})
+
+
+def _function_id(turns: Sequence[Json], name: Any) -> str:
+    """The id of the last call of `name` that has no result: results of the time before tools name the function only."""
+    answered = {part["id"] for turn in turns for part in turn["parts"] if part["type"] == "result"}
+    calls = (part for turn in reversed(turns) for part in reversed(turn["parts"]) if part["type"] == "call")
+    return next((part["id"] for part in calls if part["name"] == name and part["id"] not in answered), "")
+
+
+def _read_chat_said(message: Json, content: list[Json], where: str) -> list[Json]:
+    """What an assistant message holds: thinking, text, refusal, calls."""
+    parts = [*_read_chat_thinking(message), *content]
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        parts.append({"type": "refusal", "text": message["refusal"]})
+    if isinstance(message.get("audio"), dict):
+        parts.append({"type": "audio", "id": message["audio"].get("id")})
+    parts += [_read_chat_call(call) for call in message.get("tool_calls") or ()]
+    function = message.get("function_call")
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        parts.append(call_part(mint("call_", where), function["name"], args_text(function.get("arguments"))))
+    return parts
+
+
+def _read_chat_call(call: Json) -> Json:
+    custom = call.get("custom")
+    if isinstance(custom, dict):
+        part = call_part(call["id"], custom["name"], freeform_args(args_text(custom.get("input"))), "custom")
+    else:
+        part = call_part(call["id"], call["function"]["name"], args_text(call["function"].get("arguments")))
+    return {**part, "note": {"family": "gemini", "data": call["extra_content"]}} if call.get("extra_content") else part
+
+
+def _read_chat_thinking(message: Json) -> list[Json]:
+    """Think parts of an assistant message: its text by whatever name, its seals from reasoning_details.
+
+    Text that our own stream told apart from its seal comes home to it; where several signed thoughts came back as one text, the signatures are worth nothing.
+    """
+    text = next((message[name] for name in _CHAT_THINK_FIELDS if isinstance(message.get(name), str) and not is_blank(message[name])), "")
+    parts = read_details(message.get("reasoning_details"))
+    if message.get("reasoning_opaque"):
+        seal = {"family": "github-copilot", "model": "", "field": "reasoning_opaque", "data": message["reasoning_opaque"]}
+        parts.append({"type": "think", "text": "", "seal": seal})
+    if not text or any(part["text"] for part in parts):
+        return parts
+    fields = [(part.get("seal") or {}).get("field") for part in parts]
+    if fields.count("signature") > 1:
+        parts = [part for part, field_name in zip(parts, fields) if field_name != "signature"]
+        return [{"type": "think", "text": text}, *parts]
+    home = next((index for index, field_name in enumerate(fields) if field_name != "redacted"), None)
+    if home is None:
+        return [{"type": "think", "text": text}, *parts]
+    return [*parts[:home], {**parts[home], "text": text}, *parts[home + 1:]]
+
+
+def _read_chat_parts(content: Any, where: str) -> list[Json]:
+    """The parts of a message's content. Raises GatewayError 400 for one of a kind that is not known."""
+    if isinstance(content, str):
+        return [text_part(content)] if content else []
+    parts = []
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        place = f"{where}.content[{index}]"
+        read = _CHAT_PART_READERS.get(part.get("type")) if isinstance(part, dict) else None
+        if read is None:
+            raise bad_request(f'{place}: unknown part type "{_chat_object(part).get("type")}"', param=place, code="invalid_value")
+        made = read(part, place)
+        parts.append({**made, "cache": part["cache_control"]} if isinstance(part.get("cache_control"), dict) else made)
+    return parts
+
+
+def _read_chat_text(part: Json, place: str) -> Json:
+    if not isinstance(part.get("text") or "", str):
+        raise bad_request(f"{place}.text must be a string.", param=f"{place}.text", code="invalid_type")
+    return text_part(part.get("text") or "")
+
+
+def _chat_source(value: Any, place: str) -> str:
+    """The URL, data URL or base64 that a part cannot be without."""
+    if not isinstance(value, str) or not value:
+        raise bad_request(f"{place} has no source.", param=place, code="missing_required_parameter")
+    return value
+
+
+def _read_chat_image(part: Json, place: str) -> Json:
+    image = part.get("image_url")
+    if image is None and isinstance(part.get("file_id"), str):
+        return {"type": "image", "file_id": part["file_id"]}
+    told = image if isinstance(image, dict) else {"url": image, "detail": part.get("detail")}
+    return image_part(_chat_source(told.get("url"), place), told.get("detail"))
+
+
+def _read_chat_file(part: Json, place: str) -> Json:
+    told = _chat_inner(part, "file")
+    name = told.get("filename") if isinstance(told.get("filename"), str) else None
+    if isinstance(told.get("file_id"), str):
+        return {"type": "file", "file_id": told["file_id"], **({"name": name} if name else {})}
+    return file_part(_chat_source(told.get("file_data") or told.get("file_url"), place), name)
+
+
+def _read_chat_document(part: Json, place: str) -> Json:
+    document = part.get("document_url")
+    return file_part(_chat_source(document.get("url") if isinstance(document, dict) else document, place), part.get("document_name"))
+
+
+def _read_chat_audio(part: Json, place: str) -> Json:
+    audio = _chat_object(part.get("input_audio"))
+    return {"type": "audio", "data": _chat_source(audio.get("data") or part.get("input_audio"), place), "format": audio.get("format")}
+
+
+def _read_chat_thought(part: Json, place: str) -> Json:
+    return {"type": "think", "text": _chat_thought_text(part.get("thinking"))}
+
+
+def _chat_thought_text(thinking: Any) -> str:
+    """The text of Mistral's thinking chunks."""
+    if isinstance(thinking, list):
+        return "".join(str(piece.get("text") or "") for piece in thinking if isinstance(piece, dict))
+    return thinking if isinstance(thinking, str) else ""
+
+
+_CHAT_PART_READERS: Mapping[Any, Callable[[Json, str], Json]] = {
+    "text": _read_chat_text,
+    "input_text": _read_chat_text,
+    "output_text": _read_chat_text,
+    "refusal": lambda part, place: {"type": "refusal", "text": str(part.get("refusal") or "")},
+    "image_url": _read_chat_image,
+    "input_image": _read_chat_image,
+    "file": _read_chat_file,
+    "input_file": _read_chat_file,
+    "document_url": _read_chat_document,
+    "input_audio": _read_chat_audio,
+    "video_url": lambda part, place: {"type": "video", "raw": part},
+    "thinking": _read_chat_thought,
+}
+
+
+def _read_chat_tool(tool: Json, where: str) -> Json:
+    kind = tool.get("type") or "function"
+    cache = {"cache": tool["cache_control"]} if isinstance(tool.get("cache_control"), dict) else {}
+    if kind not in ("function", "custom"):
+        family = "anthropic" if re.search(r"_20\d{6}\Z", kind) else kind.partition(":")[0] if ":" in kind else "openai"
+        return {"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool, **cache}
+    inner = _chat_object(tool.get(kind))
+    if not isinstance(inner.get("name"), str):
+        raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
+    form = _chat_object(inner.get("format"))
+    told = {"description": inner.get("description"), "schema": inner.get("parameters") if kind == "function" else None, "strict": inner.get("strict"),
+            "grammar": _chat_inner(form, "grammar") if form.get("type") == "grammar" else None}
+    grammar = told["grammar"]
+    if grammar:
+        told["grammar"] = {"syntax": grammar.get("syntax"), "definition": grammar.get("definition")}
+    return {"name": inner["name"], "kind": kind, **{name: value for name, value in told.items() if value is not None}, **cache}
+
+
+def _read_chat_choice(value: Any) -> Json | None:
+    """The hub's choice for tool_choice or the older function_call; None for a word nobody knows."""
+    if isinstance(value, str):
+        return {"mode": _CHAT_CHOICES[value]} if value in _CHAT_CHOICES else None
+    if not isinstance(value, dict):
+        return None
+    kind = value.get("type") or "function"
+    if kind == "allowed_tools":
+        allowed = _chat_inner(value, "allowed_tools")
+        names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
+        return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
+    if kind in _CHAT_CHOICES:
+        return {"mode": _CHAT_CHOICES[kind]}
+    if kind in ("function", "custom", "tool"):
+        choice = {"mode": "tool", "name": str(_chat_inner(value, kind).get("name") or "")}
+        return {**choice, "kind": "custom"} if kind == "custom" else choice
+    return {"mode": "tool", "name": str(value.get("name") or kind), "kind": "hosted"}
+
+
+def _read_chat_format(form: Json) -> Json | None:
+    if form.get("type") == "json_object":
+        return {"kind": "json"}
+    if form.get("type") != "json_schema":
+        return None
+    inner = _chat_inner(form, "json_schema")
+    told = {name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}
+    return {"kind": "schema", "schema": _chat_object(inner.get("schema")), **told}
+
+
+def _read_chat_think(body: Json) -> Json:
+    """What was asked of thinking, by any of the words providers have for it."""
+    reasoning, thinking, template = (_chat_object(body.get(name)) for name in ("reasoning", "thinking", "chat_template_kwargs"))
+    effort = body.get("reasoning_effort") or reasoning.get("effort")
+    budget = reasoning.get("max_tokens") or thinking.get("budget_tokens")
+    flags = [flag for flag in (reasoning.get("enabled"), body.get("enable_thinking"), template.get("enable_thinking")) if isinstance(flag, bool)]
+    mode = _CHAT_THINK_MODES.get(str(thinking.get("type")))
+    if effort == "none" or False in flags:
+        mode, effort = "off", None
+    elif mode is None and (effort or budget or flags):
+        mode = "on"
+    told = {"mode": mode, "effort": effort, "budget": budget, "show": "omitted" if reasoning.get("exclude") is True else None}
+    return {name: value for name, value in told.items() if value and isinstance(value, int if name == "budget" else str)}
+
+
+def _read_chat_meta(body: Json) -> Json:
+    told = {name: body.get(field_name) for name, field_name in _CHAT_META.items()}
+    told |= {"n": told["n"] if told["n"] != 1 else None, "logprobs": told["logprobs"] or None, "cache_auto": body.get("cache_control"),
+             "include_usage": _chat_object(body.get("stream_options")).get("include_usage") is True or None}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+#: Fields whose parts the hub knows, and those parts; what else they hold goes to extra.
+_CHAT_PARTLY_READ: Mapping[str, tuple[str, ...]] = {
+    "reasoning": ("effort", "max_tokens", "enabled", "exclude"),
+    "thinking": ("type", "budget_tokens"),
+    "chat_template_kwargs": ("enable_thinking",),
+}
+
+
+def _chat_extra(body: Json) -> Json:
+    extra = rest_of(body, _CHAT_READ_FIELDS.union(_CHAT_SAMPLING, _CHAT_META.values()))
+    for name, known in _CHAT_PARTLY_READ.items():
+        more = rest_of(_chat_object(body.get(name)), known)
+        if more:
+            extra[name] = more
+    if _chat_object(body.get("response_format")).get("type") not in (None, "text", "json_object", "json_schema"):
+        extra["response_format"] = body["response_format"]
+    return extra
+
+
+# ---- Translation: requests written for a provider
+
+def chat_write_request(hub: Json, profile: Profile) -> Json:
+    """The Chat body for a prepared hub request (section 9, prepare).
+
+    out:     {"model", "messages", "tools"?, ...}; what a message cannot hold in order (text behind a call) is put in front of it by prepare()
+    source:  OpenAI API reference, Chat Completions, read 2026-11; providers' own words by the profile.
+    """
+    body: Json = {"model": profile.model or hub["model"], "messages": _write_chat_messages(hub, profile)}
+    if hub.get("stream"):
+        body |= {"stream": True, **({"stream_options": {"include_usage": True}} if profile.stream_options else {})}
+    if hub.get("max_out") is not None:
+        body[profile.max_field] = hub["max_out"]
+    body |= {profile.seed_field if name == "seed" else name: value for name, value in (hub.get("sampling") or {}).items()}
+    if hub.get("stop"):
+        body["stop"] = hub["stop"]
+    if hub.get("tools"):
+        body["tools"] = [_write_chat_tool(tool) for tool in hub["tools"]]
+        if hub.get("choice"):
+            body["tool_choice"] = _write_chat_choice(hub["choice"], hub["tools"], profile)
+        if hub.get("parallel") is False:
+            body["parallel_tool_calls"] = False
+    body |= think_fields(hub.get("think"), profile)
+    if hub.get("format"):
+        body["response_format"] = _write_chat_format(hub["format"])
+    body |= _write_chat_meta(hub, profile)
+    for name, value in ((hub.get("extra") or {}).get("chat") or {}).items():
+        if isinstance(value, dict) and isinstance(body.get(name), dict):
+            body[name] = {**value, **body[name]}
+        elif name not in body and not (name == "thinking" and hub.get("think")):       # what is left of it says nothing without its type
+            body[name] = value
+    return body
+
+
+def _write_chat_meta(hub: Json, profile: Profile) -> Json:
+    """Fields beside the conversation; some have a meaning only where they were asked for, or only at OpenAI."""
+    meta = hub.get("meta") or {}
+    own = {"store", "metadata"} if hub["client"] != "chat" else set()
+    own |= set() if profile.vendor else {"safety"}
+    fields = {field_name: meta[name] for name, field_name in _CHAT_META.items() if meta.get(name) is not None and name not in own}
+    return {**fields, "cache_control": meta["cache_auto"]} if meta.get("cache_auto") and hub["client"] == "chat" else fields
+
+
+def _write_chat_tool(tool: Json) -> Json:
+    if tool["kind"] == "hosted":
+        return dict(tool["raw"])
+    told = {"name": tool["wire"], "description": tool.get("description") or None}
+    if tool["kind"] == "custom":
+        form = {"type": "grammar", "grammar": tool["grammar"]} if tool.get("grammar") else None
+        written = {"type": "custom", "custom": {name: value for name, value in (*told.items(), ("format", form)) if value is not None}}
+    else:
+        told |= {"parameters": tool.get("schema"), "strict": tool.get("strict")}
+        written = {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
+    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+
+
+def _write_chat_choice(choice: Json, tools: Sequence[Json], profile: Profile) -> Any:
+    words = {"any": profile.required_word}
+    if "allowed" in choice:
+        kinds = {tool["wire"]: tool["kind"] for tool in tools}
+        allowed = [_named_choice(name, kinds.get(name, "function")) for name in choice["allowed"]]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": "required" if choice["mode"] == "any" else "auto", "tools": allowed}}
+    return _named_choice(choice["name"], choice.get("kind", "function")) if choice["mode"] == "tool" else words.get(choice["mode"], choice["mode"])
+
+
+def _named_choice(name: str, kind: str) -> Json:
+    return {"type": kind, kind: {"name": name}} if kind in ("function", "custom") else {"type": name}
+
+
+def _write_chat_format(form: Json) -> Json:
+    if form["kind"] == "json":
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {name: form[name] for name in ("name", "description", "schema", "strict") if name in form}}
+
+
+def _write_chat_messages(hub: Json, profile: Profile) -> list[Json]:
+    """The messages: system text first, results each on its own, an assistant turn in one message."""
+    messages: list[Json] = []
+    names: dict[str, str] = {}
+    if hub.get("system"):
+        messages.append({"role": profile.system_role, "content": _write_chat_content(hub["system"], "\n\n")})
+    for turn in hub["turns"]:
+        if turn["role"] == "assistant":
+            messages.append(_write_chat_said(turn["parts"], profile))
+            names |= {part["id"]: part["name"] for part in turn["parts"] if part["type"] == "call"}
+            continue
+        results = [part for part in turn["parts"] if part["type"] == "result"]
+        messages += [_write_chat_result(part, names if profile.extra_names else {}) for part in results]
+        rest = [part for part in turn["parts"] if part["type"] in _CHAT_PART_WRITERS]
+        if rest:
+            messages.append({"role": profile.system_role if turn["role"] == "system" else "user", "content": _write_chat_content(rest, "\n")})
+    if profile.prefill == "prefix" and messages and messages[-1]["role"] == "assistant":
+        messages[-1]["prefix"] = True
+    rejected = set(profile.message_reject)
+    return [rest_of(message, rejected) if rejected.intersection(message) else message for message in messages]
+
+
+def _write_chat_content(parts: Sequence[Json], joint: str) -> str | list[Json]:
+    """A string where there is only text and no mark on it, else a list of parts."""
+    if all(part["type"] == "text" and not part.get("cache") for part in parts):
+        return joint.join(part["text"] for part in parts)
+    written = []
+    for part in parts:
+        made = _CHAT_PART_WRITERS[part["type"]](part)
+        written.append({**made, "cache_control": part["cache"]} if part.get("cache") else made)
+    return written
+
+
+def _write_chat_result(part: Json, names: Mapping[str, str]) -> Json:
+    inner = [item for item in part["parts"] if item["type"] in _CHAT_PART_WRITERS]
+    if part.get("cache") and inner:
+        inner[-1] = {**inner[-1], "cache": part["cache"]}
+    name = {"name": names[part["id"]]} if part["id"] in names else {}
+    return {"role": "tool", "tool_call_id": part["id"], **name, "content": _write_chat_content(inner, "\n")}
+
+
+def _write_chat_image(part: Json) -> Json:
+    return {"type": "image_url", "image_url": {"url": data_url(part), **({"detail": part["detail"]} if part.get("detail") else {})}}
+
+
+def _write_chat_file(part: Json) -> Json:
+    if "file_id" in part:
+        return {"type": "file", "file": {"file_id": part["file_id"]}}
+    return {"type": "file", "file": {"filename": part.get("name") or part.get("title") or "document.pdf", "file_data": data_url(part)}}
+
+
+_CHAT_PART_WRITERS: Mapping[str, Callable[[Json], Json]] = {
+    "text": lambda part: {"type": "text", "text": part["text"]},
+    "image": _write_chat_image,
+    "file": _write_chat_file,
+    "audio": lambda part: {"type": "input_audio", "input_audio": {"data": part["data"], "format": part["format"]}},
+    "video": lambda part: dict(part["raw"]),
+}
+
+
+def _write_chat_said(parts: Sequence[Json], profile: Profile) -> Json:
+    """The message of an assistant turn; thinking in the field in which the provider wants it back."""
+    refusals = [part["text"] for part in parts if part["type"] == "refusal"]
+    spoken = ("text",) if profile.vendor else ("text", "refusal")
+    texts = [{**part, "type": "text"} for part in parts if part["type"] in spoken]
+    calls = [_write_chat_call(part) for part in parts if part["type"] == "call"]
+    thoughts = [part for part in parts if part["type"] == "think"]
+    message: Json = {"role": "assistant", "content": _write_chat_content(texts, "\n") if texts else profile.null_content if calls else None}
+    details = [entry for part in thoughts for entry in part.get("details", ())]
+    if details:
+        message["reasoning_details"] = details
+    elif thoughts and profile.replay in ("reasoning_content", "reasoning"):
+        message[profile.replay] = "\n".join(part["text"] for part in thoughts)
+    if refusals and profile.vendor:
+        message["refusal"] = "\n".join(refusals)
+    sound = next((part["id"] for part in parts if part["type"] == "audio" and part.get("id")), None)
+    if sound:
+        message["audio"] = {"id": sound}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _write_chat_call(part: Json) -> Json:
+    if part["kind"] == "custom":
+        written: Json = {"id": part["id"], "type": "custom", "custom": {"name": part["name"], "input": freeform_text(part["args"])}}
+    else:
+        written = {"id": part["id"], "type": "function", "function": {"name": part["name"], "arguments": "{}" if is_blank(part["args"]) else part["args"]}}
+    return {**written, "extra_content": part["note"]["data"]} if part.get("note") else written
+
+
+# ---- Translation: answers read
+
+@dataclass(slots=True)
+class _ChatCall:
+    """One call of a stream, as its provider tells it apart from others."""
+    key: int
+    place: tuple[Any, Any]                    #: number of the choice, index
+    id: str = ""
+    name: str = ""                            #: fragments so far, for providers that cut names
+    sent: str = ""                            #: arguments so far, for providers that repeat them
+    freeform: list[str] | None = None         #: text of a freeform call; its arguments are known at its end
+
+
+class _OfferedTools:
+    """The names of a request's tools, for `in` alone."""
+
+    __slots__ = ("_names",)
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def __contains__(self, name: Any) -> bool:
+        return isinstance(name, str) and self._names.back(name)[2] != ""
+
+
+_CONTENT_KEY = re.compile(r'"content"\s*:\s*"')
+_scan_string: Callable[[str, int, bool], tuple[str, int]] = json.decoder.scanstring     # type: ignore[attr-defined]
+_CHAT_DONE = Event("", "[DONE]", b"")
+
+
+class ChatStreamReader:
+    """A provider's Chat stream as deltas.
+
+    Nothing final is said at a finish reason: usage and errors may follow it.  An event that is the last plain one with another text is not parsed,
+    only its string.  `done`: the end mark or an error has come, close() may be called.
+    """
+
+    __slots__ = ("done", "_out", "_source", "_splitter", "_prefix", "_suffix", "_calls", "_plain", "_details", "_refused", "_cited", "_sources", "_ended")
+
+    def __init__(self, source: Source) -> None:
+        self.done = False
+        self._out = Serialiser(source)
+        self._source = source
+        self._splitter: TagSplitter | None = TagSplitter("open" if source.profile.think_open else "auto")   # None: thinking comes by a field
+        self._prefix = self._suffix = ""         # what the last event of plain text had around its text
+        self._calls: list[_ChatCall] = []
+        self._plain = False                      # thinking came as plain text, reasoning_details only repeat it
+        self._details: list[Json] = []           # entries that seal the thinking under way
+        self._refused = self._cited = False
+        self._sources: list[Any] = []            # citations that stand outside the text
+        self._ended = False
+
+    def feed(self, event: Event) -> list[Json]:
+        """The deltas of one event."""
+        data = event.data
+        if self._prefix and data.startswith(self._prefix) and not event.name:
+            text = self._same_but_text(data)
+            if text is not None:
+                self._say(text)
+                return self._out.take()
+        data = data.strip()
+        if self.done or not data:
+            return []
+        self._prefix = ""
+        if data == "[DONE]":
+            self.done = self._ended = True
+            return []
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            chunk = None
+        if event.name == "error":
+            chunk = chunk if find_chat_error(chunk) is not None else {"error": chunk or data[:200]}
+        deltas = self.take(chunk)
+        if not self.done:
+            self._learn(chunk, data)
+        return deltas
+
+    def take(self, chunk: Any) -> list[Json]:
+        """The deltas of one chunk that is parsed already."""
+        found = find_chat_error(chunk)
+        if isinstance(chunk, dict):
+            self._count(chunk)
+        if found is not None or not isinstance(chunk, dict):
+            self._fail(found if found is not None else {"error": "provider sent something that is not JSON"})
+            return self._out.take()
+        choices = chunk.get("choices")
+        if choices:
+            self._out.start(str(chunk.get("id") or ""), str(chunk.get("model") or ""))
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict) and (not choice.get("index") or self._source.profile.merge_choices):
+                self._take_choice(choice)
+        self._sources = chunk.get("search_results") or chunk.get("citations") or self._sources
+        return self._out.take()
+
+    def close(self) -> list[Json]:
+        """What is owed at the end: what was kept back, usage and the stop; or an error when the stream was cut."""
+        self.done = True
+        if self._ended or self._out.finished is not None:
+            for kind, text in self._splitter.close() if self._splitter else ():
+                self._tell(kind, text)
+            self._end_calls()
+            self._cite_sources()
+        return self._out.close(ended=self._ended)
+
+    def _same_but_text(self, data: str) -> str | None:
+        """The text of an event that is otherwise the same as the last plain one, None for any other."""
+        try:
+            text, end = _scan_string(data, len(self._prefix), True)
+        except ValueError:
+            return None
+        return text if data[end:] == self._suffix else None
+
+    def _learn(self, chunk: Json, data: str) -> None:
+        """Keep what stands around the text of an event that says nothing but its text."""
+        choices = chunk.get("choices")
+        choice = _chat_object(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
+        delta = choice.get("delta")
+        if not isinstance(delta, dict) or not isinstance(delta.get("content"), str) or choice.get("finish_reason") or choice.get("index"):
+            return
+        if data.count('"content"') != 1:
+            return
+        start = _CONTENT_KEY.search(data)
+        if start and not any(delta.get(name) for name in _CHAT_DELTA_FIELDS):
+            self._prefix = data[:start.end()]
+            self._suffix = data[_scan_string(data, start.end(), True)[1]:]
+
+    def _count(self, chunk: Json) -> None:
+        """Usage, wherever a provider puts it; cumulative ones replace each other."""
+        usage = chunk.get("usage")
+        if not usage:
+            choices = chunk.get("choices")
+            usage = _chat_object(chunk.get("x_groq")).get("usage") or (_chat_object(choices[0]).get("usage") if isinstance(choices, list) and choices else None)
+        if usage:
+            self._out.usage(read_usage("chat", usage))
+
+    def _take_choice(self, choice: Json) -> None:
+        delta = choice.get("delta")
+        delta = delta if isinstance(delta, dict) else _chat_object(choice.get("message"))
+        if delta.keys() - _CHAT_SPOKEN:
+            self._take_more(delta, choice.get("index"))
+        else:
+            self._take_content(delta.get("content"))
+        word = choice.get("finish_reason")
+        if word and not self._out.finished:
+            self._finish(word, choice.get("stop_reason"))
+
+    def _take_more(self, delta: Json, number: Any) -> None:
+        """A delta with more than text, in the order in which its fields belong."""
+        name = next((name for name in _CHAT_THINK_FIELDS if isinstance(delta.get(name), str) and delta[name]), "")
+        if name:
+            self._plain = True
+            self._think(delta[name], name)
+        if isinstance(delta.get("reasoning_details"), list):
+            self._take_details(delta["reasoning_details"])
+        if delta.get("reasoning_opaque"):
+            self._out.seal_later({"field": "reasoning_opaque", "data": delta["reasoning_opaque"]})
+        self._take_content(delta.get("content"))
+        if isinstance(delta.get("refusal"), str) and delta["refusal"]:
+            self._refused = True
+            self._out.refuse(delta["refusal"])
+        for annotation in delta["annotations"] if isinstance(delta.get("annotations"), list) else ():
+            self._cite(_chat_inner(_chat_object(annotation), "url_citation"))
+        for name in _CHAT_MEDIA:
+            if delta.get(name):
+                self._out.opaque("chat", {name: delta[name]})
+        for call in delta["tool_calls"] if isinstance(delta.get("tool_calls"), list) else ():
+            if isinstance(call, dict):
+                self._take_call(call, number)
+        if isinstance(delta.get("function_call"), dict):
+            self._take_call({"index": "function_call", "function": delta["function_call"]}, number)
+
+    def _take_content(self, content: Any) -> None:
+        if isinstance(content, str):
+            self._say(content)
+        elif isinstance(content, list):
+            for part in content:
+                if isinstance(part, str) or isinstance(part, dict) and part.get("type") == "text":
+                    self._say(part if isinstance(part, str) else str(part.get("text") or ""))
+                elif isinstance(part, dict) and part.get("type") == "thinking":
+                    self._think(_chat_thought_text(part.get("thinking")), "thinking")
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        if self._details:
+            self._details = []
+        if self._splitter is None:
+            self._out.text(text)
+        else:
+            for kind, piece in self._splitter.feed(text):
+                self._tell(kind, piece)
+
+    def _tell(self, kind: str, text: str) -> None:
+        """A piece of content; thinking inside tags counts as reasoning_content, which is where most servers put it."""
+        if kind == "text":
+            self._out.text(text)
+        else:
+            self._out.think(text, "reasoning_content")
+
+    def _think(self, text: str, field_name: str) -> None:
+        """Thinking by a field: tags in the content mean nothing from here on."""
+        if self._splitter is not None and not is_blank(text):
+            for kind, piece in self._splitter.close():
+                self._tell(kind, piece)
+            self._splitter = None
+        self._out.think(text, field_name)
+
+    def _take_details(self, entries: list[Any]) -> None:
+        for entry in entries:
+            if not isinstance(entry, dict):
+                continue
+            text = entry.get("text") or entry.get("summary")
+            if isinstance(text, str) and not self._plain:
+                self._think(text, "reasoning_details")
+            if entry.get("signature") or entry.get("data"):
+                self._details.append(rest_of(entry, ("text", "summary")))
+                self._out.seal_later({"field": "reasoning_details", "data": list(self._details)})
+
+    def _cite(self, told: Json) -> None:
+        if isinstance(told.get("url"), str) and told["url"]:
+            self._cited = True
+            span = {name: told[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(told.get(key), int)}
+            self._out.cite({"url": told["url"], "title": str(told.get("title") or ""), **span})
+
+    def _cite_sources(self) -> None:
+        """Citations that stand beside the answer, when none stood in it."""
+        for told in self._sources if isinstance(self._sources, list) and not self._cited else ():
+            self._cite({"url": told} if isinstance(told, str) else _chat_object(told))
+
+    def _take_call(self, call: Json, number: Any) -> None:
+        inner = call.get("function") or call.get("custom")
+        inner = inner if isinstance(inner, dict) else {}
+        call_id = "" if empty_id(call.get("id")) else call["id"]
+        name = inner["name"] if isinstance(inner.get("name"), str) else ""
+        value = inner.get("arguments", inner.get("input"))
+        known = self._find_call(call_id, call.get("index"), bool(name), number)
+        if "custom" in call and known.freeform is None:
+            known.freeform = []
+        if self._source.profile.name_fragments:
+            known.name += name if name != known.name else ""
+            name = known.name if value else ""
+        self._details = []
+        self._out.call(known.key, call_id, name, "function" if known.freeform is None else "custom")
+        if call.get("extra_content"):
+            self._out.note(known.key, call["extra_content"])
+        if value is not None:
+            self._take_args(known, value)
+
+    def _find_call(self, call_id: str, index: Any, named: bool, number: Any) -> _ChatCall:
+        """The call that a fragment belongs to, a new one where it cannot be an earlier one's."""
+        same = next((call for call in self._calls if call_id and call.id == call_id), None)
+        if same is not None:
+            return same
+        place = (number, index)
+        last = next((call for call in reversed(self._calls) if index is None or call.place == place), None)
+        if last is not None and index is None and not (call_id or named):
+            return last
+        if last is not None and index is not None and not (call_id and last.id) and not (
+                named and not call_id and self._out.named(last.key) and self._out.whole(last.key)):
+            last.id = last.id or call_id
+            return last
+        self._end_calls()
+        self._calls.append(_ChatCall(len(self._calls), place, call_id))
+        return self._calls[-1]
+
+    def _take_args(self, call: _ChatCall, value: Any) -> None:
+        text = args_text(value)
+        if call.freeform is not None:
+            call.freeform.append(text)
+            return
+        if not isinstance(value, str) and self._out.whole(call.key):
+            return
+        if self._source.profile.repeats_args:
+            if call.sent and text == call.sent:
+                return
+            call.sent += text
+        self._out.args(call.key, text)
+
+    def _end_calls(self) -> None:
+        """What calls so far had kept back: a name in pieces, freeform text."""
+        for call in self._calls:
+            if call.name:
+                self._out.call(call.key, call.id, call.name)
+            if call.freeform:
+                self._out.args(call.key, freeform_args("".join(call.freeform)))
+                call.freeform = []
+
+    def _finish(self, word: Any, stopped_by: Any) -> None:
+        reason = read_stop_reason("chat", word)
+        if reason == "error":
+            self._fail({"error": f'The provider stopped with "{word}".'})
+        elif reason == "end" and self._refused:
+            self._out.finish("refusal")
+        elif reason == "end" and isinstance(stopped_by, str) and stopped_by:
+            self._out.finish("sequence", stopped_by)
+        else:
+            self._out.finish(reason)
+
+    def _fail(self, found: Json) -> None:
+        """An error in the stream; behind a finish reason it changes nothing that was said."""
+        self.done = True
+        if self._out.finished is None and not self._recover(found):
+            self._out.fail(_read_chat_error(found))
+
+    def _recover(self, found: Json) -> bool:
+        """Whether the error holds a call that Groq would not pass on and the request's own tools can answer: then that is the answer."""
+        generation = _chat_object(found.get("error")).get("failed_generation")
+        offered: Any = _OfferedTools(self._source.names)
+        call = recover_call(generation, offered) if not self._calls else None
+        if call is None:
+            return False
+        self._out.call("recovered", "", call[0])
+        self._out.args("recovered", call[1])
+        self._out.finish("tool")
+        return True
+
+
+#: What a delta may hold without being more than text.
+_CHAT_SPOKEN = frozenset({"role", "content"})
+_CHAT_MEDIA = ("images", "audio")
+#: Fields of a delta that say something beside its text.
+_CHAT_DELTA_FIELDS = (*_CHAT_THINK_FIELDS, *_CHAT_MEDIA, "reasoning_details", "reasoning_opaque", "refusal", "annotations", "tool_calls", "function_call")
+
+
+def _read_chat_error(found: Json) -> Json:
+    """The error delta for what find_chat_error found."""
+    status, choices = found.get("base_resp"), found.get("choices")
+    if isinstance(status, dict) and not found.get("error"):
+        return read_error({"message": status.get("status_msg"), "code": status.get("status_code")})
+    inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
+    return read_error({"error": inside} if inside else found)
+
+
+def chat_read_answer(body: Any, source: Source) -> list[Json]:
+    """The deltas of a whole answer, as a stream whose one chunk holds all of it."""
+    reader = ChatStreamReader(source)
+    return [*reader.take(_answer_chunk(body)), *reader.feed(_CHAT_DONE), *reader.close()]
+
+
+def _answer_chunk(body: Any) -> Any:
+    """The body as a chunk: messages for deltas, their calls numbered."""
+    if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
+        return body
+    choices = [choice for choice in body["choices"] if isinstance(choice, dict)]
+    return {**body, "choices": [{**choice, "delta": _numbered_calls(_chat_object(choice.get("message")))} for choice in choices]}
+
+
+def _numbered_calls(message: Json) -> Json:
+    """The message with an index for each call, and without ids that repeat: in a whole message every entry is a call of its own."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    seen: set[Any] = set()
+    numbered = []
+    for index, call in enumerate(calls):
+        if isinstance(call, dict):
+            repeated = isinstance(call.get("id"), str) and call["id"] in seen
+            numbered.append({**call, "index": index, "id": None if repeated else call.get("id")})
+            seen.add(str(call.get("id")))
+    return {**message, "tool_calls": numbered}
+
+
+# ---- Translation: answers written for a client
+
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class ChatStreamWriter:
+    """Hub deltas as a Chat client's stream.  A delta of text is bytes around one escaped string."""
+
+    __slots__ = ("_asked", "_head", "_tail", "_end", "_said", "_takes", "_call", "_freeform", "_usage", "_wants_usage", "_hides",
+                 "_refused", "_n_calls", "_n_seals", "_n_cites", "_started", "_ended")
+
+    def __init__(self, asked: Asked) -> None:
+        stamp = {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
+        self._asked = asked
+        self._wants_usage = bool((asked.hub.get("meta") or {}).get("include_usage"))
+        self._hides = (asked.hub.get("think") or {}).get("show") == "omitted"
+        self._head = b"data: " + dump_json(stamp)[:-1] + b',"choices":['
+        self._end = b']' + (b',"usage":null' if self._wants_usage else b"") + b"}\n\n"
+        self._tail = b',"logprobs":null,"finish_reason":null}' + self._end
+        self._said = {kind: (self._head + b'{"index":0,"delta":{"%s":' % name, b"}" + self._tail)
+                      for kind, name in (("text", b"content"), ("think", b"reasoning_content")) if not (self._hides and kind == "think")}
+        self._takes: Mapping[str, tuple[bytes, bytes]] = {}      # kinds of delta that need no thought now, with what goes around their text
+        self._call = ""             # the open call: bare (no arguments yet), live, freeform, unsaid; "" for none
+        self._freeform: list[str] = []
+        self._usage: Json = {}
+        self._refused = self._started = self._ended = False
+        self._n_calls = self._n_seals = self._n_cites = 0
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta."""
+        kind = delta["delta"]
+        around = self._takes.get(kind)
+        if around is not None:
+            return [around[0] + dump_json(delta["text"]) + around[1]]
+        if self._ended:
+            return []
+        begun = []
+        if not self._started and kind != "error":
+            self._started, self._takes = True, self._said
+            begun = [self._chunk({"role": "assistant", "content": ""})]
+        write = self.WRITES.get(kind)
+        return begun + (write(self, delta) if write else [])
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come: nothing, unless they ended without a stop."""
+        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+
+    def keep_alive(self) -> bytes:
+        """A comment, for silences."""
+        return _KEEP_ALIVE
+
+    def error(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream; no end mark follows it."""
+        self._ended, self._takes = True, {}
+        return write_event(chat_error(error))
+
+    def _chunk(self, delta: Json) -> bytes:
+        return self._head + b'{"index":0,"delta":' + dump_json(delta) + self._tail
+
+    def _shut(self) -> list[bytes]:
+        """The end of an open call: the arguments it still owes."""
+        call, self._call, self._takes = self._call, "", self._said
+        if call == "freeform":
+            text, self._freeform = freeform_text("".join(self._freeform)), []
+            return [self._chunk({"tool_calls": [{"index": self._n_calls - 1, "custom": {"input": text}}]})]
+        return [b'"{}"'.join(self._around_args())] if call == "bare" else []
+
+    def _around_args(self) -> tuple[bytes, bytes]:
+        if self._asked.hub.get("legacy"):
+            return self._head + b'{"index":0,"delta":{"function_call":{"arguments":', b"}}" + self._tail
+        return self._head + b'{"index":0,"delta":{"tool_calls":[{"index":%d,"function":{"arguments":' % (self._n_calls - 1), b"}}]}" + self._tail
+
+    def _write_start(self, delta: Json) -> list[bytes]:
+        return self._write_usage(delta.get("usage") or {})
+
+    def _write_said(self, delta: Json) -> list[bytes]:
+        """Text or thinking behind a call; or thinking that is not to be shown."""
+        shut, around = self._shut(), self._said.get(delta["delta"])
+        return [*shut, around[0] + dump_json(delta["text"]) + around[1]] if around else shut
+
+    def _write_refusal(self, delta: Json) -> list[bytes]:
+        self._refused = True
+        return [*self._shut(), self._chunk({"refusal": delta["text"]})]
+
+    def _write_seal(self, delta: Json) -> list[bytes]:
+        details = [] if self._hides else _chat_details(delta, self._n_seals)
+        self._n_seals += bool(details)
+        return [*self._shut(), *([self._chunk({"reasoning_details": details})] if details else [])]
+
+    def _write_call(self, delta: Json) -> list[bytes]:
+        shut = self._shut()
+        custom, legacy = delta["kind"] == "custom", self._asked.hub.get("legacy")
+        self._n_calls += 1
+        self._takes = {}
+        self._call = "unsaid" if legacy and self._n_calls > 1 else "freeform" if custom else "bare"     # the old form has room for one call
+        if legacy:
+            return shut if self._call == "unsaid" else [*shut, self._chunk({"function_call": {"name": delta["name"], "arguments": ""}})]
+        inner = {"custom": {"name": delta["name"], "input": ""}} if custom else {"function": {"name": delta["name"], "arguments": ""}}
+        return [*shut, self._chunk({"tool_calls": [{"index": self._n_calls - 1, "id": delta["id"], "type": "custom" if custom else "function", **inner}]})]
+
+    def _write_args(self, delta: Json) -> list[bytes]:
+        """The first arguments of a call; later ones go by `_takes`."""
+        if self._call == "freeform":
+            self._freeform.append(delta["text"])
+        if self._call != "bare":
+            return []
+        self._call, self._takes = "live", {"args": self._around_args()}
+        return self.feed(delta)
+
+    def _write_note(self, delta: Json) -> list[bytes]:
+        if self._asked.hub.get("legacy") or not self._n_calls:
+            return []
+        return [self._chunk({"tool_calls": [{"index": self._n_calls - 1, "extra_content": delta["data"]}]})]
+
+    def _write_cite(self, delta: Json) -> list[bytes]:
+        self._n_cites += 1          # the openai SDK breaks at the second entry of a list without index
+        return [*self._shut(), self._chunk({"annotations": [{"index": self._n_cites - 1, **_chat_annotation(delta)}]})]
+
+    def _write_opaque(self, delta: Json) -> list[bytes]:
+        return [*self._shut(), *([self._chunk(delta["data"])] if delta["family"] == "chat" else [])]
+
+    def _write_usage(self, usage: Json) -> list[bytes]:
+        self._usage = merge_usage(self._usage, usage)
+        return []
+
+    def _write_stop(self, delta: Json) -> list[bytes]:
+        frames = self._shut()
+        word, refusal = _chat_stop(delta, self._refused, self._asked.hub.get("legacy"))
+        if refusal:
+            frames.append(self._chunk({"refusal": refusal}))
+        frames.append(self._head + b'{"index":0,"delta":{},"logprobs":null,"finish_reason":' + dump_json(word) + b"}" + self._end)
+        if self._wants_usage:
+            frames.append(self._head + b'],"usage":' + dump_json(write_usage("chat", self._usage)) + b"}\n\n")
+        self._ended, self._takes = True, {}
+        return [*frames, b"data: [DONE]\n\n"]
+
+    def _write_error(self, delta: Json) -> list[bytes]:
+        return [self.error(_delta_error(delta))]
+
+    #: Hub deltas by kind, those that `_takes` does not see to.
+    WRITES: Mapping[str, Callable[[ChatStreamWriter, Json], list[bytes]]] = {
+        "start": _write_start, "text": _write_said, "think": _write_said, "refuse": _write_refusal, "seal": _write_seal, "call": _write_call,
+        "args": _write_args, "note": _write_note, "cite": _write_cite, "opaque": _write_opaque,
+        "usage": _write_usage, "stop": _write_stop, "error": _write_error,
+    }
+
+
+def _delta_error(delta: Json) -> GatewayError:
+    return GatewayError(delta["message"], delta["status"], delta["code"], delta["type"])
+
+
+def _chat_details(record: Json, number: int) -> list[Json]:
+    """The reasoning_details of a seal, numbered where they are of our making."""
+    details = details_of(record)
+    return details if record.get("field") == "reasoning_details" else [{**entry, "index": number} for entry in details]
+
+
+def _chat_annotation(cite: Json) -> Json:
+    span = {"start_index": cite.get("start") or 0, "end_index": cite.get("end") or 0}
+    return {"type": "url_citation", "url_citation": {**span, "url": cite["url"], "title": cite.get("title") or ""}}
+
+
+def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
+    """(finish_reason, refusal still to be told): a refusal whose words are not known at all shows as content_filter."""
+    reason = stop["reason"]
+    if reason == "refusal" and not refused:
+        explanation = _chat_object(stop.get("details")).get("explanation")
+        return ("stop", explanation) if isinstance(explanation, str) and explanation else ("content_filter", "")
+    return "function_call" if reason == "tool" and legacy else WRITE_STOPS["chat"][reason], ""
+
+
+def chat_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
+    """The body of an answer that is not streamed; the error's envelope when there was one."""
+    told = list(deltas)
+    end = told[-1] if told and told[-1]["delta"] in ("stop", "error") else error_delta(502, "upstream closed the stream before finishing")
+    if end["delta"] == "error":
+        return chat_error(_delta_error(end))
+    usage: Json = {}
+    for delta in told:
+        if delta["delta"] in ("start", "usage"):
+            usage = merge_usage(usage, delta if delta["delta"] == "usage" else delta.get("usage") or {})
+    message = _write_chat_answer(fold_deltas(told), asked)
+    word, refusal = _chat_stop(end, bool(message["refusal"]), asked.hub.get("legacy"))
+    message["refusal"] = message["refusal"] or refusal or None
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": word}
+    return {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion", "created": asked.created_s, "model": asked.hub["model"], "choices": [choice],
+            "usage": write_usage("chat", usage)}
+
+
+def _write_chat_answer(parts: Sequence[Json], asked: Asked) -> Json:
+    """The message of a whole answer."""
+    texts = {kind: "".join(part["text"] for part in parts if part["type"] == kind) for kind in ("text", "refusal", "think")}
+    calls = [_write_chat_call(part) for part in parts if part["type"] == "call"]
+    message: Json = {"role": "assistant", "content": texts["text"] or (None if calls or texts["refusal"] else ""), "refusal": texts["refusal"] or None,
+                     "annotations": [_chat_annotation(cite) for part in parts for cite in part.get("cites", ())]}
+    if (asked.hub.get("think") or {}).get("show") != "omitted":
+        details: list[Json] = []
+        n_seals = 0
+        for part in parts:
+            sealed = _chat_details(part["seal"], n_seals) if part["type"] == "think" and "seal" in part else []
+            details += sealed
+            n_seals += bool(sealed)
+        message |= {name: value for name, value in (("reasoning_content", texts["think"]), ("reasoning_details", details)) if value}
+    for part in parts:
+        if part["type"] == "opaque" and part["family"] == "chat":
+            for name, value in part["data"].items():
+                message[name] = _chat_joined(message.get(name), value)
+    if calls and asked.hub.get("legacy"):
+        return {**message, "function_call": calls[0].get("function")}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _chat_joined(old: Any, new: Any) -> Any:
+    """Pieces of media put together: lists and texts behind each other, objects field by field."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{name: _chat_joined(old.get(name), value) if name in ("data", "transcript") else value for name, value in new.items()}}
+    if isinstance(old, str) and isinstance(new, str):
+        return old + new
+    return [*old, *new] if isinstance(old, list) and isinstance(new, list) else new
+
+
 ##############################################################################
-# 12. Anthropic Messages                                    pure | uses 1-2
+# 11. OpenAI Responses                                      pure | uses 1-2, 8-9
 ##############################################################################
-# The envelope of errors for clients that speak Messages.  Source: Anthropic API reference, Errors, read 2026-11.
+# Responses as clients send it and providers answer it: requests are lists of items, answers too, streams tell of each item's birth,
+# growth and end.  Items live by output_index, since some providers change an item's id between events; what `output_item.done` holds is
+# the truth, the deltas before it are display.  The writer has one open item; deltas of text are bytes around one escaped string.
+# Before editing: Codex runs a tool call as soon as it sees its output_item.done, so nothing half-made may be closed.
+# Source: OpenAI API reference, Responses, and SDK types, read 2026-11.  Guarded by tests/test_format_responses.py.
+# One more kind of item: a row in _ITEM_READERS for requests, in _CALL_ITEM_KINDS if clients run it; what has no row is opaque or dropped by name.
+
+# ---- What a request must look like
+
+_RESPONSES_ROLES = frozenset({"user", "assistant", "system", "developer"})
+_RESPONSES_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "model": ((str,), "a string"),
+    "input": ((str, list), "a string or a list"),
+    "instructions": ((str, list), "a string"),
+    "stream": ((bool,), "a boolean"),
+    "stream_options": ((dict,), "an object"),
+    "max_output_tokens": ((int,), "an integer"),
+    "max_tool_calls": ((int,), "an integer"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "top_logprobs": ((int,), "an integer"),
+    "tools": ((list,), "a list"),
+    "tool_choice": ((str, dict), "a string or an object"),
+    "parallel_tool_calls": ((bool,), "a boolean"),
+    "reasoning": ((dict,), "an object"),
+    "text": ((dict,), "an object"),
+    "include": ((list,), "a list"),
+    "store": ((bool,), "a boolean"),
+    "background": ((bool,), "a boolean"),
+    "previous_response_id": ((str,), "a string"),
+    "metadata": ((dict,), "an object"),
+    "user": ((str,), "a string"),
+    "prompt_cache_key": ((str,), "a string"),
+    "safety_identifier": ((str,), "a string"),
+    "service_tier": ((str,), "a string"),
+    "truncation": ((str,), "a string"),
+    "prompt": ((dict,), "an object"),
+}
+#: Any of these makes a request without input whole: the provider holds it.
+_STATE_FIELDS = ("previous_response_id", "prompt", "conversation")
+
+
+def check_responses_request(body: Any) -> Json:
+    """The body when it is a Responses request by its structure. Raises GatewayError 400 that names the first field that is not."""
+    if not isinstance(body, dict):
+        raise bad_request("The body must be a JSON object.")
+    for name, value in body.items():
+        types, expected = _RESPONSES_FIELDS.get(name, ((object,), ""))
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
+            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
+    if body.get("max_output_tokens") is not None and body["max_output_tokens"] < 1:
+        raise bad_request("max_output_tokens must be at least 1.", param="max_output_tokens", code="invalid_value")
+    items = body.get("input")
+    if not items and not any(body.get(name) for name in _STATE_FIELDS):
+        raise bad_request("input must be a string or a list with at least one item.", param="input", code="missing_required_parameter")
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        _check_item(item, f"input[{index}]")
+    for index, tool in enumerate(body.get("tools") or ()):
+        _check_responses_tool(tool, f"tools[{index}]")
+    return body
+
+
+def _check_item(item: Any, where: str) -> None:
+    if not isinstance(item, dict) or not isinstance(item.get("type", "message"), str):
+        raise bad_request(f"{where} must be an object with a type.", param=where, code="invalid_type")
+    if item.get("type", "message") == "message":
+        role, content = item.get("role"), item.get("content")
+        if not isinstance(role, str) or role not in _RESPONSES_ROLES:
+            raise bad_request(f"{where}.role must be one of {', '.join(sorted(_RESPONSES_ROLES))}.", param=f"{where}.role", code="invalid_value")
+        if content is None and role != "assistant":
+            raise bad_request(f"{where}.content is missing.", param=f"{where}.content", code="missing_required_parameter")
+        if content is not None and not isinstance(content, str):
+            _check_item_parts(content, f"{where}.content")
+    elif item["type"] in ("function_call", "custom_tool_call") and not isinstance(item.get("name"), str):
+        raise bad_request(f"{where}.name is missing.", param=f"{where}.name", code="missing_required_parameter")
+    elif item["type"] in ("function_call_output", "custom_tool_call_output") and isinstance(item.get("output"), list):
+        _check_item_parts(item["output"], f"{where}.output")
+
+
+def _check_item_parts(parts: Any, where: str) -> None:
+    if not isinstance(parts, list) or any(not isinstance(part, dict) or not isinstance(part.get("type"), str) for part in parts):
+        raise bad_request(f"{where} must be a string or a list of parts with a type.", param=where, code="invalid_type")
+
+
+def _check_responses_tool(tool: Any, where: str) -> None:
+    if not isinstance(tool, dict) or not isinstance(tool.get("type", "function"), str):
+        raise bad_request(f"{where} must be an object with a type.", param=where, code="invalid_type")
+    kind = tool.get("type", "function")
+    if kind in ("function", "custom") and not isinstance(_nested_form(tool, kind).get("name"), str):
+        raise bad_request(f"{where}.name is missing.", param=f"{where}.name", code="missing_required_parameter")
+    if kind == "namespace":
+        if not isinstance(tool.get("name"), str) or not isinstance(tool.get("tools"), list):
+            raise bad_request(f"{where} must be a namespace with a name and tools.", param=where, code="invalid_type")
+        for index, member in enumerate(tool["tools"]):
+            _check_responses_tool(member, f"{where}.tools[{index}]")
+
+
+def check_responses_state(body: Json) -> None:
+    """Raises GatewayError 400 for a request that only a provider which stores answers can serve; not to be asked when it goes there untouched."""
+    previous = body.get("previous_response_id")
+    if previous:
+        raise bad_request(f"Previous response with id '{previous}' not found.", param="previous_response_id", code="previous_response_not_found")
+    items = body.get("input")
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if item.get("type") == "item_reference":
+            raise bad_request("item references need a provider that stores responses", param=f"input[{index}]", code="unsupported_value")
+
+
+def _nested_form(value: Json, name: str) -> Json:
+    """The object under `name`, where clients that mix formats put it, else the object itself."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else value
+
+
+def _dict_in(value: Json, name: str) -> Json:
+    """The object under `name`, {} for anything else: what others send is never trusted to have its shape."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _dicts_in(value: Json, name: str) -> list[Json]:
+    """The objects in the list under `name`."""
+    inner = value.get(name)
+    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
+
+
+def _str_in(value: Json, name: str) -> str:
+    inner = value.get(name)
+    return inner if isinstance(inner, str) else ""
+
+
+# ---- Requests: body to hub
+
+#: Fields that the hub has a place for; the others go to extra.
+_RESPONSES_READ = frozenset((
+    "model input instructions stream max_output_tokens temperature top_p tools tool_choice parallel_tool_calls reasoning text include store user safety_identifier "
+    "prompt_cache_key service_tier metadata top_logprobs truncation previous_response_id").split())
+#: Fields the answer repeats as they were asked, with what it says when they were not.
+_ECHOED: Json = {
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None}, "service_tier": None, "store": False, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
+    "tools": [], "top_logprobs": None, "top_p": None, "truncation": "disabled", "user": None, "prompt_cache_key": None, "safety_identifier": None, "background": False}
+
+#: Names in the hub's meta of fields that are what they are.
+_RESPONSES_META: Mapping[str, str] = {
+    "user": "user", "safety": "safety_identifier", "cache_key": "prompt_cache_key", "tier": "service_tier", "metadata": "metadata", "top_logprobs": "top_logprobs"}
+
+_INCLUDE_SEALS, _INCLUDE_LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
+
+
+def responses_read_request(body: Json) -> Json:
+    """Hub request for a Responses body. Raises GatewayError 400 for what no provider could be sent.
+
+    in:      {"input": str | [items], "instructions"?, "tools"?, ...}
+    out:     hub request; "echo" holds the fields that the answer repeats, "extra" those only Responses providers understand.
+    dropped: unknown items by their type, and compaction, which the writer of this section takes back where it can be told.
+    """
+    check_responses_request(body)
+    check_responses_state(body)
+    hub = new_hub("responses", body.get("model") or "", bool(body.get("stream")))
+    hub["echo"] = {name: body[name] for name in _ECHOED if body.get(name) is not None}
+    instructions = body.get("instructions")
+    if instructions:
+        hub["system"] = [text_part(instructions)] if isinstance(instructions, str) else _read_item_content(instructions, "instructions")
+    merge_tools(hub, _read_responses_tools(body.get("tools") or ()))
+    items = body.get("input") or []
+    for index, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
+        reader = _ITEM_READERS.get(item.get("type", "message"))
+        if reader is None:
+            drop(hub, f"input.{item['type']}")
+        else:
+            reader(hub, item, f"input[{index}]")
+    _read_responses_options(hub, body)
+    return hub
+
+
+def _add_parts(hub: Json, role: str, *parts: Json) -> None:
+    """More parts for the conversation, in the last turn when it has that role."""
+    if hub["turns"] and hub["turns"][-1]["role"] == role:
+        hub["turns"][-1]["parts"].extend(parts)
+    else:
+        hub["turns"].append({"role": role, "parts": list(parts)})
+
+
+def _read_message_item(hub: Json, item: Json, where: str) -> None:
+    role, parts = item["role"], _read_item_content(item.get("content"), f"{where}.content")
+    if role in ("user", "assistant"):
+        _add_parts(hub, role, *parts)
+        return
+    texts = [part for part in parts if part["type"] == "text"]
+    drop(hub, *(f"input.{part['type']}" for part in parts if part["type"] != "text"))
+    if any(part["type"] != "opaque" for turn in hub["turns"] for part in turn["parts"]):
+        _add_parts(hub, "system", *texts)
+    else:
+        hub.setdefault("system", []).extend(texts)
+
+
+def _read_item_content(content: Any, where: str) -> list[Json]:
+    """Parts of a message or a tool's output: a string, a list of parts, or whatever else a tool gave as JSON."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [text_part(content)]
+    if not isinstance(content, list):
+        return [text_part(compact(content))]
+    parts = []
+    for index, part in enumerate(content):
+        reader = _ITEM_PART_READERS.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
+        if reader is None:
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise bad_request(f'{where}[{index}]: unknown part type "{kind}"', param=f"{where}[{index}]", code="invalid_value")
+        parts.append(reader(part, f"{where}[{index}]"))
+    return parts
+
+
+def _read_item_text(part: Json, where: str) -> Json:
+    return text_part(_str_in(part, "text"), {"type": "ephemeral"} if part.get("prompt_cache_breakpoint") else None)
+
+
+def _read_item_image(part: Json, where: str) -> Json:
+    detail = _str_in(part, "detail") or None
+    url = _str_in(_dict_in(part, "image_url"), "url") or _str_in(part, "image_url")
+    if url:
+        return image_part(url, detail)
+    if isinstance(part.get("file_id"), str):
+        return {"type": "image", "file_id": part["file_id"], **({"detail": detail} if detail else {})}
+    raise bad_request(f"{where}: image_url or file_id is required", param=where, code="missing_required_parameter")
+
+
+def _read_item_file(part: Json, where: str) -> Json:
+    name = {"name": part["filename"]} if isinstance(part.get("filename"), str) else {}
+    if isinstance(part.get("file_data"), str):
+        return file_part(part["file_data"], _str_in(part, "filename") or None)
+    if isinstance(part.get("file_url"), str):
+        return {"type": "file", "url": part["file_url"], **name}
+    if isinstance(part.get("file_id"), str):
+        return {"type": "file", "file_id": part["file_id"], **name}
+    raise bad_request(f"{where}: file_data, file_url or file_id is required", param=where, code="missing_required_parameter")
+
+
+def _read_item_audio(part: Json, where: str) -> Json:
+    audio = _nested_form(part, "input_audio")
+    return {"type": "audio", "data": _str_in(audio, "data"), "format": _str_in(audio, "format")}
+
+
+_ITEM_PART_READERS: Mapping[str, Callable[[Json, str], Json]] = {
+    "input_text": _read_item_text, "output_text": _read_item_text, "text": _read_item_text, "refusal": lambda part, where: {"type": "refusal", "text": _str_in(part, "refusal")},
+    "input_image": _read_item_image, "image_url": _read_item_image, "input_file": _read_item_file, "input_audio": _read_item_audio}
+
+
+def _joined_reasoning(item: Json) -> tuple[str, str]:
+    """Summary and open thinking of a reasoning item, each in one string."""
+    return "\n\n".join(_str_in(part, "text") for part in _dicts_in(item, "summary")), "".join(_str_in(part, "text") for part in _dicts_in(item, "content"))
+
+
+def _read_reasoning_item(hub: Json, item: Json, where: str) -> None:
+    seal = read_seal(item.get("encrypted_content"), "openai", "encrypted")
+    summary, texts = _dicts_in(item, "summary"), _joined_reasoning(item)
+    text = texts[0] or texts[1]
+    if text or seal:
+        _add_parts(hub, "assistant", {"type": "think", "text": text, **({"seal": seal} if seal else {}), **({"summary": summary} if len(summary) > 1 else {})})
+
+
+def _read_function_call(hub: Json, item: Json, where: str) -> None:
+    name, namespace = item["name"], _str_in(item, "namespace")
+    part = call_part(_str_in(item, "call_id"), name, args_text(item.get("arguments")), "function", "" if namespace == name else namespace)
+    # A tool that the hosted tool search loaded comes back in a namespace of its own name, which is not how it was offered.
+    _add_parts(hub, "assistant", {**part, "raw": {"namespace": namespace}} if namespace and namespace == name else part)
+
+
+def _read_custom_call(hub: Json, item: Json, where: str) -> None:
+    text = item.get("input")
+    args = freeform_args(text if isinstance(text, str) else args_text(text))
+    _add_parts(hub, "assistant", call_part(_str_in(item, "call_id"), item["name"], args, "custom", _str_in(item, "namespace")))
+
+
+def _read_shell_call(hub: Json, item: Json, where: str) -> None:
+    _add_parts(hub, "assistant", call_part(_str_in(item, "call_id") or _str_in(item, "id"), "local_shell", _call_item_args(item), "shell"))
+
+
+def _read_vendor_call(hub: Json, item: Json, where: str) -> None:
+    name, args = ("shell", item.get("action")) if item["type"] == "shell_call" else ("apply_patch", item.get("operation"))
+    _add_parts(hub, "assistant", {**call_part(_str_in(item, "call_id"), name, compact(args or {})), "raw": item})
+
+
+def _read_search_call(hub: Json, item: Json, where: str) -> None:
+    if _is_hosted_search(item):
+        _read_hosted(hub, item, where)
+    else:
+        _add_parts(hub, "assistant", call_part(item["call_id"], "tool_search", _call_item_args(item), "search"))
+
+
+def _is_hosted_search(item: Json) -> bool:
+    """Whether the provider ran this tool search itself."""
+    return item.get("execution") == "server" or not _str_in(item, "call_id")
+
+
+def _read_output(hub: Json, item: Json, where: str) -> None:
+    kind = {"custom_tool_call_output": "custom", "local_shell_call_output": "shell"}.get(item["type"], "function")
+    call_id = _str_in(item, "call_id") or (_str_in(item, "id") if kind == "shell" else "")
+    part = result_part(call_id, _read_item_content(item.get("output"), f"{where}.output"), kind=kind)
+    _add_parts(hub, "user", part)
+
+
+def _read_vendor_output(hub: Json, item: Json, where: str) -> None:
+    output = item.get("output")
+    text = output if isinstance(output, str) else compact(output) if output is not None else _str_in(item, "status")
+    _add_parts(hub, "user", {**result_part(_str_in(item, "call_id"), [text_part(text)]), "raw": item})
+
+
+def _read_search_output(hub: Json, item: Json, where: str) -> None:
+    tools = _read_responses_tools(_dicts_in(item, "tools"))
+    merge_tools(hub, [{**tool, "placed": True} for tool in tools])
+    if _is_hosted_search(item):
+        _read_hosted(hub, item, where)
+    else:
+        names = "\n".join(flat_name(tool["name"], tool.get("namespace", "")) for tool in tools)
+        _add_parts(hub, "user", {**result_part(item["call_id"], [text_part(names)] if names else [], kind="search"), "raw": item})
+
+
+def _read_more_tools(hub: Json, item: Json, where: str) -> None:
+    merge_tools(hub, [{**tool, "placed": True} for tool in _read_responses_tools(_dicts_in(item, "tools"))])
+    _add_parts(hub, "user", _opaque_item(item))
+
+
+def _opaque_item(item: Json) -> Json:
+    return {"type": "opaque", "family": "openai", "format": "responses", "data": item}
+
+
+def _read_hosted(hub: Json, item: Json, where: str) -> None:
+    """An item of a tool that the provider runs: its own family gets it back, others do not."""
+    _add_parts(hub, "user" if item["type"] in _USER_ITEMS else "assistant", _opaque_item(item))
+
+
+def _read_picture(hub: Json, item: Json, where: str) -> None:
+    result = _str_in(item, "result")
+    image = {"image": {"type": "image", "mime": f"image/{_str_in(item, 'output_format') or 'png'}", "data": result}} if result else {}
+    _add_parts(hub, "user", {**_opaque_item(item), **image})
+
+
+def _read_compaction(hub: Json, item: Json, where: str) -> None:
+    if item["type"] == "compaction":
+        drop(hub, "compaction")
+    _add_parts(hub, "user", _opaque_item(item))
+
+
+#: Items of a conversation that are not the model's.
+_USER_ITEMS = frozenset({"mcp_approval_response", "computer_call_output"})
+
+_ITEM_READERS: Mapping[str, Callable[[Json, Json, str], None]] = {
+    "message": _read_message_item,
+    "reasoning": _read_reasoning_item,
+    "function_call": _read_function_call,
+    "function_call_output": _read_output,
+    "custom_tool_call": _read_custom_call,
+    "custom_tool_call_output": _read_output,
+    "local_shell_call": _read_shell_call,
+    "local_shell_call_output": _read_output,
+    "shell_call": _read_vendor_call,
+    "shell_call_output": _read_vendor_output,
+    "apply_patch_call": _read_vendor_call,
+    "apply_patch_call_output": _read_vendor_output,
+    "tool_search_call": _read_search_call,
+    "tool_search_output": _read_search_output,
+    "additional_tools": _read_more_tools,
+    "image_generation_call": _read_picture,
+    "compaction": _read_compaction,
+    "compaction_trigger": _read_compaction,
+    **dict.fromkeys(("web_search_call", "file_search_call", "code_interpreter_call", "mcp_list_tools", "mcp_call", "mcp_approval_request",
+                     "mcp_approval_response", "computer_call", "computer_call_output", "program", "program_output"), _read_hosted),
+}
+
+
+def _read_responses_options(hub: Json, body: Json) -> None:
+    """Everything beside the conversation and its tools."""
+    choice = _read_responses_choice(body["tool_choice"]) if body.get("tool_choice") is not None else None
+    found = {"choice": choice, "parallel": body.get("parallel_tool_calls"), "max_out": body.get("max_output_tokens"),
+             "sampling": {name: body[name] for name in ("temperature", "top_p") if body.get(name) is not None} or None,
+             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": _read_text_format(_dict_in(_dict_in(body, "text"), "format")) or None}
+    hub.update({name: value for name, value in found.items() if value is not None})
+    include = [name for name in body.get("include") or () if isinstance(name, str)]
+    hub["meta"] = _read_responses_meta(body, include)
+    extra = rest_of(body, _RESPONSES_READ)
+    extra |= {"truncation": "auto"} if body.get("truncation") == "auto" else {}
+    more = [name for name in include if name not in (_INCLUDE_SEALS, _INCLUDE_LOGPROBS)]
+    more_reasoning = rest_of(body.get("reasoning") or {}, ("effort", "summary", "generate_summary"))
+    extra |= {name: value for name, value in (("include", more), ("reasoning", more_reasoning)) if value}
+    if extra:
+        hub["extra"] = {"responses": extra}
+
+
+def _read_responses_meta(body: Json, include: Sequence[str]) -> Json:
+    meta = {name: body.get(field_name) for name, field_name in _RESPONSES_META.items()}
+    meta |= {"metadata": body.get("metadata") or None, "store": body.get("store"), "verbosity": _str_in(_dict_in(body, "text"), "verbosity") or None,
+             "logprobs": True if _INCLUDE_LOGPROBS in include or body.get("top_logprobs") else None}
+    return {name: value for name, value in meta.items() if value is not None}
+
+
+def _read_reasoning_field(reasoning: Json) -> Json:
+    """What was asked of thinking: an effort asks for it, a summary alone leaves it to the model."""
+    effort, show = _str_in(reasoning, "effort"), _str_in(reasoning, "summary") or _str_in(reasoning, "generate_summary")
+    if effort == "none":
+        return {"mode": "off"}
+    shown = {"show": show} if show else {}
+    return {"mode": "on", "effort": effort, **shown} if effort else {"mode": "auto", **shown} if show else {}
+
+
+def _read_text_format(form: Json) -> Json:
+    if form.get("type") not in ("json_schema", "json_object"):
+        return {}
+    if form["type"] == "json_object":
+        return {"kind": "json"}
+    inner = _nested_form(form, "json_schema")
+    return {"kind": "schema", "schema": _dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
+
+
+_RESPONSES_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+
+
+def _read_responses_choice(value: Any) -> Json | None:
+    """The hub's choice; None for a word nobody knows."""
+    if isinstance(value, str):
+        return {"mode": _RESPONSES_CHOICES[value]} if value in _RESPONSES_CHOICES else None
+    kind = value.get("type")
+    if kind == "allowed_tools":
+        allowed = _nested_form(value, "allowed_tools")
+        names = [_responses_choice_name(tool) for tool in _dicts_in(allowed, "tools")]
+        return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
+    if isinstance(kind, str) and kind in _RESPONSES_CHOICES:
+        return {"mode": _RESPONSES_CHOICES[kind]}
+    if kind in ("function", "custom", None):
+        return {"mode": "tool", "name": _responses_choice_name(value), **({"kind": "custom"} if kind == "custom" else {})}
+    return {"mode": "tool", "name": _responses_choice_name(value), "raw": value}
+
+
+def _responses_choice_name(value: Json) -> str:
+    kind = _str_in(value, "type") or "function"
+    return _str_in(_nested_form(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
+
+
+def _hosted_name(raw: Json) -> str:
+    """What the hub calls a hosted tool: its type, and for one of several MCP servers its label too."""
+    return f"mcp_{raw['server_label']}" if raw.get("server_label") else str(raw.get("type"))
+
+
+_STRING_LIST: Json = {"type": "array", "items": {"type": "string"}}
+#: What functions that stand in for Codex' local shell take; the tool itself has no schema.
+_LOCAL_SHELL_SCHEMA: Json = {
+    "type": "object", "properties": {"command": _STRING_LIST, "workdir": {"type": "string"}, "timeout_ms": {"type": "integer"},
+                                     "env": {"type": "object", "additionalProperties": {"type": "string"}}}, "required": ["command"]}
+
+
+def _read_responses_tools(tools: Iterable[Json], namespace: str = "") -> list[Json]:
+    """Hub tools, those of a namespace each on its own."""
+    return [read for tool in tools for read in _read_responses_tool(tool, namespace)]
+
+
+def _read_responses_tool(tool: Json, namespace: str) -> list[Json]:
+    kind = tool.get("type") or "function"
+    if kind == "namespace":
+        return _read_responses_tools(_dicts_in(tool, "tools"), _str_in(tool, "name"))
+    home = {"namespace": namespace} if namespace else {}
+    if kind == "function":
+        return [{**_read_flat_function(_nested_form(tool, "function")), **home, **_responses_tool_rest(tool)}]
+    if kind == "custom":
+        return [{**_read_flat_custom(_nested_form(tool, "custom")), **home, **_responses_tool_rest(tool)}]
+    if kind == "local_shell":
+        return [{"name": "local_shell", "description": "Runs a command on the user's machine.", "schema": _LOCAL_SHELL_SCHEMA, "kind": "function", "calls": "shell", "raw": tool}]
+    if kind == "tool_search" and tool.get("execution") == "client":
+        return [{**_read_flat_function({**tool, "name": "tool_search"}), "calls": "search", "raw": tool}]
+    return [{"name": _hosted_name(tool), "kind": "hosted", "family": "openai", "raw": tool}]
+
+
+_FUNCTION_FIELDS = frozenset({"type", "name", "description", "parameters", "strict", "format", "function", "custom"})
+
+
+def _responses_tool_rest(tool: Json) -> Json:
+    """The tool as sent, when it says more than the hub can hold."""
+    return {**({"defer": True} if tool.get("defer_loading") else {}), **({"raw": tool} if any(tool[name] is not None for name in tool if name not in _FUNCTION_FIELDS) else {})}
+
+
+def _read_flat_function(function: Json) -> Json:
+    tool: Json = {"name": _str_in(function, "name"), "kind": "function"}
+    if _str_in(function, "description"):
+        tool["description"] = function["description"]
+    if isinstance(function.get("parameters"), dict):
+        tool["schema"] = function["parameters"]
+    if isinstance(function.get("strict"), bool):
+        tool["strict"] = function["strict"]
+    return tool
+
+
+def _read_flat_custom(custom: Json) -> Json:
+    form = _nested_form(_dict_in(custom, "format"), "grammar")
+    grammar = {"grammar": {"syntax": _str_in(form, "syntax"), "definition": form["definition"]}} if _str_in(form, "definition") else {}
+    about = {"description": custom["description"]} if _str_in(custom, "description") else {}
+    return {"name": _str_in(custom, "name"), "kind": "custom", **about, **grammar}
+
+
+# ---- Requests: hub to body
+
+def responses_write_request(hub: Json, profile: Profile) -> Json:
+    """Responses body for a prepared hub request.
+
+    out:     {"model", "instructions"?, "input": [items], "tools"?, ..., "store", "include"?, "stream"?}; items carry no id of their own, since
+             nothing is stored that they could name.
+    dropped: stop strings and penalties, which prepare() names.
+    """
+    own = (hub.get("extra") or {}).get("responses") or {}
+    placed = _placed_tools(hub["turns"])
+    tools = _write_responses_tools([tool for tool in hub.get("tools", ()) if not (tool.get("placed") and tool["wire"] in placed)], hub, profile)
+    system = "\n\n".join(part["text"] for part in hub.get("system", ()))
+    body: Json = {"model": profile.model or hub["model"], **({"instructions": system} if system else {}), "input": _write_input_items(hub["turns"])}
+    if tools:
+        body["tools"] = tools
+    if "choice" in hub:
+        body["tool_choice"] = _write_responses_choice(hub["choice"], hub.get("tools", ()))
+    if "parallel" in hub:
+        body["parallel_tool_calls"] = hub["parallel"]
+    if "max_out" in hub:
+        body["max_output_tokens"] = hub["max_out"]
+    body |= hub.get("sampling", {})
+    reasoning = {**_write_reasoning_field(hub.get("think") or {}, hub["client"]), **(own.get("reasoning") or {})}
+    text = _write_text_field(hub)
+    body |= {name: value for name, value in (("reasoning", reasoning), ("text", text)) if value}
+    body |= {field_name: hub["meta"][name] for name, field_name in _RESPONSES_META.items() if hub["meta"].get(name) is not None}
+    body |= {name: value for name, value in own.items() if name not in ("reasoning", "include")}
+    include = _write_include(hub["meta"], own.get("include") or (), profile)
+    body |= {**({"include": include} if include else {}), "store": hub["meta"].get("store") is True, **({"stream": True} if hub["stream"] else {})}
+    if "compaction" in hub["dropped"] and any(item["type"] == "compaction" for item in body["input"]):
+        hub["dropped"].remove("compaction")
+    return body
+
+
+def _write_include(meta: Json, more: Iterable[str], profile: Profile) -> list[str]:
+    """What the answer is to hold besides: the seals of its thinking, unless it is stored or the vendor's model does not think."""
+    thinks = not (profile.vendor and profile.effort == ())
+    names = [_INCLUDE_SEALS] if thinks and meta.get("store") is not True else []
+    return [*names, *([_INCLUDE_LOGPROBS] if meta.get("logprobs") else []), *more]
+
+
+def _write_reasoning_field(think: Json, client: Format) -> Json:
+    """`reasoning`; a summary is asked for unless the client could have asked and did not, or wants none shown."""
+    mode, effort, show = think.get("mode"), think.get("effort"), think.get("show")
+    written = {"effort": effort} if effort else {}
+    if mode in (None, "off") or show == "omitted" or client == "responses" and not show:
+        return written
+    return {**written, "summary": show if show in ("concise", "detailed") else "auto"}
+
+
+def _write_text_field(hub: Json) -> Json:
+    form = hub.get("format")
+    text: Json = {}
+    if form:
+        text["format"] = {"type": "json_object"} if form["kind"] == "json" else {
+            "type": "json_schema", "name": form.get("name") or "output", **{name: form[name] for name in ("description", "schema", "strict") if name in form}}
+    return {**text, **({"verbosity": hub["meta"]["verbosity"]} if hub["meta"].get("verbosity") else {})}
+
+
+def _placed_tools(turns: Sequence[Json]) -> set[str]:
+    """Names of the tools that stand in the conversation itself and need not be told again."""
+    items = [part["data"] for turn in turns for part in turn["parts"] if part["type"] == "opaque"]
+    items += [part["raw"] for turn in turns for part in turn["parts"] if part["type"] == "result" and part["kind"] == "search" and "raw" in part]
+    return {tool["name"] for item in items if item.get("type") in ("additional_tools", "tool_search_output") for tool in _read_responses_tools(_dicts_in(item, "tools"))}
+
+
+def _write_responses_tools(tools: Sequence[Json], hub: Json, profile: Profile) -> list[Json]:
+    """Tools in their order; those of one namespace together, where its first one stood."""
+    told = {tool["name"]: tool for tool in (hub.get("echo") or {}).get("tools") or () if tool.get("type") == "namespace"}
+    written: list[Json] = []
+    spaces: dict[str, list[Json]] = {}
+    for tool in tools:
+        space = tool.get("namespace")
+        if not space or not profile.namespaces:
+            written.append(_write_responses_tool(tool, hub["client"]))
+            continue
+        if space not in spaces:
+            spaces[space] = []
+            about = told.get(space, {}).get("description")
+            written.append({"type": "namespace", "name": space, "description": about or space, "tools": spaces[space]})
+        spaces[space].append(_write_responses_tool(tool, hub["client"]))
+    return written
+
+
+def _write_responses_tool(tool: Json, client: Format) -> Json:
+    """One tool; strict is told to be off where the client's format would not have meant it, since here it is on unless told."""
+    raw = tool.get("raw") or {}
+    if tool["kind"] == "hosted" or tool.get("calls") and raw:
+        return raw
+    about = {"description": tool["description"]} if tool.get("description") else {}
+    if tool["kind"] == "custom":
+        form = {"format": {"type": "grammar", **tool["grammar"]}} if tool.get("grammar") else {}
+        return {**raw, "type": "custom", "name": tool["wire"], **about, **form}
+    strict = {"strict": tool["strict"]} if "strict" in tool else {} if client == "responses" else {"strict": False}
+    nested = {name: value for name, value in raw.items() if name != "function"}
+    return {**nested, "type": "function", "name": tool["wire"], **about, "parameters": tool["schema"], **strict}
+
+
+def _write_responses_choice(choice: Json, tools: Sequence[Json]) -> Any:
+    by_name = {tool["wire"]: tool for tool in tools}
+    if "allowed" in choice:
+        mode = "required" if choice["mode"] == "any" else "auto"
+        return {"type": "allowed_tools", "mode": mode, "tools": [_write_responses_choice_of(name, by_name.get(name), None) for name in choice["allowed"]]}
+    if choice["mode"] == "tool":
+        return _write_responses_choice_of(choice["name"], by_name.get(choice["name"]), choice.get("raw"))
+    return "required" if choice["mode"] == "any" else choice["mode"]
+
+
+def _write_responses_choice_of(name: str, tool: Json | None, raw: Json | None) -> Json:
+    kind = tool["kind"] if tool else "function"
+    if kind == "hosted" and tool:
+        return raw or {field_name: tool["raw"][field_name] for field_name in ("type", "server_label") if field_name in tool["raw"]}
+    return raw if raw and tool and tool.get("calls") else {"type": "custom" if kind == "custom" else "function", "name": name}
+
+
+def _write_input_items(turns: Sequence[Json]) -> list[Json]:
+    """Items for all turns; texts and images that stand together make one message."""
+    kinds = {part["id"]: part["kind"] for turn in turns for part in turn["parts"] if part["type"] == "call"}
+    items: list[Json] = []
+    for turn in turns:
+        role = "developer" if turn["role"] == "system" else turn["role"]
+        message: list[Json] = []
+        for part in _without_last_thinking(turn["parts"]):
+            if part["type"] in _ITEM_PART_WRITERS:
+                if not message:
+                    items.append({"type": "message", "role": role, "content": message})
+                message.append(_ITEM_PART_WRITERS[part["type"]](part, role))
+                continue
+            message = []
+            items.append(_ITEM_WRITERS[part["type"]](part, kinds))
+    return items
+
+
+def _without_last_thinking(parts: Sequence[Json]) -> Sequence[Json]:
+    """A turn's parts without thinking at its end: a reasoning item must be followed by the item it led to."""
+    end = len(parts)
+    while end and parts[end - 1]["type"] == "think":
+        end -= 1
+    return parts[:end]
+
+
+def _write_item_text(part: Json, role: str) -> Json:
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}} if part.get("cache") and role != "assistant" else {}
+    return {"type": "output_text" if role == "assistant" else "input_text", "text": part["text"], **mark}
+
+
+def _write_item_image(part: Json, role: str) -> Json:
+    source = {"file_id": part["file_id"]} if "file_id" in part else {"image_url": data_url(part)}
+    return {"type": "input_image", **source, **({"detail": part["detail"]} if part.get("detail") else {})}
+
+
+def _write_item_file(part: Json, role: str) -> Json:
+    name = part.get("name") or part.get("title")
+    if "data" in part:
+        return {"type": "input_file", "filename": name or "document.pdf", "file_data": data_url(part)}
+    if "text" in part:
+        return {"type": "input_text", "text": document_text(part)}
+    source = {"file_id": part["file_id"]} if "file_id" in part else {"file_url": part["url"]}
+    return {"type": "input_file", **source, **({"filename": name} if name and "url" not in part else {})}
+
+
+_ITEM_PART_WRITERS: Mapping[str, Callable[[Json, str], Json]] = {
+    "text": _write_item_text, "image": _write_item_image, "file": _write_item_file, "refusal": lambda part, role: {"type": "refusal", "refusal": part["text"]}}
+
+
+def _write_reasoning_item(part: Json, kinds: Mapping[str, str]) -> Json:
+    data, text = (part.get("seal") or {}).get("data"), part["text"]
+    if not data:
+        return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+    return {"type": "reasoning", "summary": part.get("summary") or ([{"type": "summary_text", "text": text}] if text else []), "encrypted_content": data}
+
+
+def _write_call_item(part: Json, kinds: Mapping[str, str]) -> Json:
+    raw = part.get("raw") or {}
+    if "type" in raw:
+        return {**_without_id(raw), "call_id": part["id"]}
+    head: Json = {"call_id": part["id"], "name": part["name"]}
+    if part["kind"] == "shell":
+        return {"type": "local_shell_call", "call_id": part["id"], "status": "completed", "action": _shell_action(part["args"])}
+    if part["kind"] == "search":
+        return {"type": "tool_search_call", "call_id": part["id"], "execution": "client", "status": "completed", "arguments": args_object(part["args"])}
+    home = {"namespace": part["namespace"]} if part.get("namespace") else raw
+    if part["kind"] == "custom":
+        return {"type": "custom_tool_call", **head, "input": freeform_text(part["args"]), **home}
+    return {"type": "function_call", **head, "arguments": part["args"] or "{}", **home}
+
+
+def _write_result_item(part: Json, kinds: Mapping[str, str]) -> Json:
+    if "type" in part.get("raw", {}):
+        return {**_without_id(part["raw"]), "call_id": part["id"]}
+    parts = part["parts"]
+    plain = all(inner["type"] == "text" for inner in parts)
+    output = "\n".join(inner["text"] for inner in parts) if plain else [_ITEM_PART_WRITERS[inner["type"]](inner, "user") for inner in parts if inner["type"] in _ITEM_PART_WRITERS]
+    kind = "custom" if kinds.get(part["id"]) == "custom" else part["kind"]
+    return {"type": _OUTPUT_TYPES.get(kind, "function_call_output"), "call_id": part["id"], "output": output}
+
+
+_OUTPUT_TYPES = {"custom": "custom_tool_call_output", "shell": "local_shell_call_output"}
+
+
+def _without_id(item: Json) -> Json:
+    return {name: value for name, value in item.items() if name != "id"}
+
+
+def _shell_action(args: str) -> Json:
+    """The action of a local_shell_call; models call its folder workdir, as the function's schema does."""
+    fields = args_object(args)
+    if "workdir" in fields:
+        fields["working_directory"] = fields.pop("workdir")
+    command = fields.get("command")
+    return {"type": "exec", **fields, "command": [command] if isinstance(command, str) else command or [], "env": fields.get("env") or {}}
+
+
+_ITEM_WRITERS: Mapping[str, Callable[[Json, Mapping[str, str]], Json]] = {
+    "think": _write_reasoning_item, "call": _write_call_item, "result": _write_result_item, "opaque": lambda part, kinds: part["data"]}
+
+
+# ---- Answers: events to deltas
+
+#: Items that are calls for the client to run, and their kind in the hub.
+_CALL_ITEM_KINDS: Mapping[str, str] = {"function_call": "function", "custom_tool_call": "custom", "local_shell_call": "shell", "tool_search_call": "search"}
+
+
+def _call_item_args(item: Json) -> str:
+    """The arguments of a call item as the hub holds them."""
+    kind = item["type"]
+    if kind == "function_call":
+        return args_text(item.get("arguments"))
+    if kind == "custom_tool_call":
+        return freeform_args(_str_in(item, "input"))
+    if kind == "local_shell_call":
+        return compact({name: value for name, value in _dict_in(item, "action").items() if name != "type" and value is not None})
+    return args_text(item.get("arguments")) or "{}"
+
+
+@dataclass(slots=True)
+class _SeenItem:
+    """What was already given out of one output item."""
+    key: Any
+    texts: dict[int, list[str]] = field(default_factory=dict)   #: what came in deltas, by content part
+    args: list[str] = field(default_factory=list)               #: the same of arguments
+    n_cites: int = 0
+    summary_index: int = -1                         #: of the last summary part, -1 before the first
+    thought: str = ""                               #: where its thinking came from
+    done: bool = False
+
+
+def _identity(item: Json) -> tuple[str, str]:
+    """What tells an item of the last event from one that had its own events; a call and its output may share call_id."""
+    return _str_in(item, "type"), _str_in(item, "id") or _str_in(item, "call_id")
+
+
+def _unsaid(whole: str, said: list[str]) -> str:
+    """What a final value holds beyond its deltas; nothing where the two differ, for what was said stays said."""
+    before = "".join(said)
+    return whole[len(before):] if whole.startswith(before) else ""
+
+
+class ResponsesStreamReader:
+    """A provider's Responses stream as deltas.  `done`: the terminal event has come, nothing more will."""
+
+    __slots__ = ("done", "_out", "_items", "_keys", "_finished_ids", "_said", "_refused", "_thinker")
+
+    def __init__(self, source: Source) -> None:
+        self.done = False
+        self._out = Serialiser(source)
+        self._items: dict[Any, _SeenItem] = {}
+        self._keys: dict[str, Any] = {}             # item id -> key, for events that lack an index
+        self._finished_ids: set[tuple[str, str]] = set()
+        self._said = self._refused = False
+        self._thinker: _SeenItem | None = None      # the item whose thinking came last, while nothing else has come since
+
+    def feed(self, event: Event) -> list[Json]:
+        """The deltas of one event."""
+        if self.done or event.data.strip() == "[DONE]":
+            return []
+        try:
+            value = json.loads(event.data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            value = {"type": "error", "message": "provider sent something that is not JSON"}
+        return self.take(value, event.name)
+
+    def take(self, value: Json, name: str = "") -> list[Json]:
+        """The deltas of one event that is already parsed; `name` is that of its SSE frame."""
+        if self.done:
+            return []
+        kind = "error" if name == "error" else value.get("type") or ("error" if value.get("error") else name)
+        handler = _RESPONSES_EVENTS.get(str(kind))
+        if handler:
+            handler(self, value)
+        return self._out.close(ended=True) if self.done else self._out.take()
+
+    def close(self) -> list[Json]:
+        """The connection has ended: without a terminal event before, that is a cut, whatever marks came."""
+        if self.done:
+            return []
+        self.done = True
+        return self._out.close(ended=False)
+
+    def _key(self, value: Json) -> Any:
+        """What the event's item is known by: its index, which outlives changes of its id."""
+        index, item_id = value.get("output_index"), _str_in(value, "item_id") or _str_in(_dict_in(value, "item"), "id")
+        key = index if isinstance(index, (int, str)) else self._keys.get(item_id, item_id)
+        if item_id:
+            self._keys.setdefault(item_id, key)
+        return key
+
+    def _item(self, key: Any) -> _SeenItem:
+        item = self._items.get(key)
+        if item is None:
+            self._items[key] = item = _SeenItem(key)
+        return item
+
+    def _begin(self, value: Json) -> None:
+        response = _dict_in(value, "response")
+        if not self._out.produced:
+            self._out.start(_str_in(response, "id"), _str_in(response, "model"))
+
+    def _added(self, value: Json) -> None:
+        item, key = _dict_in(value, "item"), self._key(value)
+        self._item(key)
+        if item.get("type") in ("function_call", "custom_tool_call"):
+            self._open_call(key, item)
+
+    def _open_call(self, key: Any, item: Json) -> None:
+        kind = _CALL_ITEM_KINDS[item["type"]]
+        self._thinker = None
+        name = {"shell": "local_shell", "search": "tool_search"}.get(kind) or _str_in(item, "name")
+        self._out.call(key, _str_in(item, "call_id"), name, kind, _str_in(item, "namespace"))
+
+    def _text(self, value: Json) -> None:
+        delta = _str_in(value, "delta")
+        if delta:
+            self._part(value).append(delta)
+            self._said, self._thinker = True, None
+            self._out.text(delta)
+
+    def _refusal(self, value: Json) -> None:
+        delta = _str_in(value, "delta")
+        if delta:
+            self._part(value).append(delta)
+            self._refused, self._thinker = True, None
+            self._out.refuse(delta)
+
+    def _part(self, value: Json) -> list[str]:
+        """What has been said of the content part an event belongs to."""
+        index = value.get("content_index")
+        return self._item(self._key(value)).texts.setdefault(index if isinstance(index, int) else 0, [])
+
+    def _summary(self, value: Json) -> None:
+        item, index, delta = self._item(self._key(value)), value.get("summary_index") or 0, _str_in(value, "delta")
+        if not delta or item.thought == "reasoning_text":
+            return
+        self._out.think("\n\n" + delta if item.thought and index != item.summary_index else delta, "summary_text")
+        item.thought, item.summary_index, self._thinker = "summary_text", index, item
+
+    def _thinking(self, value: Json) -> None:
+        item, delta = self._item(self._key(value)), _str_in(value, "delta")
+        if delta and item.thought != "summary_text":
+            item.thought, self._thinker = "reasoning_text", item
+            self._out.think(delta, "reasoning_text")
+
+    def _arguments(self, value: Json) -> None:
+        key, delta = self._key(value), _str_in(value, "delta")
+        if delta and self._out.has(key):
+            self._item(key).args.append(delta)
+            self._out.args(key, delta)
+
+    def _arguments_done(self, value: Json) -> None:
+        self._whole_args(self._key(value), args_text(value.get("arguments")))
+
+    def _input_done(self, value: Json) -> None:
+        if isinstance(value.get("input"), str):
+            self._whole_args(self._key(value), freeform_args(value["input"]))
+
+    def _whole_args(self, key: Any, args: str) -> None:
+        """Of all arguments what no deltas brought."""
+        item = self._item(key)
+        missing = _unsaid(args, item.args)
+        if missing and self._out.has(key):
+            item.args.append(missing)
+            self._out.args(key, missing)
+
+    def _annotation(self, value: Json) -> None:
+        if isinstance(value.get("annotation"), dict):
+            self._cite(self._item(self._key(value)), value["annotation"])
+
+    def _cite(self, item: _SeenItem, annotation: Json) -> None:
+        item.n_cites += 1
+        span = {name: annotation[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(annotation.get(key), int)}
+        title = _str_in(annotation, "title") or _str_in(annotation, "filename")
+        self._out.cite({"url": _str_in(annotation, "url"), "title": title, **span, "raw": annotation, "family": "openai"})
+
+    def _item_done(self, value: Json) -> None:
+        item, seen = _dict_in(value, "item"), self._item(self._key(value))
+        if not item or seen.done:
+            return
+        seen.done = True
+        self._finished_ids.add(_identity(item))
+        kind, key = _str_in(item, "type"), seen.key
+        if kind == "message":
+            self._message_done(seen, item)
+        elif kind == "reasoning":
+            self._reasoning_done(seen, item)
+        elif kind in _CALL_ITEM_KINDS and not (kind == "tool_search_call" and _is_hosted_search(item)):
+            self._open_call(key, item)
+            self._whole_args(key, _call_item_args(item))
+            self._out.end_call(key)
+        elif kind:
+            self._thinker = None
+            self._out.opaque("openai", item)
+
+    def _message_done(self, seen: _SeenItem, item: Json) -> None:
+        """Of a whole message what its deltas did not bring."""
+        annotations: list[Json] = []
+        for index, part in enumerate(_dicts_in(item, "content")):
+            tell, name = (self._refusal, "refusal") if part.get("type") == "refusal" else (self._text, "text")
+            tell({"output_index": seen.key, "content_index": index, "delta": _unsaid(_str_in(part, name), seen.texts.get(index, []))})
+            annotations += _dicts_in(part, "annotations")
+        for annotation in annotations[seen.n_cites:]:
+            self._cite(seen, annotation)
+
+    def _reasoning_done(self, seen: _SeenItem, item: Json) -> None:
+        """Of a whole reasoning item what its deltas did not bring, and its seal."""
+        if not seen.thought:
+            summary, content = _joined_reasoning(item)
+            seen.thought = "summary_text" if summary else "reasoning_text" if content else ""
+            self._out.think(summary or content, seen.thought)
+            self._thinker = seen if seen.thought else self._thinker
+        if _str_in(item, "encrypted_content"):
+            self._out.seal({"field": "encrypted", "data": item["encrypted_content"], **({"id": item["id"]} if _str_in(item, "id") else {})})
+        elif seen is self._thinker:
+            self._out.seal({"field": seen.thought})
+
+    def _completed(self, value: Json) -> None:
+        response = _dict_in(value, "response")
+        status = "incomplete" if value.get("type") == "response.incomplete" else _str_in(response, "status") or "completed"
+        self._begin(value)
+        told = frozenset(self._finished_ids)
+        for index, item in enumerate(_dicts_in(response, "output")):
+            if _identity(item) not in told:
+                self._item_done({"output_index": index, "item": item})
+        self._out.usage(read_usage("responses", response.get("usage")))
+        self._out.finish(self._reason(status, _str_in(_dict_in(response, "incomplete_details"), "reason")))
+        self.done = True
+
+    def _reason(self, status: str, detail: Any) -> str:
+        """The hub's stop reason; an answer that says it is incomplete is never taken for a whole one."""
+        if status == "incomplete":
+            return "filter" if detail == "content_filter" else "length"
+        return "refusal" if self._refused and not self._said and not self._out.n_calls else "tool" if self._out.n_calls else "end"
+
+    def _failed(self, value: Json) -> None:
+        self._out.fail(read_error(find_responses_error(value) or value))
+        self.done = True
+
+
+_RESPONSES_EVENTS: Mapping[str, Callable[[ResponsesStreamReader, Json], None]] = {
+    "response.created": ResponsesStreamReader._begin,
+    "response.in_progress": ResponsesStreamReader._begin,
+    "response.output_item.added": ResponsesStreamReader._added,
+    "response.output_text.delta": ResponsesStreamReader._text,
+    "response.output_text.annotation.added": ResponsesStreamReader._annotation,
+    "response.refusal.delta": ResponsesStreamReader._refusal,
+    "response.reasoning_summary_text.delta": ResponsesStreamReader._summary,
+    "response.reasoning_text.delta": ResponsesStreamReader._thinking,
+    "response.function_call_arguments.delta": ResponsesStreamReader._arguments,
+    "response.function_call_arguments.done": ResponsesStreamReader._arguments_done,
+    "response.custom_tool_call_input.done": ResponsesStreamReader._input_done,
+    "response.output_item.done": ResponsesStreamReader._item_done,
+    "response.completed": ResponsesStreamReader._completed,
+    "response.incomplete": ResponsesStreamReader._completed,
+    "response.failed": ResponsesStreamReader._failed,
+    "response.cancelled": ResponsesStreamReader._failed,
+    "error": ResponsesStreamReader._failed,
+}
+
+
+# ---- Answers: deltas to events
+
+class _Growth(NamedTuple):
+    """How an open item grows: which delta it takes, and the event that tells it."""
+    delta: str
+    event: str
+    place: bytes        #: fields between the item's index and the text
+    tail: bytes         #: fields behind the text
+
+
+_GROWTHS: Mapping[str, _Growth] = {
+    "text": _Growth("text", "response.output_text.delta", b',"content_index":0', b',"logprobs":[]'),
+    "refuse": _Growth("refuse", "response.refusal.delta", b',"content_index":0', b""),
+    "think": _Growth("think", "response.reasoning_summary_text.delta", b',"summary_index":0', b""),
+    "function": _Growth("args", "response.function_call_arguments.delta", b"", b""),
+}
+#: Kinds of calls whose item is told of only when its arguments are whole.
+_SILENT_CALLS = frozenset({"custom", "shell", "search"})
+_ITEM_PREFIXES = {"text": "msg_", "refuse": "msg_", "think": "rs_", "function": "fc_", "custom": "ctc_", "shell": "lsh_", "search": "tsc_"}
+
+
+@dataclass(slots=True)
+class _OpenItem:
+    """The open item of the writer."""
+    kind: str
+    takes: str                              #: kind of delta that makes it grow
+    item: Json
+    index: int = -1                         #: output_index, -1 while nothing was told of it
+    head: bytes = b""                       #: of its delta events, around sequence number and text
+    middle: bytes = b""
+    tail: bytes = b""
+    pieces: list[str] = field(default_factory=list)
+    cites: list[Json] = field(default_factory=list)
+
+
+class ResponsesStreamWriter:
+    """Deltas as a client's Responses stream.  `response`: the object of the last event, None before it."""
+
+    __slots__ = ("response", "_asked", "_id", "_echo", "_sequence", "_started", "_block", "_output", "_n_items", "_usage", "_refused", "_said")
+
+    def __init__(self, asked: Asked) -> None:
+        self.response: Json | None = None
+        self._asked = asked
+        self._id = mint("resp_", asked.seed)
+        echo = asked.hub.get("echo") or {}
+        self._echo: Json = {**_ECHOED, **echo, "reasoning": {**_ECHOED["reasoning"], **(echo.get("reasoning") or {})}}
+        self._sequence = 0
+        self._started = False
+        self._block: _OpenItem | None = None
+        self._output: list[Json] = []
+        self._n_items = 0
+        self._usage: Json = {}
+        self._refused = self._said = False
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The events of one delta."""
+        kind, block = delta["delta"], self._block
+        if block is not None and block.takes == kind:
+            text = delta["text"]
+            block.pieces.append(text)
+            if not block.head:
+                return []
+            number = self._sequence
+            self._sequence = number + 1
+            return [b"%b%d%b%b%b" % (block.head, number, block.middle, dump_json(text), block.tail)]
+        if self.response is not None:
+            return []
+        out = self._start()
+        handler = _RESPONSES_DELTAS.get(kind)
+        return out + handler(self, delta) if handler else out
+
+    def close(self) -> list[bytes]:
+        """The end of the deltas: without a stop or an error before, a failure is told."""
+        return [] if self.response is not None else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+
+    def keep_alive(self) -> bytes:
+        """A sign of life that parsers see: response.in_progress once more."""
+        if self.response is not None:
+            return b""
+        return b"".join(self._start()) or self._event("response.in_progress", response=self._object("in_progress"))
+
+    def error(self, error: GatewayError) -> bytes:
+        """The failure of the whole answer, as its last event; nothing when it has ended already."""
+        message = with_retry_hint(error.message, error.retry_after_s) if error.status == 429 else error.message
+        return b"".join(self.feed(error_delta(error.status, message, error.code, error.type)))
+
+    def _event(self, kind: str, /, **fields: Any) -> bytes:
+        number = self._sequence
+        self._sequence = number + 1
+        return write_event({"type": kind, "sequence_number": number, **fields}, kind)
+
+    def _object(self, status: str, **fields: Any) -> Json:
+        """The Response object as it stands; `fields` over what holds before the end."""
+        created_s = self._asked.created_s
+        return {"id": self._id, "object": "response", "created_at": created_s, "status": status, "completed_at": None, "error": None, "incomplete_details": None,
+                "model": self._asked.hub["model"], "output": [], "usage": None, **fields, **self._echo}
+
+    def _start(self) -> list[bytes]:
+        if self._started:
+            return []
+        self._started = True
+        return [self._event("response.created", response=self._object("in_progress")), self._event("response.in_progress", response=self._object("in_progress"))]
+
+    def _open(self, kind: str, item: Json, *, takes: str) -> list[bytes]:
+        """A new open item; the one before is closed."""
+        out = self._shut()
+        self._block = _OpenItem(kind, takes, item)
+        return out
+
+    def _tell(self, block: _OpenItem) -> list[bytes]:
+        """The open item is told of, and how it grows worked out."""
+        block.index, self._n_items = self._n_items, self._n_items + 1
+        block.item = {"id": mint(_ITEM_PREFIXES[block.kind], self._asked.seed, block.index), **block.item}
+        live = _GROWTHS.get(block.kind)
+        if live:
+            name = live.event.encode()
+            block.head = b'event: %b\ndata: {"type":"%b","sequence_number":' % (name, name)
+            block.middle = b',"item_id":%b,"output_index":%d%b,"delta":' % (dump_json(block.item["id"]), block.index, live.place)
+            block.tail = live.tail + b"}\n\n"
+        return [self._event("response.output_item.added", output_index=block.index, item=block.item)]
+
+    def _grow(self, kind: str, delta: Json) -> list[bytes]:
+        """A first delta of text, refusal or thinking: its item opens."""
+        item: Json = {"type": "reasoning", "summary": [], "encrypted_content": None} if kind == "think" else {
+            "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        out = self._open(kind, item, takes=kind)
+        block = self._opened()
+        out += self._tell(block)
+        place: Json = {"item_id": block.item["id"], "output_index": block.index}
+        if kind == "think":
+            out.append(self._event("response.reasoning_summary_part.added", **place, summary_index=0, part={"type": "summary_text", "text": ""}))
+        else:
+            out.append(self._event("response.content_part.added", **place, content_index=0, part=_message_part(kind, "", [])))
+            self._said, self._refused = self._said or kind == "text", self._refused or kind == "refuse"
+        return out + self.feed(delta)
+
+    def _opened(self) -> _OpenItem:
+        assert self._block is not None
+        return self._block
+
+    def _text(self, delta: Json) -> list[bytes]:
+        return self._grow(delta["delta"], delta)
+
+    def _seal(self, delta: Json) -> list[bytes]:
+        """The end of thinking; a seal may come without any."""
+        record = {name: value for name, value in delta.items() if name not in ("delta", "id")}
+        out: list[bytes] = []
+        if self._block is None or self._block.kind != "think":
+            out = self._open("think", {"type": "reasoning", "summary": [], "encrypted_content": None}, takes="think")
+            out += self._tell(self._opened())
+        return out + self._shut(seal=write_seal(record, "openai"))
+
+    def _call(self, delta: Json) -> list[bytes]:
+        kind = delta["kind"] if delta["kind"] in _SILENT_CALLS else "function"
+        home = {"namespace": delta["namespace"]} if delta.get("namespace") else {}
+        item = {"call_id": delta["id"], "name": delta["name"], **home}
+        if kind == "function":
+            out = self._open(kind, {"type": "function_call", "status": "in_progress", **item, "arguments": ""}, takes="args")
+            return out + self._tell(self._opened())
+        return self._open(kind, item, takes="args")
+
+    def _cite(self, delta: Json) -> list[bytes]:
+        block = self._block
+        if block is None or block.kind != "text":
+            return []
+        note = {"type": "url_citation", "url": delta["url"], "title": delta.get("title") or delta["url"], "start_index": delta.get("start") or 0, "end_index": delta.get("end") or 0}
+        if delta.get("family") == "openai" and isinstance(delta.get("raw"), dict):
+            note = {**note, **delta["raw"]} if delta["raw"].get("type") == "url_citation" else delta["raw"]
+        block.cites.append(note)
+        return [self._event("response.output_text.annotation.added", item_id=block.item["id"], output_index=block.index, content_index=0,
+                            annotation_index=len(block.cites) - 1, annotation=note)]
+
+    def _opaque(self, delta: Json) -> list[bytes]:
+        """An item of the format's own kind goes out as it came; blocks of others cannot be told here."""
+        item = delta["data"]
+        if delta["family"] != "openai" or not isinstance(item, dict) or item.get("type") not in _ITEM_READERS:
+            return []
+        out = self._shut()
+        index, self._n_items = self._n_items, self._n_items + 1
+        self._output.append(item)
+        return [*out, self._event("response.output_item.added", output_index=index, item=item), self._event("response.output_item.done", output_index=index, item=item)]
+
+    def _count(self, delta: Json) -> list[bytes]:
+        self._usage = merge_usage(self._usage, {name: value for name, value in delta.items() if name not in ("delta", "estimated")})
+        return []
+
+    def _stop(self, delta: Json) -> list[bytes]:
+        status, detail = WRITE_STOPS["responses"][delta["reason"]]
+        out: list[bytes] = []
+        if delta["reason"] == "refusal" and not self._refused and not self._said:
+            explanation = (delta.get("details") or {}).get("explanation")
+            if explanation:
+                out = self._text({"delta": "refuse", "text": explanation})
+            else:
+                status, detail = "incomplete", "content_filter"
+        out += self._shut(cut=status == "incomplete")
+        self.response = self._object(status, completed_at=self._asked.created_s, incomplete_details={"reason": detail} if detail else None, output=self._output,
+                                     usage=write_usage("responses", self._usage) if self._usage else None)
+        return [*out, self._event(f"response.{status}", response=self.response)]
+
+    def _fail(self, delta: Json) -> list[bytes]:
+        """Nothing open is closed: a client would run half a call."""
+        self._block = None
+        code = delta.get("code")
+        code = code if isinstance(code, str) and code else {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(delta["status"], "server_error")
+        self.response = self._object("failed", error={"code": code, "message": delta["message"]})
+        return [self._event("response.failed", response=self.response)]
+
+    def _shut(self, *, cut: bool = False, seal: str | None = None) -> list[bytes]:
+        """The open item is closed. `cut`: the answer ends here unfinished."""
+        block, self._block = self._block, None
+        if block is None:
+            return []
+        text = "".join(block.pieces)
+        if block.kind in _SILENT_CALLS:
+            return [] if cut and not whole_json(text or "{}") else self._whole_call(block, text)
+        place: Json = {"item_id": block.item["id"], "output_index": block.index}
+        if block.kind == "think":
+            out, end = self._shut_thinking(place, text), {"summary": [{"type": "summary_text", "text": text}] if text else [], "encrypted_content": seal}
+        elif block.kind == "function":
+            out, text = self._shut_call(block, place, text)
+            end = {"arguments": text}
+        else:
+            out, part = self._shut_text(block, place, text)
+            end = {"content": [part]}
+        status = {} if block.kind == "think" else {"status": "incomplete" if cut else "completed"}
+        return [*out, self._done(block, {**block.item, **status, **end})]
+
+    def _done(self, block: _OpenItem, item: Json) -> bytes:
+        self._output.append(item)
+        return self._event("response.output_item.done", output_index=block.index, item=item)
+
+    def _shut_thinking(self, place: Json, text: str) -> list[bytes]:
+        if not text:
+            return []
+        return [self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=text),
+                self._event("response.reasoning_summary_part.done", **place, summary_index=0, part={"type": "summary_text", "text": text})]
+
+    def _shut_call(self, block: _OpenItem, place: Json, text: str) -> tuple[list[bytes], str]:
+        """The end of a function call and its arguments, {} where none came."""
+        out = []
+        if not text.strip():
+            out, text = [self._event("response.function_call_arguments.delta", **place, delta="{}")], "{}"
+        return [*out, self._event("response.function_call_arguments.done", **place, name=block.item["name"], arguments=text)], text
+
+    def _shut_text(self, block: _OpenItem, place: Json, text: str) -> tuple[list[bytes], Json]:
+        """The end of a message's only part, and the part."""
+        part = _message_part(block.kind, text, block.cites)
+        if block.kind == "text":
+            told = self._event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
+        else:
+            told = self._event("response.refusal.done", **place, content_index=0, refusal=text)
+        return [told, self._event("response.content_part.done", **place, content_index=0, part=part)], part
+
+    def _whole_call(self, block: _OpenItem, args: str) -> list[bytes]:
+        """A call of the kinds that are told of only when whole."""
+        call = block.item
+        if block.kind == "custom":
+            text = freeform_text(args or "{}")
+            block.item = {"type": "custom_tool_call", "status": "in_progress", **call, "input": ""}
+            out = self._tell(block)
+            place: Json = {"item_id": block.item["id"], "output_index": block.index}
+            out.append(self._event("response.custom_tool_call_input.delta", **place, delta=text))
+            out.append(self._event("response.custom_tool_call_input.done", **place, input=text))
+            return [*out, self._done(block, {**block.item, "status": "completed", "input": text})]
+        rest = {"action": _shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
+        block.item = {"type": "local_shell_call" if block.kind == "shell" else "tool_search_call", "status": "in_progress", "call_id": call["call_id"], **rest}
+        return [*self._tell(block), self._done(block, {**block.item, "status": "completed"})]
+
+
+def _message_part(kind: str, text: str, cites: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": cites, "logprobs": []} if kind == "text" else {"type": "refusal", "refusal": text}
+
+
+_RESPONSES_DELTAS: Mapping[str, Callable[[ResponsesStreamWriter, Json], list[bytes]]] = {
+    "text": ResponsesStreamWriter._text, "refuse": ResponsesStreamWriter._text, "think": ResponsesStreamWriter._text, "seal": ResponsesStreamWriter._seal,
+    "call": ResponsesStreamWriter._call, "cite": ResponsesStreamWriter._cite, "opaque": ResponsesStreamWriter._opaque, "usage": ResponsesStreamWriter._count,
+    "stop": ResponsesStreamWriter._stop, "error": ResponsesStreamWriter._fail}
+
+
+# ---- Answers that are not streamed
+
+def responses_read_answer(body: Json, source: Source) -> list[Json]:
+    """The deltas of a whole answer: a stream whose only event is the last one."""
+    reader = ResponsesStreamReader(source)
+    if find_responses_error(body) is not None:
+        return reader.take({"type": "error", **body})
+    status = body.get("status")
+    if status in ("in_progress", "queued"):
+        return reader.close()
+    return reader.take({"type": "response.incomplete" if status == "incomplete" else "response.completed", "response": body})
+
+
+def responses_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
+    """The whole answer: what the last event of its stream holds."""
+    writer = ResponsesStreamWriter(asked)
+    for delta in deltas:
+        writer.feed(delta)
+    writer.close()
+    assert writer.response is not None
+    return writer.response
+
+
+# ---- Pass-through
+
+def find_responses_error(value: Any) -> Json | None:
+    """{"error": ...} of a body or an event that says the answer failed, None for any other."""
+    if isinstance(value, list) and len(value) == 1:
+        return find_responses_error(value[0])
+    if not isinstance(value, dict):
+        return None
+    response = _dict_in(value, "response") or value
+    failed = value.get("type") in ("response.failed", "response.cancelled", "error") or response.get("status") in ("failed", "cancelled")
+    found = response.get("error") or value.get("error")
+    if found:
+        return {"error": found} if isinstance(found, dict) else {"error": {"message": str(found), "code": value.get("code")}}
+    if failed:
+        return {"error": {"message": value.get("message") or f"The provider's answer was {response.get('status') or 'broken off'}.", "code": value.get("code")}}
+    return None
+
+
+def responses_usage(value: Any) -> Usage | None:
+    """Usage of a Response object, or of an event that holds one; None when there is none."""
+    response = value.get("response", value) if isinstance(value, dict) else None
+    counts = read_usage("responses", response.get("usage")) if isinstance(response, dict) else None
+    return Usage(**{name: counts[name] for name in ("input", "output", "cached", "cache_write", "reasoning") if name in counts}) if counts else None
+
+
+def _is_content_item(item: Any) -> bool:
+    """Whether an output item holds anything."""
+    if not isinstance(item, dict):
+        return False
+    if item.get("type") == "message":
+        return any(part.get("text") or part.get("refusal") for part in _dicts_in(item, "content"))
+    if item.get("type") == "reasoning":
+        return bool(item.get("summary") or item.get("content") or item.get("encrypted_content"))
+    return bool(item.get("type"))
+
+
+def judge_responses_answer(body: Any) -> tuple[str, Usage | None]:
+    """Whether a whole body is a Responses answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    if not isinstance(body, dict) or not isinstance(body.get("output"), list):
+        return "not_json", None
+    if body.get("status") in (None, "completed") and not any(map(_is_content_item, body["output"])):
+        return "empty_answer", None
+    return "", responses_usage(body)
+
+
+_TEXT_DELTA_FRAME = b"event: response.output_text.delta\n"
+
+
+class ResponsesPassage:
+    """A provider's Responses stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+
+    Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
+    """
+
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_echo", "_frames", "_overhead", "_sequence", "_began", "_open_call")
+
+    def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
+        self.content = False                #: something of the answer itself has come
+        self.done = False                   #: the last event has come
+        self.finish: str | None = None      #: completed or incomplete
+        self.usage: Usage | None = None
+        self.error: Any = None              #: what find_responses_error found
+        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
+        self.n_content_bytes = 0            #: for an estimate where no usage comes
+        self.n_signs = 0                    #: grows with every event
+        self._echo = echo_model
+        self._frames = FrameSplitter()
+        self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
+        self._sequence = 0
+        self._began = self._open_call = False
+
+    @property
+    def calling(self) -> bool:
+        """Whether a tool call is open."""
+        return self._open_call
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of `chunk`, and of what was kept before it, may go to the client now."""
+        if self.done or self.error or self.broken:
+            return b""
+        try:
+            block = self._frames.feed(chunk)
+        except UpstreamFailure as failure:
+            self.broken = failure.reason
+            return b""
+        return self._look(block) if block else b""
+
+    def close(self) -> bytes:
+        """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
+        out = b""
+        rest = self._frames.rest
+        if not (self.done or self.error or self.broken) and whole_json(read_frame(rest).data):
+            out = self._look(rest + b"\n\n")
+        if not (self.done or self.error or self.broken):
+            self.broken = "cut" if self.content else "empty_answer"
+        return out
+
+    def keep_alive(self) -> bytes:
+        """A sign of life between relayed events: one that parsers see once the stream has begun, a comment before."""
+        return write_event({"type": "keepalive", "sequence_number": self._sequence}, "keepalive") if self._began else b": keep-alive\n\n"
+
+    def _look(self, block: bytes) -> bytes:
+        """Every event of the block; text by its name alone, once one was read."""
+        out: list[bytes] = []
+        for frame in split_frames(block):
+            if self._overhead and frame.startswith(_TEXT_DELTA_FRAME) and frame.endswith(b"}\n\n"):
+                self.n_content_bytes += max(1, len(frame) - self._overhead)
+                self.n_signs += 1
+                out.append(frame)
+                continue
+            event = read_frame(frame)
+            if event.data:
+                out.append(self._take(event))
+                if self.done or self.error or self.broken:
+                    break
+            elif self.content:
+                out.append(frame)
+        return b"".join(out)
+
+    def _take(self, event: Event) -> bytes:
+        self.n_signs += 1
+        if event.data.strip() == "[DONE]":
+            return b""
+        try:
+            value = json.loads(event.data)
+        except (ValueError, RecursionError):
+            value = None
+        if event.name == "error" and not isinstance(value, dict):
+            value = {"type": "error", "message": event.data[:200]}
+        if not isinstance(value, dict):
+            self.broken = "not_json"
+            return b""
+        kind = _str_in(value, "type") or event.name
+        self.error = find_responses_error(value if event.name != "error" else {"type": "error", **value})
+        if self.error is not None:
+            return b""
+        self._notice(kind, value, event.raw)
+        return self._named(value, event) if not self.broken else b""
+
+    def _notice(self, kind: str, value: Json, raw: bytes) -> None:
+        """What an event tells of the answer."""
+        self._began = True
+        if isinstance(value.get("sequence_number"), int):
+            self._sequence = value["sequence_number"]
+        delta = value.get("delta")
+        if kind.endswith(".delta") and delta:
+            n_bytes = len(delta.encode("utf-8", "replace")) if isinstance(delta, str) else 0
+            self.content, self.n_content_bytes = True, self.n_content_bytes + n_bytes
+            if raw.startswith(_TEXT_DELTA_FRAME):
+                self._overhead = len(raw) - n_bytes
+        elif kind in ("response.output_item.added", "response.output_item.done"):
+            self.content = self.content or _is_content_item(value.get("item"))
+            item = value.get("item")
+            self._open_call = kind.endswith("added") and isinstance(item, dict) and str(item.get("type")).endswith("_call")
+        elif kind in ("response.completed", "response.incomplete"):
+            response = _dict_in(value, "response")
+            self.usage = responses_usage(response)
+            self.finish = kind.partition(".")[2]
+            self.content = self.content or self.finish == "incomplete" or any(map(_is_content_item, _dicts_in(response, "output")))
+            self.done = self.content
+            self.broken = "" if self.content else "empty_answer"
+
+    def _named(self, value: Json, event: Event) -> bytes:
+        """The frame, under the client's own model name when it is to be echoed."""
+        response = _dict_in(value, "response")
+        if not self._echo or "model" not in response:
+            return event.raw
+        return write_event({**value, "response": {**response, "model": self._echo}}, event.name)
+
+
+##############################################################################
+# 12. Anthropic Messages                                    pure | uses 1-2, 8-9
+##############################################################################
+# Messages as clients send it and providers answer it: requests read into the hub and written from it, streams read and written, and
+# MessagesPassage for streams that pass through.  Only shapes are known here; pairing, ids, seals, stops and counts are section 9's.
+# A content block that is not named in _BLOCK_READERS is opaque: its own family gets it back as it came, others what section 9 makes of it.
+# Source: Anthropic API reference and SDK types, Messages, read 2026-11.  Guarded by tests/test_format_messages.py.
+# One more kind of block: rows in _BLOCK_READERS and _BLOCK_WRITERS; in answers a case in MessagesStreamReader._open and a row in MessagesStreamWriter.WRITES.
+
+_OWN = "anthropic"                #: whose signatures, server blocks and citations this format carries verbatim
+
+# ---- Checking
+
+_MESSAGES_NUMBER = (int, float)
+_MESSAGES_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "model": ((str,), "a string"),
+    "max_tokens": ((int,), "an integer"),
+    "messages": ((list,), "a list"),
+    "system": ((str, list), "a string or a list"),
+    "stream": ((bool,), "a boolean"),
+    "temperature": (_MESSAGES_NUMBER, "a number"),
+    "top_p": (_MESSAGES_NUMBER, "a number"),
+    "top_k": ((int,), "an integer"),
+    "stop_sequences": ((list,), "a list"),
+    "tools": ((list,), "a list"),
+    "tool_choice": ((dict,), "an object"),
+    "thinking": ((dict,), "an object"),
+    "output_config": ((dict,), "an object"),
+    "output_format": ((dict,), "an object"),
+    "metadata": ((dict,), "an object"),
+    "cache_control": ((dict,), "an object"),
+}
+_MESSAGES_ROLES = ("assistant", "system", "user")
+_THREAD_CODE = "thread_unsupported_request"
+
+
+def check_messages_request(body: Any, *, threads: bool = False) -> Json:
+    """The body when it is a Messages request by its structure. Raises GatewayError 400 that names the first field that is not.
+
+    max_tokens may be missing, as in a request to count tokens.  threads: the provider keeps conversations itself (only Anthropic does).
+    """
+    if not isinstance(body, dict):
+        raise bad_request("The body must be a JSON object.")
+    if body.get("thread") is not None and not threads:
+        # anthropic SDK 2.x reads the details and goes on with the whole history; without them it would lose its history silently
+        raise bad_request("thread: conversations are not kept here, send the whole history.", param="thread", code=_THREAD_CODE)
+    for name, value in body.items():
+        types, expected = _MESSAGES_TYPES.get(name, ((object,), ""))
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
+            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
+    if body.get("model") == "" or (body.get("max_tokens") or 0) < 0:
+        name, expected = ("model", "a name") if body.get("model") == "" else ("max_tokens", "0 or more")
+        raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_value")
+    _check_blocks(body.get("system"), "system")
+    if not body.get("messages"):
+        raise bad_request("messages: at least one message is required", param="messages", code="invalid_type")
+    for index, message in enumerate(body["messages"]):
+        _check_turn(message, f"messages[{index}]")
+    for index, tool in enumerate(body.get("tools") or ()):
+        _check_tool(tool, f"tools[{index}]")
+    return body
+
+
+def _check_turn(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise bad_request(f"{where} must be an object.", param=where, code="invalid_type")
+    if message.get("role") not in _MESSAGES_ROLES:
+        raise bad_request(f"{where}.role must be one of {', '.join(_MESSAGES_ROLES)}.", param=f"{where}.role", code="invalid_value")
+    _check_blocks(message.get("content"), f"{where}.content")
+
+
+def _check_blocks(content: Any, where: str) -> None:
+    """Strings and lists of blocks pass, and so do blocks of kinds unknown here: Anthropic adds some every month."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise bad_request(f"{where} must be a string or a list of blocks.", param=where, code="invalid_type")
+    for index, block in enumerate(content):
+        place = f"{where}[{index}]"
+        if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+            raise bad_request(f"{place} must be a block with a type.", param=place, code="invalid_type")
+        for name in _BLOCK_STRINGS.get(block["type"], ()):
+            if not isinstance(block.get(name), str):
+                raise bad_request(f"{place}.{name} must be a string.", param=f"{place}.{name}", code="missing_required_parameter")
+        if block["type"] in ("image", "document"):
+            _check_source(block.get("source"), f"{place}.source")
+        if block["type"] == "tool_result":
+            _check_blocks(block.get("content"), f"{place}.content")
+
+
+#: What a block is nothing without.
+_BLOCK_STRINGS: Mapping[str, tuple[str, ...]] = {"text": ("text",), "tool_use": ("id", "name"), "tool_result": ("tool_use_id",), "redacted_thinking": ("data",)}
+_SOURCE_FIELDS: Mapping[str, str] = {"base64": "data", "text": "data", "url": "url", "file": "file_id", "content": "content"}
+
+
+def _check_source(source: Any, where: str) -> None:
+    field_name = _SOURCE_FIELDS.get(str(source.get("type")), "") if isinstance(source, dict) else ""
+    if not field_name:
+        raise bad_request(f"{where} must be an object of type {', '.join(_SOURCE_FIELDS)}.", param=where, code="invalid_value")
+    value = source.get(field_name)
+    if not isinstance(value, (str, list) if field_name == "content" else str):
+        raise bad_request(f"{where}.{field_name} is missing.", param=f"{where}.{field_name}", code="missing_required_parameter")
+    if field_name == "content":
+        _check_blocks(value, f"{where}.content")
+
+
+def _check_tool(tool: Any, where: str) -> None:
+    if not isinstance(tool, dict) or not isinstance(tool.get("type", ""), (str, type(None))):
+        raise bad_request(f"{where} must be an object.", param=where, code="invalid_type")
+    if tool.get("type") in (None, "custom") and not (isinstance(tool.get("name"), str) and tool["name"]):
+        raise bad_request(f"{where}.name is missing.", param=f"{where}.name", code="missing_required_parameter")
+    if not isinstance(tool.get("input_schema", {}), (dict, type(None))):
+        raise bad_request(f"{where}.input_schema must be an object.", param=f"{where}.input_schema", code="invalid_type")
+
+
+_LONG_CONTEXT = re.compile(r"(?:\[1m\])+\Z", re.IGNORECASE)
+
+
+def plain_model(name: str) -> str:
+    """A model name without the [1m] that Claude Code hangs on it, once or more often."""
+    return _LONG_CONTEXT.sub("", name)
+
+
+# ---- Requests: reading
+
+_THINKING_MODES: Mapping[str, str] = {"enabled": "on", "adaptive": "auto", "disabled": "off"}
+_CHOICE_MODES = ("auto", "any", "none", "tool")
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
+#: What messages_read_request understands; the rest goes to extra, for the own family.
+_READ_FIELDS = frozenset({"model", "max_tokens", "messages", "system", "stream", *_SAMPLING_FIELDS, "stop_sequences", "tools", "tool_choice", "thinking", "output_config",
+                          "output_format", "metadata", "cache_control", "service_tier", "speed", "thread"})
+
+
+def messages_read_request(body: Any) -> Json:
+    """The hub request for a Messages body. Raises GatewayError 400.
+
+    in:      {"model", "messages", "max_tokens"?, "system"?, "tools"?, ...}    out: hub request (section 9)
+    kept in extra, for Messages providers only: container, mcp_servers, context_management, inference_geo, betas, ... and what is unknown.
+    """
+    check_messages_request(body)
+    hub = new_hub("messages", body.get("model") or "", body.get("stream") is True)
+    output = body.get("output_config") or {}
+    choice = body.get("tool_choice") or {}
+    system = _read_blocks(body.get("system"))
+    for message in body["messages"]:
+        parts = _read_blocks(message.get("content"))
+        if message["role"] == "system" and not hub["turns"] and all(part["type"] == "text" for part in parts):
+            system += parts
+        else:
+            hub["turns"].append({"role": message["role"], "parts": parts})
+    drop(hub, *(f"system.{part['type']}" for part in system if part["type"] != "text"))
+    found = {
+        "system": [part for part in system if part["type"] == "text"],
+        "tools": [_read_tool(tool) for tool in body.get("tools") or ()],
+        "choice": _read_choice(choice),
+        "parallel": False if choice.get("disable_parallel_tool_use") is True else None,
+        "max_out": body.get("max_tokens"),
+        "sampling": {name: body[name] for name in _SAMPLING_FIELDS if body.get(name) is not None},
+        "stop": read_stop(body.get("stop_sequences")),
+        "format": _read_format(output.get("format") or body.get("output_format")),
+        "think": _read_thinking(body.get("thinking") or {}, output),
+        "meta": _read_meta(body),
+    }
+    hub.update({name: value for name, value in found.items() if value not in (None, [], {})})
+    rest = rest_of(body, _READ_FIELDS)
+    more = {name: value for name, value in output.items() if name not in ("effort", "format")}
+    hub["extra"]["messages"] = {**rest, "output_config": more} if more else rest
+    for part in [part for turn in hub["turns"] for part in turn["parts"] if part["type"] == "tool_change" and part.get("named")]:
+        part["add"] = part["add"] or [tool for tool in hub.get("tools", ()) if tool["name"] == part["named"]]
+    return hub
+
+
+def _read_choice(choice: Json) -> Json | None:
+    mode = choice.get("type")
+    if mode not in _CHOICE_MODES:
+        return None
+    return {"mode": mode, "name": str(choice.get("name", ""))} if mode == "tool" else {"mode": mode}
+
+
+def _read_format(form: Any) -> Json | None:
+    if not isinstance(form, dict) or not isinstance(form.get("schema"), dict):
+        return None
+    return {"kind": "schema", "schema": form["schema"], **({"name": form["name"]} if isinstance(form.get("name"), str) else {})}
+
+
+def _read_thinking(thinking: Json, output: Json) -> Json:
+    """Thinking and effort, two knobs: effort alone says nothing about thinking."""
+    told = {"mode": _THINKING_MODES.get(str(thinking.get("type"))), "effort": output.get("effort"), "budget": thinking.get("budget_tokens"), "show": thinking.get("display")}
+    kinds = {"budget": int}
+    return {name: value for name, value in told.items() if isinstance(value, kinds.get(name, str))}
+
+
+def _read_meta(body: Json) -> Json:
+    user = (body.get("metadata") or {}).get("user_id")
+    told = {"user": user, "session": session_of(user), "cache_auto": body.get("cache_control"), "tier": body.get("service_tier"), "speed": body.get("speed")}
+    return {name: value for name, value in told.items() if value and isinstance(value, dict if name == "cache_auto" else str)}
+
+
+def _read_tool(tool: Json) -> Json:
+    """A tool of the client's own, or one that Anthropic runs or knows the schema of (hosted); `raw` is for the way back."""
+    marks = {**({"cache": tool["cache_control"]} if tool.get("cache_control") else {}), **({"defer": True} if tool.get("defer_loading") else {})}
+    if tool.get("type") not in (None, "custom"):
+        return {"name": str(tool.get("name") or tool.get("mcp_server_name") or tool["type"]), "kind": "hosted", "family": _OWN, "raw": tool, **marks}
+    told = {"description": tool.get("description"), "schema": tool.get("input_schema"), "strict": tool.get("strict")}
+    return {"name": tool["name"], "kind": "function", **{name: value for name, value in told.items() if value is not None}, "raw": tool, **marks}
+
+
+def _read_blocks(content: Any) -> list[Json]:
+    """The parts of a system prompt, a message or a tool result."""
+    if isinstance(content, str):
+        return [text_part(content)]
+    return [_BLOCK_READERS.get(block["type"], _read_other_block)(block) for block in content or ()]
+
+
+def _object(value: Any) -> Json:
+    """An object, an empty one for what is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any) -> list[Json]:
+    """The objects of a list, nothing for what is none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _marked(part: Json, block: Json) -> Json:
+    """The part with the block's cache mark."""
+    return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
+
+
+def _read_text_block(block: Json) -> Json:
+    part = text_part(block["text"])
+    cites = [_read_citation(citation) for citation in _objects(block.get("citations"))]
+    return _marked({**part, "cites": cites} if cites else part, block)
+
+
+def _read_citation(citation: Json) -> Json:
+    """A citation as the hub has it; one that we made up ourselves for a foreign provider has no raw form to go back to Anthropic."""
+    cite = {"url": str(citation.get("url") or citation.get("source") or ""), "title": str(citation.get("title") or citation.get("document_title") or "")}
+    ours = citation.get("type") == "web_search_result_location" and not citation.get("encrypted_index")
+    return cite if ours else {**cite, "raw": citation, "family": _OWN}
+
+
+def _read_source(source: Json) -> Json:
+    """Where an image or a document lies: data and mime, text, url or file_id."""
+    kind = source["type"]
+    if kind == "base64":
+        return {"data": "".join(source["data"].split()), "mime": source.get("media_type") or ""}
+    if kind == "text":
+        return {"text": source["data"], "mime": source.get("media_type") or "text/plain"}
+    return {"url": source["url"]} if kind == "url" else {"file_id": source["file_id"]}
+
+
+def _read_image_block(block: Json) -> Json:
+    source = block["source"]
+    if source["type"] == "url" and source["url"][:5].lower() == "data:":
+        return _marked(image_part(source["url"]), block)
+    return _read_other_block(block) if source["type"] in ("content", "text") else _marked({"type": "image", **_read_source(source)}, block)
+
+
+def _read_document_block(block: Json) -> Json:
+    """A file part; a document made of blocks stays opaque, since citations count its blocks."""
+    if block["source"]["type"] == "content":
+        return _read_other_block(block)
+    told = {name: block[name] for name in ("title", "context", "citations") if block.get(name)}
+    return _marked({"type": "file", **_read_source(block["source"]), **told}, block)
+
+
+def _read_thinking_block(block: Json) -> Json:
+    text, seal = block.get("thinking") or "", read_seal(block.get("signature"), _OWN, "signature")
+    if seal is None:
+        return {"type": "think", "text": text}
+    hidden = seal.pop("text", "")           # thinking that the client asked not to see rides in its envelope
+    return {"type": "think", "text": text or hidden, "seal": seal}
+
+
+def _read_redacted_block(block: Json) -> Json:
+    return {"type": "think", "text": "", "hidden": True, "seal": read_seal(block["data"], _OWN, "redacted") or {"family": "?", "model": "", "field": "?"}}
+
+
+def _read_use_block(block: Json) -> Json:
+    part = call_part(block["id"], block["name"], args_text(block.get("input")))
+    return _marked({**part, "raw": {"caller": block["caller"]}} if block.get("caller") else part, block)
+
+
+def _read_result_block(block: Json) -> Json:
+    return _marked(result_part(block["tool_use_id"], _read_blocks(block.get("content")), error=block.get("is_error") is True), block)
+
+
+def _read_other_block(block: Json) -> Json:
+    text = _rendering(block)
+    return {"type": "opaque", "family": _OWN, "format": "messages", "data": block, **({"text": text} if text else {})}
+
+
+def _rendering(block: Json) -> str:
+    """What other families may read of a block of Anthropic's own, "" for nothing."""
+    kind = block["type"]
+    if kind == "search_result":
+        return f'<search_result source="{block.get("source", "")}" title="{block.get("title", "")}">\n{_inner_text(block.get("content"))}\n</search_result>'
+    if kind == "document":
+        told = {name: block[name] for name in ("title", "context") if block.get(name)}
+        return document_text({**told, "text": _inner_text(block["source"]["content"])})
+    text = _inner_text(block) if kind.endswith("_tool_result") or kind in ("tool_reference", "compaction") else ""
+    return f"<summary>\n{text}\n</summary>" if kind == "compaction" and text else text
+
+
+#: Where the blocks of server tools keep what can be read, in the order in which it is told.
+_READABLE = ("text", "stdout", "stderr", "content", "tool_references", "source")
+
+
+def _inner_text(value: Any) -> str:
+    """The readable text anywhere inside a block, a line each: hits of a search by title and address."""
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_inner_text, value)))
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    if "tool_name" in value:
+        return f"Tool available: {value['tool_name']}"
+    if value.get("type") == "web_search_result":
+        return f"{value.get('title') or ''} {value.get('url') or ''}".strip()
+    if value.get("type") == "text" and "data" in value:
+        return str(value["data"])
+    return "\n".join(filter(None, (_inner_text(value.get(name)) for name in _READABLE)))
+
+
+def _read_addition_block(block: Json) -> Json:
+    """A tool that is to be offered from here on: defined here, or named and defined in the request."""
+    tool = _object(block.get("tool"))
+    definition = _object(tool.get("definition"))
+    return {"type": "tool_change", "add": [_read_tool(definition)] if isinstance(definition.get("name"), str) else [], "named": str(tool.get("name") or ""), "raw": block}
+
+
+def _read_removal_block(block: Json) -> Json:
+    return {"type": "tool_change", "remove": [str(_object(block.get("tool")).get("name") or "")], "raw": block}
+
+
+_BLOCK_READERS: Mapping[str, Callable[[Json], Json]] = {
+    "text": _read_text_block,
+    "image": _read_image_block,
+    "document": _read_document_block,
+    "thinking": _read_thinking_block,
+    "redacted_thinking": _read_redacted_block,
+    "tool_use": _read_use_block,
+    "tool_result": _read_result_block,
+    "tool_addition": _read_addition_block,
+    "tool_removal": _read_removal_block,
+}
+
+
+# ---- Requests: writing
+
+def messages_write_request(hub: Json, profile: Profile) -> Json:
+    """The Messages body for a prepared hub request (section 9, prepare).
+
+    out:     {"model", "max_tokens", "system"?, "messages", "tools"?, ...}    source: Anthropic API reference, Messages, read 2026-11.
+    """
+    body: Json = {"model": profile.model or plain_model(hub["model"]), "max_tokens": hub.get("max_out", profile.default_max_out)}
+    if hub.get("system"):
+        body["system"] = _write_content(hub["system"], hub, profile)
+    body["messages"] = [{"role": turn["role"], "content": _write_content(turn["parts"], hub, profile)} for turn in hub["turns"]]
+    if hub.get("tools"):
+        body["tools"] = [_write_tool(tool, profile) for tool in hub["tools"]]
+        choice = _write_choice(hub)
+        if choice:
+            body["tool_choice"] = choice
+    if hub.get("stream"):
+        body["stream"] = True
+    body.update(hub.get("sampling") or {})
+    if hub.get("stop"):
+        body["stop_sequences"] = hub["stop"]
+    _write_thinking(body, hub, profile)
+    _write_meta(body, hub.get("meta") or {})
+    own = hub["extra"].get("messages", {}) if hub["client"] == "messages" else {}
+    return {**body, **{name: value for name, value in own.items() if name not in body and name != "output_config"}}
+
+
+def _write_choice(hub: Json) -> Json:
+    """The tool choice, which is also where parallel calls are forbidden."""
+    choice = hub.get("choice") or {}
+    written = {"type": choice["mode"], **({"name": choice["name"]} if choice["mode"] == "tool" else {})} if choice else {}
+    if hub.get("parallel") is False and written.get("type") != "none":
+        return {**(written or {"type": "auto"}), "disable_parallel_tool_use": True}
+    return written
+
+
+def _write_thinking(body: Json, hub: Json, profile: Profile) -> None:
+    think, form = hub.get("think") or {}, hub.get("format") or {}
+    if think.get("form"):
+        told = {"type": think["form"], "budget_tokens": think.get("budget"), "display": think.get("display")}
+        body["thinking"] = {name: value for name, value in told.items() if value}
+    output = dict(hub["extra"].get("messages", {}).get("output_config") or {}) if hub["client"] == "messages" and profile.vendor else {}
+    if think.get("effort"):
+        output["effort"] = think["effort"]
+    if form.get("kind") == "schema":
+        output["format"] = {"type": "json_schema", "schema": form["schema"]}
+    if output:
+        body["output_config"] = output
+
+
+def _write_meta(body: Json, meta: Json) -> None:
+    if meta.get("user"):
+        body["metadata"] = {"user_id": meta["user"]}
+    for name, value in (("cache_control", meta.get("cache_auto")), ("service_tier", meta.get("tier")), ("speed", meta.get("speed"))):
+        if value:
+            body[name] = value
+
+
+def _write_tool(tool: Json, profile: Profile) -> Json:
+    """A tool; `raw` is there when it is on its way back to the family it came from."""
+    if tool["kind"] == "hosted":
+        written = dict(tool["raw"])
+    else:
+        written = {**(tool.get("raw") or {}), "name": tool["wire"]}
+        if tool.get("description"):
+            written["description"] = tool["description"]
+        written["input_schema"] = tool.get("schema") or {"type": "object", "properties": {}}
+        if tool.get("strict") and profile.vendor:
+            written["strict"] = True
+    written.pop("cache_control", None)
+    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+
+
+def _write_content(parts: Sequence[Json], hub: Json, profile: Profile) -> str | list[Json]:
+    """The blocks of a turn; a plain string where there is one text and no more to say of it."""
+    native = profile.vendor and hub["client"] == "messages"
+    blocks = [_BLOCK_WRITERS[part["type"]](part, native) for part in parts]
+    return blocks[0]["text"] if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
+
+
+def _with_mark(block: Json, part: Json) -> Json:
+    return {**block, "cache_control": part["cache"]} if part.get("cache") else block
+
+
+def _write_text_block(part: Json, native: bool) -> Json:
+    block = {"type": "text", "text": part["text"]}
+    citations = [cite["raw"] for cite in part.get("cites") or () if native and cite.get("family") == _OWN and "raw" in cite]
+    return _with_mark({**block, "citations": citations} if citations else block, part)
+
+
+def _write_source(part: Json) -> Json:
+    if "data" in part:
+        return {"type": "base64", "media_type": part["mime"], "data": part["data"]}
+    if "text" in part:
+        return {"type": "text", "media_type": "text/plain", "data": part["text"]}
+    return {"type": "url", "url": part["url"]} if "url" in part else {"type": "file", "file_id": part["file_id"]}
+
+
+def _write_image_block(part: Json, native: bool) -> Json:
+    return _with_mark({"type": "image", "source": _write_source(part)}, part)
+
+
+def _write_file_block(part: Json, native: bool) -> Json:
+    title = part.get("title") or part.get("name")
+    told = {"title": title, "context": part.get("context"), "citations": part.get("citations") if native else None}
+    return _with_mark({"type": "document", "source": _write_source(part), **{name: value for name, value in told.items() if value}}, part)
+
+
+def _write_thinking_block(part: Json, native: bool) -> Json:
+    """Thinking for the family that made it; text without a seal goes only where the profile says so, under an empty signature."""
+    seal = part.get("seal") or {}
+    data = seal.get("data") if isinstance(seal.get("data"), str) else ""
+    if seal.get("field") == "redacted":
+        return {"type": "redacted_thinking", "data": data}
+    return {"type": "thinking", "thinking": part["text"], "signature": data}
+
+
+def _write_use_block(part: Json, native: bool) -> Json:
+    block = {"type": "tool_use", "id": part["id"], "name": part["name"], "input": args_object(part["args"])}
+    return _with_mark({**block, **part["raw"]} if native and part.get("raw") else block, part)
+
+
+def _write_result_block(part: Json, native: bool) -> Json:
+    block: Json = {"type": "tool_result", "tool_use_id": part["id"]}
+    inner = [_BLOCK_WRITERS[item["type"]](item, native) for item in part["parts"] if item["type"] != "text" or not is_blank(item["text"])]
+    if inner:
+        block["content"] = inner[0]["text"] if len(inner) == 1 and inner[0].keys() == {"type", "text"} else inner
+    return _with_mark({**block, "is_error": True} if part.get("error") else block, part)
+
+
+def _write_opaque_block(part: Json, native: bool) -> Json:
+    return dict(part["data"])
+
+
+def _write_change_block(part: Json, native: bool) -> Json:
+    return dict(part["raw"])
+
+
+_BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
+    "text": _write_text_block,
+    "refusal": _write_text_block,
+    "image": _write_image_block,
+    "file": _write_file_block,
+    "think": _write_thinking_block,
+    "call": _write_use_block,
+    "result": _write_result_block,
+    "opaque": _write_opaque_block,
+    "tool_change": _write_change_block,
+}
+
+
+# ---- Answers: reading
+
+@dataclass(slots=True)
+class _BlockReader:
+    """One content block between its start and its stop."""
+    index: Any
+    key: int                              #: its number in this answer, for providers repeat an index
+    body: Json                            #: as it started
+    input_text: str = ""                  #: input of a server tool
+    called: bool = False                  #: arguments of a call have come as deltas
+    signature: str = ""
+    thought: bool = False                 #: more than blanks was thought
+    cites: list[Json] = field(default_factory=list)
+    began_at: int = 0                     #: characters of text before it
+    waiting: list[Json] = field(default_factory=list)    #: deltas that came while another block was open
+    stopped: bool = False
+
+
+class MessagesStreamReader:
+    """A provider's Messages stream as deltas.
+
+    Blocks are taken in the order of their starts; one that begins while another is open waits until that one stops.
+    `done`: the end mark or an error has come, close() may be called.
+    """
+
+    __slots__ = ("done", "_out", "_blocks", "_usage", "_n_blocks", "_n_chars", "_ended")
+
+    def __init__(self, source: Source) -> None:
+        self.done = False
+        self._out = Serialiser(source)
+        self._blocks: deque[_BlockReader] = deque()
+        self._usage: Json = {}
+        self._n_blocks = self._n_chars = 0
+        self._ended = False
+
+    def feed(self, event: Event) -> list[Json]:
+        """The deltas of one event; events that are not known give none."""
+        text = event.data.strip()
+        if self.done or not text:
+            return []
+        if text == "[DONE]":
+            self.done = self._ended = True
+            return []
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            value = {"type": "error", "error": {"message": text[:200] if event.name == "error" else "provider sent something that is not JSON"}}
+        return self.read(value, event.name)
+
+    def read(self, value: Json, name: str = "") -> list[Json]:
+        """The deltas of one event that is parsed already; `name` is its event line."""
+        kind = "error" if name == "error" else value.get("type") or ("error" if value.get("error") else name)
+        if kind == "content_block_delta":
+            self._more(value)
+        elif kind == "content_block_start":
+            self._start_block(value.get("index"), value.get("content_block"))
+        elif kind == "content_block_stop":
+            self._stop_block(value.get("index"))
+        elif kind == "message_start":
+            self._start(value.get("message"))
+        elif kind == "message_delta":
+            self._finish(value)
+        elif kind == "message_stop":
+            self.done = self._ended = True
+        elif kind == "error":
+            self._stop_all()
+            self._out.fail(read_error(value))
+            self.done = True
+        return self._out.take()
+
+    def close(self) -> list[Json]:
+        """What is owed at the end: usage and the stop, or an error when the stream was cut."""
+        if not self._out.failed:
+            self._stop_all()
+        self.done = True
+        return self._out.close(ended=self._ended)
+
+    def _start(self, message: Any) -> None:
+        message = _object(message)
+        self._count(message.get("usage"))
+        self._out.start(str(message.get("id") or ""), str(message.get("model") or ""), self._told())
+
+    def _count(self, usage: Any) -> None:
+        """Usage is cumulative and partial: each key that is not null replaces what was told before."""
+        if isinstance(usage, dict):
+            self._usage = merge_usage(self._usage, usage)
+            self._out.usage(self._told())
+
+    def _told(self) -> Json:
+        """Usage in the hub's counts; an input of 0 means that a server does not count, never an empty prompt."""
+        return {name: count for name, count in read_usage("messages", self._usage).items() if count or name != "input"}
+
+    def _finish(self, value: Json) -> None:
+        delta = _object(value.get("delta"))
+        self._count(value.get("usage"))
+        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), _object(delta.get("stop_details")) or None)
+
+    def _find(self, index: Any) -> _BlockReader | None:
+        return next((block for block in reversed(self._blocks) if block.index == index and not block.stopped), None)
+
+    def _start_block(self, index: Any, body: Any) -> None:
+        if self._find(index) is not None:
+            self._stop_block(index)
+        self._n_blocks += 1
+        self._blocks.append(_BlockReader(index, self._n_blocks, dict(_object(body))))
+        if len(self._blocks) == 1:
+            self._open(self._blocks[0])
+
+    def _more(self, value: Json) -> None:
+        index, delta = value.get("index"), value.get("delta")
+        if not isinstance(delta, dict):
+            return
+        block = self._find(index)
+        if block is None:
+            kind = _UNSTARTED.get(str(delta.get("type")))
+            if kind is None:
+                return
+            self._start_block(index, {"type": kind})
+            block = self._blocks[-1]
+        if block is self._blocks[0]:
+            self._apply(block, delta)
+        else:
+            block.waiting.append(delta)
+
+    def _stop_block(self, index: Any) -> None:
+        block = self._find(index)
+        if block is not None:
+            block.stopped = True
+        while self._blocks and self._blocks[0].stopped:
+            self._end(self._blocks.popleft())
+            if self._blocks:
+                self._open(self._blocks[0])
+
+    def _stop_all(self) -> None:
+        for block in self._blocks:
+            block.stopped = True
+        self._stop_block(None)
+
+    def _open(self, block: _BlockReader) -> None:
+        """The block's turn has come: give out how it started, and what has come since."""
+        body, kind = block.body, block.body.get("type")
+        block.began_at = self._n_chars
+        if kind == "text":
+            self._apply(block, {"type": "text_delta", "text": body.get("text")})
+            block.cites += _objects(body.get("citations"))
+        elif kind == "thinking":
+            self._apply(block, {"type": "thinking_delta", "thinking": body.get("thinking")})
+            block.signature = str(body.get("signature") or "")
+        elif kind == "redacted_thinking":
+            self._out.seal({"field": "redacted", "data": str(body.get("data") or "")})
+        elif kind == "tool_use":
+            self._out.call(block.key, str(body.get("id") or ""), str(body.get("name") or ""))
+        for delta in block.waiting:
+            self._apply(block, delta)
+        block.waiting.clear()
+
+    def _apply(self, block: _BlockReader, delta: Json) -> None:
+        kind = str(delta.get("type"))
+        text = delta.get(_DELTA_FIELDS.get(kind, ""))
+        if kind == "citations_delta" and isinstance(delta.get("citation"), dict):
+            block.cites.append(delta["citation"])
+        elif kind not in _DELTA_FIELDS:
+            _fold_unknown(block.body, delta)
+        elif not isinstance(text, str) or not text:
+            return
+        elif kind == "text_delta":
+            self._n_chars += len(text)
+            self._out.text(text)
+        elif kind == "thinking_delta":
+            block.thought = block.thought or not is_blank(text)
+            self._out.think(text, "signature")
+        elif kind == "signature_delta":
+            block.signature = text
+        elif block.body.get("type") == "tool_use":
+            block.called = True
+            self._out.args(block.key, text)
+        else:
+            block.input_text += text
+
+    def _end(self, block: _BlockReader) -> None:
+        kind = block.body.get("type")
+        if kind == "text":
+            for citation in block.cites:
+                self._out.cite({**_read_citation(citation), "start": block.began_at, "end": self._n_chars})
+        elif kind == "thinking":
+            if block.signature or block.thought:
+                self._out.seal({"field": "signature", **({"data": block.signature} if block.signature else {})})
+        elif kind == "tool_use":
+            if not block.called and block.body.get("input"):
+                self._out.args(block.key, args_text(block.body["input"]))
+            self._out.end_call(block.key)
+        elif kind and kind != "redacted_thinking":
+            self._out.opaque(_OWN, {**block.body, "input": args_object(block.input_text)} if block.input_text else block.body)
+
+
+#: Where a delta holds its text, and the block it opens on servers that send no start.
+_DELTA_FIELDS: Mapping[str, str] = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature", "input_json_delta": "partial_json"}
+_UNSTARTED: Mapping[str, str] = {"text_delta": "text", "citations_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}
+
+
+def _fold_unknown(body: Json, delta: Json) -> None:
+    """Add a delta of a kind unknown here (compaction_delta among them) to its block: texts are joined, the rest replaced."""
+    for name, value in delta.items():
+        if name != "type" and value is not None:
+            body[name] = body[name] + value if isinstance(value, str) and isinstance(body.get(name), str) else value
+
+
+def messages_read_answer(body: Any, source: Source) -> list[Json]:
+    """The deltas of a whole answer, by way of the events it would have been."""
+    reader = MessagesStreamReader(source)
+    deltas = [delta for event in _answer_events(body if isinstance(body, dict) else {}) for delta in reader.read(event)]
+    return deltas + reader.close()
+
+
+def _answer_events(body: Json) -> Iterator[Json]:
+    if find_messages_error(body) is not None:
+        yield {"type": "error", "error": body.get("error") or body}
+        return
+    if isinstance(body.get("content"), list):
+        yield {"type": "message_start", "message": body}
+        for index, block in enumerate(body["content"]):
+            yield {"type": "content_block_start", "index": index, "content_block": block}
+            yield {"type": "content_block_stop", "index": index}
+        yield {"type": "message_delta", "delta": body, "usage": None}
+    yield {"type": "message_stop"}
+
+
+# ---- Answers: writing
+
+def _delta_head(index: int, kind: str) -> bytes:
+    """An event with a delta up to its text; _DELTA_END closes it.  The bytes are those that write_event gives."""
+    return b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":' % (index, kind.encode(), _DELTA_FIELDS[kind].encode())
+
+
+_DELTA_END = b"}}\n\n"
+_PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+_MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+#: The delta of an open block, by the kind of hub delta that fills it.
+_FILLS: Mapping[str, str] = {"text": "text_delta", "refuse": "text_delta", "think": "thinking_delta", "args": "input_json_delta"}
+
+
+class MessagesStreamWriter:
+    """Hub deltas as a Messages client's stream: one block open at a time, numbered without gaps."""
+
+    __slots__ = ("_asked", "_index", "_kind", "_head", "_bare", "_cited", "_hides", "_thought", "_usage", "_started", "_ended")
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._index = -1
+        self._kind = ""             #: the delta the open block takes: text_delta and so on, other for one that is whole, "" for none
+        self._head = b""            #: such an event up to its text
+        self._bare = False          #: a call without arguments so far
+        self._cited = False         #: the open text has citations; more text gets a block of its own
+        self._hides = (asked.hub.get("think") or {}).get("show") == "omitted"
+        self._thought: list[str] = []
+        self._usage: Json = {}
+        self._started = self._ended = False
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta."""
+        kind = delta["delta"]
+        if _FILLS.get(kind) == self._kind and not self._cited and not (self._hides and kind == "think"):
+            self._bare = False
+            return [self._head + dump_json(delta["text"]) + _DELTA_END]
+        if self._ended:
+            return []
+        begun = [] if self._started or kind == "error" else self._begin(delta)
+        write = self.WRITES.get(kind)
+        return begun + (write(self, delta) if write else [])
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come: nothing, unless they ended without a stop."""
+        return [] if self._ended else self._write_error({"status": 502, "message": "upstream closed the stream before finishing", "code": None})
+
+    def keep_alive(self) -> bytes:
+        """A frame that says nothing, for silences."""
+        return _PING
+
+    def error(self, error: GatewayError) -> bytes:
+        """The frame that ends a broken stream; the open block stays open, so that nobody takes it for whole."""
+        self._ended, self._kind = True, ""
+        return write_event(messages_error(error), "error")
+
+    def _begin(self, delta: Json) -> list[bytes]:
+        self._started = True
+        self._usage = dict(delta.get("usage") or {}) if delta["delta"] == "start" else {}
+        message = {"id": mint("msg_", self._asked.seed), "type": "message", "role": "assistant", "model": self._asked.hub["model"], "content": [],
+                   "stop_reason": None, "stop_sequence": None, "usage": write_usage("messages", self._usage)}
+        return [write_event({"type": "message_start", "message": message}, "message_start")]
+
+    def _open(self, kind: str, block: Json) -> list[bytes]:
+        shut = self._shut()
+        self._index += 1
+        self._kind, self._head = kind, _delta_head(self._index, kind) if kind in _DELTA_FIELDS else b""
+        return [*shut, write_event({"type": "content_block_start", "index": self._index, "content_block": block}, "content_block_start")]
+
+    def _shut(self) -> list[bytes]:
+        if not self._kind:
+            return []
+        owed = [self._head + b'"{}"' + _DELTA_END] if self._bare else []
+        self._kind, self._bare, self._cited = "", False, False
+        return [*owed, write_event({"type": "content_block_stop", "index": self._index}, "content_block_stop")]
+
+    def _delta(self, delta: Json) -> bytes:
+        return write_event({"type": "content_block_delta", "index": self._index, "delta": delta}, "content_block_delta")
+
+    def _write_text(self, delta: Json) -> list[bytes]:
+        return [*self._open("text_delta", {"type": "text", "text": ""}), self._head + dump_json(delta["text"]) + _DELTA_END]
+
+    def _open_thinking(self) -> list[bytes]:
+        self._thought = []
+        return self._open("thinking_delta", {"type": "thinking", "thinking": "", "signature": ""})
+
+    def _write_think(self, delta: Json) -> list[bytes]:
+        opened = [] if self._kind == "thinking_delta" else self._open_thinking()
+        if self._hides:
+            self._thought.append(delta["text"])
+            return opened
+        return [*opened, self._head + dump_json(delta["text"]) + _DELTA_END]
+
+    def _write_seal(self, delta: Json) -> list[bytes]:
+        """The signature, in one delta right before its block's stop; redacted thinking is a block without text."""
+        record = {name: value for name, value in delta.items() if name != "delta"}
+        if record.get("family") == _OWN and record.get("field") == "redacted":
+            return [*self._open("other", {"type": "redacted_thinking", "data": record.get("data") or ""}), *self._shut()]
+        opened = [] if self._kind == "thinking_delta" else self._open_thinking()
+        signature = write_seal(record, _OWN, "".join(self._thought) or None)
+        return [*opened, self._delta({"type": "signature_delta", "signature": signature}), *self._shut()]
+
+    def _write_call(self, delta: Json) -> list[bytes]:
+        opened = self._open("input_json_delta", {"type": "tool_use", "id": delta["id"], "name": delta["name"], "input": {}})
+        self._bare = True
+        return opened
+
+    def _write_cite(self, delta: Json) -> list[bytes]:
+        """A citation of the open text; one of another family is told as a search result, marked as ours by its empty index."""
+        if self._kind != "text_delta":
+            return []
+        made = {"type": "web_search_result_location", "url": delta.get("url") or "", "title": delta.get("title") or "", "cited_text": "", "encrypted_index": ""}
+        self._cited = True
+        return [self._delta({"type": "citations_delta", "citation": delta["raw"] if delta.get("family") == _OWN and "raw" in delta else made})]
+
+    def _write_opaque(self, delta: Json) -> list[bytes]:
+        block = delta.get("data")
+        if delta.get("family") != _OWN or not isinstance(block, dict) or "type" not in block:
+            return []
+        if not block.get("input"):
+            return [*self._open("other", block), *self._shut()]
+        opened = self._open("input_json_delta", {**block, "input": {}})
+        return [*opened, self._head + dump_json(compact(block["input"])) + _DELTA_END, *self._shut()]
+
+    def _write_usage(self, delta: Json) -> list[bytes]:
+        self._usage = merge_usage(self._usage, delta)
+        return []
+
+    def _write_stop(self, delta: Json) -> list[bytes]:
+        shut = self._shut()
+        end = {"stop_reason": WRITE_STOPS["messages"][delta["reason"]], "stop_sequence": delta.get("sequence")}
+        if delta.get("details"):
+            end["stop_details"] = delta["details"]
+        self._ended = True
+        return [*shut, write_event({"type": "message_delta", "delta": end, "usage": write_usage("messages", self._usage)}, "message_delta"), _MESSAGE_STOP]
+
+    def _write_error(self, delta: Json) -> list[bytes]:
+        return [self.error(GatewayError(delta["message"], delta["status"], delta.get("code")))]
+
+    #: Hub deltas by kind; start has been seen to, notes are for the memo alone.
+    WRITES: Mapping[str, Callable[[MessagesStreamWriter, Json], list[bytes]]] = {
+        "text": _write_text, "refuse": _write_text, "think": _write_think, "seal": _write_seal, "call": _write_call, "cite": _write_cite, "opaque": _write_opaque,
+        "usage": _write_usage, "stop": _write_stop, "error": _write_error,
+    }
+
+
+def messages_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
+    """The body of an answer that is not streamed: the client's stream, folded as a client would; the error's envelope when there was one."""
+    writer = MessagesStreamWriter(asked)
+    frames = [frame for delta in _joined(deltas) for frame in writer.feed(delta)] + writer.close()
+    message: Json = {}
+    for frame in frames:
+        _fold_frame(message, json.loads(read_frame(frame).data))
+    return message
+
+
+def _joined(deltas: Iterable[Json]) -> list[Json]:
+    """The deltas with neighbours of one kind made one, which spares the folding of thousands of events."""
+    joined: list[Json] = []
+    for delta in deltas:
+        last = joined[-1] if joined else {}
+        if delta["delta"] == "note":
+            continue
+        if delta["delta"] in _FILLS and last.get("delta") == delta["delta"]:
+            last["pieces"].append(delta["text"])
+        else:
+            joined.append({**delta, "pieces": [delta["text"]]} if delta["delta"] in _FILLS else delta)
+    return [{"delta": delta["delta"], "text": "".join(delta["pieces"])} if "pieces" in delta else delta for delta in joined]
+
+
+def _fold_frame(message: Json, event: Json) -> None:
+    """Put one event of our own stream into the message."""
+    kind, delta = event["type"], event.get("delta") or {}
+    block = message["content"][-1] if message.get("content") else {}
+    if kind == "error":
+        message.clear()
+        message.update(event)
+    elif kind == "message_start":
+        message.update(event["message"])
+    elif kind == "content_block_start":
+        message["content"].append(event["content_block"])
+    elif kind == "message_delta":
+        message.update({**delta, "usage": event["usage"]})
+    elif delta.get("type") == "citations_delta":
+        block.setdefault("citations", []).append(delta["citation"])
+    elif delta.get("type") == "input_json_delta":
+        block["input"] = args_object(delta["partial_json"])
+    elif delta:
+        name = _DELTA_FIELDS[delta["type"]]
+        block[name] += delta[name]
+
+
+# ---- Errors
 
 _MESSAGES_ERROR_TYPES: Mapping[int, str] = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
 }
 
 
-def messages_error(error: GatewayError) -> Json:
+def messages_error(error: GatewayError, request_id: str = "") -> Json:
     """The envelope of an error, as a body and as an event in a stream."""
     kind = _MESSAGES_ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    inner: Json = {"type": kind, "message": error.message}
+    if error.code == _THREAD_CODE:
+        inner["details"] = {"error_code": _THREAD_CODE, "unsupported": [error.param]}
+    return {"type": "error", "error": inner, **({"request_id": request_id} if request_id else {})}
+
+
+def messages_status(error: GatewayError) -> int:
+    """The HTTP status of an error for a Messages client: overload has one of its own there."""
+    return 529 if error.code == "server_is_overloaded" else error.status
+
+
+def find_messages_error(body: Any) -> Any:
+    """The part of a 200 body or of a stream event that says it is an error, None when it is not one."""
+    if isinstance(body, list) and len(body) == 1:
+        return find_messages_error(body[0])
+    if not isinstance(body, dict):
+        return None
+    return body if body.get("type") == "error" or (body.get("error") and "content" not in body and not body.get("type")) else None
+
+
+# ---- Passing through
+
+def messages_usage(told: Json) -> Usage | None:
+    """Usage of a whole answer, a message_start or a message_delta; None when there is none.  Those of one stream are to be merged first."""
+    message = told.get("message")
+    usage = told.get("usage") or (message.get("usage") if isinstance(message, dict) else None)
+    counts = read_usage("messages", usage)
+    return Usage(**counts) if counts else None
+
+
+#: Stops that may rightly come with nothing to show.
+_SILENT_ENDS = frozenset({"max_tokens", "refusal", "pause_turn", "stop_sequence", "model_context_window_exceeded", "compaction"})
+_PLAIN_DELTA = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"')
+_DELTA_REST = re.compile(rb'(?:[^"\\]|\\.)*"[ }]*}\n\n\Z')
+
+
+def judge_messages_answer(body: Any) -> tuple[str, Usage | None]:
+    """Whether a whole body is a Messages answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    if not isinstance(body, dict) or not isinstance(body.get("content"), list) or not all(isinstance(block, dict) for block in body["content"]):
+        return "not_json", None
+    if not any(map(_shows, body["content"])) and str(body.get("stop_reason")) not in _SILENT_ENDS:
+        return "empty_answer", None
+    return "", messages_usage(body)
+
+
+def _shows(block: Any) -> bool:
+    """Whether a block, as it starts or as it is, holds something of an answer: all do but text and thinking without any."""
+    return isinstance(block, dict) and (block.get("type") not in ("text", "thinking") or any(block.get(name) for name in ("text", "thinking", "signature")))
+
+
+class MessagesPassage:
+    """A provider's Messages stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+
+    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
+    """
+
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_echo", "_frames", "_prefix", "_raw_usage", "_called", "_open_call")
+
+    def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
+        """wants_usage is what other formats' passages ask; a Messages stream always carries its usage."""
+        self.content = False                #: something of the answer itself has come
+        self.done = False                   #: the end mark has come
+        self.finish: str | None = None      #: the first stop reason
+        self.usage: Usage | None = None
+        self.error: Any = None              #: what find_messages_error found
+        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
+        self.n_content_bytes = 0            #: for an estimate where no usage comes
+        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
+        self._echo = echo_model
+        self._frames = FrameSplitter()
+        self._prefix = b""                  #: what the last plain delta had before its text
+        self._raw_usage: Json = {}
+        self._called = self._open_call = False
+
+    @property
+    def calling(self) -> bool:
+        """Whether a tool call is open."""
+        return self._open_call
+
+    def keep_alive(self) -> bytes:
+        """A frame that says nothing, for silences."""
+        return _PING
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of `chunk`, and of what was kept before it, may go to the client now."""
+        if self.done or self.error or self.broken:
+            return b""
+        try:
+            block = self._frames.feed(chunk)
+        except UpstreamFailure as failure:
+            self.broken = failure.reason
+            return b""
+        return self._look(block) if block else b""
+
+    def close(self) -> bytes:
+        """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
+        rest = self._frames.rest
+        event = read_frame(rest)
+        out = self._look(rest + b"\n\n") if not self.done and event.data and (event.data.strip() == "[DONE]" or whole_json(event.data)) else b""
+        if self.done or self.error or self.broken:
+            return out
+        if self.finish is not None:
+            self.done = True
+            return out + _MESSAGE_STOP
+        self.broken = "cut" if self.content else "empty_answer"
+        return out
+
+    def _look(self, block: bytes) -> bytes:
+        """Every event of the block; one that begins like the plain delta before it needs no closer look. One loop kept whole: it runs per event."""
+        out: list[bytes] = []
+        prefix, n_plain_bytes = self._prefix, 0
+        for frame in split_frames(block):
+            if prefix and frame.startswith(prefix) and frame.endswith(b"}\n\n"):
+                n_plain_bytes += frame.rfind(b'"') - len(prefix)
+                out.append(frame)
+                continue
+            event = read_frame(frame)
+            if event.data:
+                out.append(self._take(event))
+                prefix = self._prefix
+                if self.done or self.error or self.broken:
+                    break
+            elif self.content:
+                out.append(frame)
+            else:
+                self.n_signs += bool(self.n_signs)
+        self.n_content_bytes += n_plain_bytes
+        self.n_signs += self.content
+        return b"".join(out)
+
+    def _take(self, event: Event) -> bytes:
+        """One event with data."""
+        self.n_signs += 1
+        try:
+            value = json.loads(event.data)
+        except (ValueError, RecursionError):
+            value = None
+        ended = event.data.strip() == "[DONE]" or (isinstance(value, dict) and (value.get("type") or event.name) == "message_stop")
+        found = value or {"error": {"message": event.data}} if event.name == "error" else find_messages_error(value)
+        if ended or (self.finish is not None and (found is not None or not isinstance(value, dict))):
+            self.done = True                # an error behind a proper end changes nothing that was said
+            return self._end(event.raw if ended and value and event.name else _MESSAGE_STOP) if self.finish is not None or self.content else b""
+        if found is not None or not isinstance(value, dict):
+            self.error, self.broken = found, "" if found is not None else "not_json"
+            return b""
+        return self._take_value(value, value.get("type") or event.name, event)
+
+    def _take_value(self, value: Json, kind: str, event: Event) -> bytes:
+        delta = value.get("delta")
+        self._prefix = b""
+        if kind in ("message_start", "message_delta"):
+            self._count(value.get("message") if kind == "message_start" else value)
+        if kind == "message_delta" and isinstance(delta, dict):
+            self.finish = self.finish or str(delta.get("stop_reason") or "") or None
+            self.content = self.content or self.finish in _SILENT_ENDS
+        elif kind == "content_block_start":
+            block = value.get("content_block")
+            self.content = self.content or _shows(block)
+            self._open_call = isinstance(block, dict) and block.get("type") == "tool_use"
+            self._called = self._called or self._open_call
+        elif kind == "content_block_stop":
+            self._open_call = False
+        elif kind == "content_block_delta" and isinstance(delta, dict):
+            delta_type = str(delta.get("type"))
+            text = delta.get(_DELTA_FIELDS.get(delta_type, ""))
+            self.content = self.content or bool(text) or delta_type not in _DELTA_FIELDS
+            if isinstance(text, str) and text and event.name:
+                self.n_content_bytes += len(text.encode("utf-8", "replace"))
+                self._learn(event.raw)
+        return self._named(value, kind, event)
+
+    def _count(self, told: Any) -> None:
+        if isinstance(told, dict) and isinstance(told.get("usage"), dict):
+            self._raw_usage = merge_usage(self._raw_usage, told["usage"])
+            self.usage = messages_usage({"usage": self._raw_usage})
+
+    def _learn(self, raw: bytes) -> None:
+        """Keep what stands before the text of a delta whose text comes last, so that the next like it need no look."""
+        start = _PLAIN_DELTA.search(raw)
+        if start and raw.count(b"\n") == 3 and b"\r" not in raw and _DELTA_REST.match(raw, start.end()):
+            self._prefix = raw[:start.end()]
+
+    def _named(self, value: Json, kind: str, event: Event) -> bytes:
+        """The frame: under the client's own model name when that is to be echoed, and with the event line without which the SDKs see nothing."""
+        if self._echo and kind == "message_start" and isinstance(value.get("message"), dict):
+            return write_event({**value, "message": {**value["message"], "model": self._echo}}, kind)
+        return event.raw if event.name or not kind else b"event: " + str(kind).encode() + b"\n" + event.raw
+
+    def _end(self, mark: bytes) -> bytes:
+        """The end mark; before it the stop reason that a provider left out."""
+        if self.finish is not None:
+            return mark
+        self.finish = "tool_use" if self._called else "end_turn"
+        usage = {"output_tokens": self.usage.output if self.usage else 0}
+        return write_event({"type": "message_delta", "delta": {"stop_reason": self.finish, "stop_sequence": None}, "usage": usage}, "message_delta") + mark
+
+
+##############################################################################
+# 13. Translation                                           pure | uses 1-3, 8-12
+##############################################################################
+# FORMATS is the one place where the three formats stand side by side: what the relay and the endpoints ask of a format is
+# a field of its row.  A request passes through when client and provider speak the same format and nothing has to change
+# but the model; else it goes read -> hub -> prepare -> write, and its answer reader -> holder -> filler -> writer.
+# One more format: its section, and a row in FORMATS.  Guarded by tests/test_translation.py.
+
+class WireFormat(NamedTuple):
+    """What one format does for the others.  Passages and readers are made per attempt, writers per request."""
+    path: str                                                   #: behind a provider's base URL
+    check: Callable[[Any], Json]
+    read_request: Callable[[Json], Json]
+    write_request: Callable[[Json, Profile], Json]
+    reader: Callable[[Source], Any]
+    writer: Callable[[Asked], Any]
+    read_answer: Callable[[Any, Source], list[Json]]
+    write_answer: Callable[[Iterable[Json], Asked], Json]
+    passage: Callable[..., Any]
+    judge_answer: Callable[[Any], tuple[str, Usage | None]]
+    find_error: Callable[[Any], Any]
+    envelope: Callable[[GatewayError], Json]
+    status: Callable[[GatewayError], int]
+    call_prefix: str
+    wants_usage: Callable[[Json], bool]
+
+
+def _own_status(error: GatewayError) -> int:
+    return error.status
+
+
+FORMATS: Mapping[str, WireFormat] = {
+    "chat": WireFormat("/chat/completions", check_chat_request, chat_read_request, chat_write_request, ChatStreamReader, ChatStreamWriter, chat_read_answer,
+                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_",
+                       lambda body: bool((body.get("stream_options") or {}).get("include_usage"))),
+    "responses": WireFormat("/responses", check_responses_request, responses_read_request, responses_write_request, ResponsesStreamReader, ResponsesStreamWriter,
+                            responses_read_answer, responses_write_answer, ResponsesPassage, judge_responses_answer, find_responses_error, chat_error, _own_status,
+                            "call_", lambda body: True),
+    "messages": WireFormat("/messages", check_messages_request, messages_read_request, messages_write_request, MessagesStreamReader, MessagesStreamWriter,
+                           messages_read_answer, messages_write_answer, MessagesPassage, judge_messages_answer, find_messages_error, messages_error, messages_status,
+                           "toolu_", lambda body: True),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def target_profile(preset_name: str, model_id: str, max_output: int | None, wire_format: Format) -> Profile:
+    """What one model of a provider takes, spoken to in `wire_format`."""
+    return replace(profile_for(preset_name, model_id, wire_format), max_out_limit=max_output)
+
+
+def may_pass(client: str, raw: bytes, body: Json, profile: Profile) -> bool:
+    """Whether a request may go to this target in the client's own bytes."""
+    if client != profile.format or profile.via_hub or b"aic1." in raw:
+        return False
+    return not body.get("tools") or not (profile.tool_schema == "gemini" or profile.call_id == "mistral9")
+
+
+def pass_request(raw: bytes, body: Json, wire_model: str, removed: Collection[str]) -> tuple[bytes, tuple[str, ...]]:
+    """The provider's body for a Messages or Responses request that passes through, and the names of the fields left out."""
+    changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
+    dropped = tuple(name for name in removed if name in body)
+    unwanted = {*dropped, *ROUTING_FIELDS.intersection(body)}
+    spliced = None if unwanted else splice_fields(raw, body, changes)
+    if spliced is not None:
+        return spliced, ()
+    return dump_json({name: value for name, value in {**body, **changes}.items() if name not in unwanted}), dropped
+
+
+def translate_request(hub: Json, profile: Profile, removed: Collection[str] = ()) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body for a hub request, and the names of what was lost. Raises UpstreamFailure("fit") when the target cannot serve it."""
+    ready = prepare(hub, profile)
+    body, rejected = without_rejected(FORMATS[profile.format].write_request({**ready, "model": profile.model}, profile), profile)
+    dropped = tuple(dict.fromkeys((*ready.get("dropped", ()), *rejected, *(name for name in removed if name in body))))
+    return {name: value for name, value in body.items() if name not in removed}, dropped
+
+
+class HeldPassage:
+    """A passage whose tool calls wait until they are whole: while one is half-made nothing leaves, and if it dies none of it was seen."""
+
+    __slots__ = ("content", "_passage", "_held", "_open")
+    MAX_BYTES = 1 << 20
+
+    def __init__(self, passage: Any) -> None:
+        self.content = False
+        self._passage = passage
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._passage, name)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What may go to the client now."""
+        return self._release(self._passage.feed(chunk))
+
+    def close(self) -> bytes:
+        """What is still owed when the provider's connection has ended."""
+        return self._release(self._passage.close())
+
+    def _release(self, out: bytes) -> bytes:
+        passage = self._passage
+        if passage.error is not None or passage.broken:
+            out, self._held = out if not passage.calling else b"", b""
+            return out
+        if passage.calling and not passage.done and len(self._held) + len(out) <= self.MAX_BYTES:
+            self._held += out
+            return b""
+        out, self._held = self._held + out, b""
+        self.content = passage.content
+        return out
+
+
+class Translation:
+    """A provider's stream on its way to a client of another format: a passage's interface around reader, holder, filler and writer.
+
+    The writer is the request's own, since keep-alives may have gone through it; it is touched only once there is content, and then for good.
+    """
+
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "kept",
+                 "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing")
+
+    def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
+        self.content = False
+        self.done = False
+        self.finish: str | None = None
+        self.usage: Usage | None = None
+        self.error: Any = None
+        self.broken = ""
+        self.n_content_bytes = 0
+        self.n_signs = 0
+        self.kept: list[Json] = []              #: thinking and calls of the answer, for the memo
+        self._frames = FrameSplitter()
+        self._reader = reader
+        self._holder = CallHolder(live)
+        self._filler = UsageFiller(n_prompt_tokens)
+        self._writer = writer
+        self._pending: list[Json] = []
+        self._writing = False
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of `chunk`, and of what was kept before it, may go to the client now."""
+        if self.done or self.error or self.broken:
+            return b""
+        try:
+            block = self._frames.feed(chunk)
+        except UpstreamFailure as failure:
+            self.broken = failure.reason
+            return b""
+        for frame in split_frames(block) if block else ():
+            self._take_frame(frame)
+            if self._reader.done:
+                self._take(self._reader.close())
+                break
+        return self._release()
+
+    def close(self) -> bytes:
+        """The provider's connection has ended: what is still owed to the client. Sets `broken` when it ended wrongly."""
+        if self.done or self.error or self.broken:
+            return b""
+        rest = read_frame(self._frames.rest)
+        if rest.data.strip() == "[DONE]" or whole_json(rest.data):
+            self._take(self._reader.feed(rest))
+        self._take(self._reader.close())
+        if self.error is not None:
+            self.error, self.broken = None, "cut" if self._writing or self.n_signs else "empty_answer"
+        return self._release()
+
+    def take_answer(self, deltas: Iterable[Json]) -> bytes:
+        """A whole answer as a stream of one, for a provider that did not stream."""
+        self._take(deltas)
+        return self._release()
+
+    def keep_alive(self) -> bytes:
+        """A sign of life in the client's format."""
+        return self._writer.keep_alive()
+
+    def _take_frame(self, frame: bytes) -> None:
+        event = read_frame(frame)
+        if event.data:
+            self.n_signs += 1
+            self._take(self._reader.feed(event))
+        else:
+            self.n_signs += bool(self.n_signs)
+
+    def _take(self, deltas: Iterable[Json]) -> None:
+        for delta in deltas:
+            for held in self._holder.feed(delta):
+                for filled in self._filler.feed(held):
+                    self._note(filled)
+
+    def _note(self, delta: Json) -> None:
+        """What one delta tells of the answer."""
+        kind = delta["delta"]
+        if kind == "error":
+            self.error = {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
+            return
+        if kind in ("text", "think", "args", "refuse"):
+            self.n_content_bytes += len(delta["text"])
+        if kind in _SHOWN_DELTAS:
+            self.content = True
+        elif kind == "usage":
+            self.usage = _usage_of(delta)
+        elif kind == "stop":
+            self.finish = delta["reason"]
+            self.content = self.content or self.finish in _SILENT_REASONS
+        if kind in ("think", "seal", "call", "args", "note"):
+            self.kept.append(delta)
+        self._pending.append(delta)
+
+    def _release(self) -> bytes:
+        """The client's bytes for what was noted; nothing before there is content, so that another route may still serve."""
+        if (self.error is not None or self.broken) and not self._writing:
+            return b""
+        if not self.content:
+            if self.finish is not None:
+                self.broken = "empty_answer"
+            return b""
+        self._writing = True
+        out = [piece for delta in self._pending for piece in self._writer.feed(delta)]
+        self._pending = []
+        if self.finish is not None:
+            out += self._writer.close()
+            self.done = True
+        return b"".join(out)
+
+
+_SHOWN_DELTAS = frozenset({"text", "think", "call", "refuse", "opaque", "seal"})
+#: Stops that may rightly come with nothing to show.
+_SILENT_REASONS = frozenset({"length", "filter", "refusal", "pause", "context"})
+
+
+def _usage_of(delta: Json) -> Usage:
+    counts = {name: int(delta.get(name) or 0) for name in ("input", "output", "cached", "cache_write", "reasoning")}
+    return Usage(**counts, estimated=bool(delta.get("estimated")))
+
+
+def translate_answer(deltas: Iterable[Json], asked: Asked, client: str, n_prompt_tokens: int) -> tuple[Json, Usage | None, list[Json]]:
+    """A whole answer in the client's format, its usage, and its deltas; the deltas hold no error."""
+    filler = UsageFiller(n_prompt_tokens)
+    whole = [filled for delta in deltas for filled in filler.feed(delta)]
+    told = [delta for delta in whole if delta["delta"] == "usage"]
+    return FORMATS[client].write_answer(whole, asked), _usage_of(told[-1]) if told else None, whole
+
+
+def read_events(raw: bytes, reader: Any) -> list[Json]:
+    """The deltas of a stream that came as one piece, for a provider that streamed unasked."""
+    deltas: list[Json] = []
+    for frame in split_frames(raw if raw.endswith(b"\n\n") else raw + b"\n\n"):
+        event = read_frame(frame)
+        if event.data and not reader.done:
+            deltas += reader.feed(event)
+    return deltas + reader.close()
+
+
+# ---- Counting tokens without a tokenizer
+# Words, digits, signs and lines are counted the way byte-pair tokenizers cut them; what a provider's prompt template adds to messages, calls,
+# tools and schemas is a row per family.  Measured against recorded requests that carry real usage; tests/test_estimate.py holds the figure.
+
+class _Count(NamedTuple):
+    """What one family's prompt costs: factors on text and on tool schemas, and tokens for each thing that its template writes around them."""
+    text: float = 1.0
+    tools: float = 1.35               #: on the JSON of tools; on their rendering as TypeScript where `typescript`
+    typescript: bool = False
+    with_tools: int = 100             #: once, if there are tools
+    always: int = 3
+    turn: int = 4
+    system: int = 4
+    call: int = 20                    #: a call and its result
+    thinking: int = 0                 #: thinking was asked for
+    forced: int = 0                   #: a tool was forced
+    schema: float = 1.0               #: on the output schema
+    with_schema: int = 0
+    hidden_none: bool = False         #: tools are left out when none may be called
+    hosted: int = 1400                #: a tool that the provider runs
+    sealed: float = 0.0               #: tokens per letter of sealed thinking that goes back, beyond its head
+    seal_head: int = 0
+    old_thinking: bool = False        #: thinking from before the user's last words is billed too
+    cited: int = 0                    #: once, where documents are to be cited
+    image: str = "area"
+
+
+_OPENAI = _Count(1.0, 1.0, True, 9, call=8, schema=0.9, image="tiles", hosted=330, sealed=0.125, seal_head=690)
+_CLAUDE = _Count(1.0, 1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
+_COUNTS: tuple[tuple[str, _Count], ...] = (
+    ("*gpt-oss*", _Count(0.97, 1.0, True, 25, 62, call=15, with_schema=60)),
+    ("*gpt-4.1-mini* *gpt-4.1-nano* *o4-mini* *gpt-5-mini* *gpt-5-nano* *gpt-5.?-mini* *gpt-5.?-nano*", _OPENAI._replace(image="patches")),
+    ("*gpt-* o1* o3* o4* */o1* */o3* */o4* *chatgpt* computer-use*", _OPENAI),
+    ("*claude-3-opus*", _CLAUDE._replace(with_tools=540, forced=0)),
+    ("*claude-3* *claude-sonnet-4-2* *claude-opus-4-2* *claude-sonnet-4-0 *claude-opus-4-0 *claude-opus-4-1* *claude-sonnet-4 *claude-opus-4", _CLAUDE._replace(with_tools=350)),
+    ("*claude-*-4-[56]* *claude-*-4.[56]*", _CLAUDE),
+    ("*claude*", _CLAUDE._replace(text=1.3, tools=1.6, with_tools=370, image="large")),
+    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, 1.45, with_tools=209, always=76, hidden_none=True, call=24)),
+    ("*deepseek*", _Count(0.97, 1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
+    ("*grok*non-reasoning*", _Count(1.0, 1.43, with_tools=100, always=0, turn=2, call=25)),
+    ("*grok*", _Count(1.0, 1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
+    ("*mistral* *mixtral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
+     _Count(0.95, 1.35, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20,
+            schema=0.0, hidden_none=True, image="patches28")),
+    ("*llama-4*", _Count(1.0, 1.3, with_tools=640)),
+    ("*llama-3.[1-9]* *llama3.[1-9]*", _Count(always=31)),
+    ("*gemini* *gemma*", _Count(0.85, 1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
+    ("*glm*", _Count(always=5, thinking=2)),
+    ("*qwen* *llama*", _Count(always=5)),
+    ("*minimax*", _Count(always=34)),
+    ("*sonar*", _Count(0.85, always=1, turn=2, system=2)),
+    ("*", _Count()),
+)
+_MARGIN = 1.05
+_SEARCH_TOOL = 100
+_SAMPLE_CHARS, _SAMPLES = 4096, 32
+_WORD = re.compile("[A-Za-z]+")
+_NUMERALS = re.compile("[0-9]+")
+_MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
+_LINES = re.compile(r"\n\s*|  +")
+_WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf]")
+_ASCII = re.compile("[\x00-\x7f]+")
+
+
+def _up(tokens: float) -> int:
+    return -int(-tokens // 1)
+
+
+def estimate_text(text: str) -> float:
+    """Tokens of a text; one of more than a few hundred kilobytes is measured by samples."""
+    if len(text) > 2 * _SAMPLES * _SAMPLE_CHARS:
+        step = len(text) // _SAMPLES
+        sample = "".join(text[start:start + _SAMPLE_CHARS] for start in range(0, step * _SAMPLES, step))
+        return estimate_text(sample) * len(text) / len(sample)
+    count = sum(1.0 if len(word) <= 7 else 1 + (len(word) - 7) / 4.5 for word in _WORD.findall(text))
+    count += sum(-(-len(digits) // 3) for digits in _NUMERALS.findall(text))
+    count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
+    if not text.isascii():
+        wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
+        count += 1.1 * wide + 2.0 * emoji + 0.6 * (len(_ASCII.sub("", text)) - wide - emoji)
+    return count
+
+
+def _typescript(schema: Any) -> str:
+    """A schema as OpenAI's templates show it to the model, near enough to count it."""
+    if not isinstance(schema, dict):
+        return "any"
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(map(compact, schema["enum"]))
+    members = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(members, list):
+        return " | ".join(map(_typescript, members))
+    kind = schema.get("type")
+    if kind == "array":
+        return _typescript(schema.get("items")) + "[]"
+    if not isinstance(schema.get("properties"), dict):
+        return " | ".join(map(str, kind)) if isinstance(kind, list) else str(kind or "any")
+    lines = []
+    for name, value in schema["properties"].items():
+        about = value if isinstance(value, dict) else {}
+        lines.append(f"// {about['description']}\n" if about.get("description") else "")
+        lines.append(f"{name}{'' if name in (schema.get('required') or ()) else '?'}: {_typescript(value)},\n")
+    return "{\n" + "".join(lines) + "}"
+
+
+def _tool_tokens(tool: Json, family: _Count) -> float:
+    if tool["kind"] == "hosted":
+        return _SEARCH_TOOL if "tool_search" in str((tool.get("raw") or {}).get("type")) else family.hosted
+    about, schema = tool.get("description") or "", tool.get("schema") or {}
+    if family.typescript:
+        form = f"(_: {_typescript(schema)})" if schema.get("properties") else "()"
+        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;")
+    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), compact(tool.get("grammar") or ""))))
+
+
+def _size_of_image(data: str) -> tuple[int, int] | None:
+    """Width and height from the first bytes of a PNG, JPEG, GIF or WebP in base64."""
+    try:
+        head = base64.b64decode(data[:65536])
+    except ValueError:
+        return None
+    if head[:4] == b"\x89PNG" and len(head) >= 24:
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if head[:4] == b"GIF8" and len(head) >= 10:
+        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head[:4] == b"RIFF" and len(head) >= 30:
+        return _size_of_webp(head)
+    return _size_of_jpeg(head) if head[:2] == b"\xff\xd8" else None
+
+
+def _size_of_webp(head: bytes) -> tuple[int, int] | None:
+    if head[12:16] == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3fff, int.from_bytes(head[28:30], "little") & 0x3fff
+
+
+def _size_of_jpeg(head: bytes) -> tuple[int, int] | None:
+    position = 2
+    while position + 9 <= len(head) and head[position] == 0xff:
+        marker, length = head[position + 1], int.from_bytes(head[position + 2:position + 4], "big")
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
+            return int.from_bytes(head[position + 7:position + 9], "big"), int.from_bytes(head[position + 5:position + 7], "big")
+        position += 2 + max(length, 2)
+    return None
+
+
+def _by_area(width: int, height: int, edge: int = 1568, cap: int = 1600) -> float:
+    scale = min(1.0, edge / max(width, height))
+    return min(cap, width * height * scale * scale / 750)
+
+
+def _by_tiles(width: int, height: int) -> float:
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return 85 + 170 * _up(width * scale / 512) * _up(height * scale / 512)
+
+
+def _by_patches(width: int, height: int) -> float:
+    return 1.7 * min(1536, _up(width / 32) * _up(height / 32))
+
+
+#: Tokens of an image of known size, by the way a family cuts it up, and of one whose size nobody told.
+_IMAGES: Mapping[str, tuple[Callable[[int, int], float], int]] = {
+    "area": (_by_area, 1600),
+    "large": (lambda width, height: _by_area(width, height, 2576, 4800), 1600),
+    "tiles": (_by_tiles, 765),
+    "patches": (_by_patches, 1600),
+    "patches28": (lambda width, height: min(4096, _up(width / 28) * (_up(height / 28) + 1)), 1600),
+    "flat": (lambda width, height: 258 if max(width, height) <= 384 else 258 * _up(width / 768) * _up(height / 768), 258),
+}
+
+
+def _image_tokens(part: Json, family: _Count) -> float:
+    measure, unknown = _IMAGES[family.image]
+    if part.get("detail") == "low":
+        return 85
+    size = _size_of_image(part["data"]) if "data" in part else None
+    return measure(*size) if size and min(size) else unknown
+
+
+def _file_tokens(part: Json) -> float:
+    """2000 for each page of a PDF; other files by size."""
+    try:
+        data = base64.b64decode(part.get("data", ""))
+    except ValueError:
+        data = b""
+    if data and len(data) < 3000:
+        return 300
+    pages = len(re.findall(rb"/Type\s*/Page(?!s)", data))
+    return 2000 * max(1, pages) if data[:4] == b"%PDF" or not data else 2000 * max(1.0, len(data) / 1500)
+
+
+def _part_tokens(part: Json, family: _Count) -> float:
+    kind = part["type"]
+    if kind == "image":
+        return _image_tokens(part, family)
+    if kind == "file" and "text" not in part:
+        return _file_tokens(part)
+    if kind == "think" and (part.get("seal") or {}).get("data"):
+        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or family.text * estimate_text(part["text"])
+    if kind == "result":
+        return sum(_part_tokens(inner, family) for inner in part["parts"])
+    if kind == "call":
+        return family.call + family.text * estimate_text(f"{part['name']} {part['args']}")
+    if kind == "file":
+        return family.text * estimate_text(document_text(part))
+    return family.text * estimate_text(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""))
+
+
+def count_family(model: str) -> _Count:
+    """How the prompts of a wire model are counted."""
+    return next(family for globs, family in _COUNTS if any(fnmatch.fnmatchcase(model, glob) for glob in globs.split()))
+
+
+def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
+    """Prompt tokens of a hub request for a wire model, rather too many than too few; `ratio` is what Calibration learned.
+
+    Counts system, turns, calls and results, images, documents, tools; not ids, marks, seals, nor thinking from before the user's last words.
+    """
+    family = count_family((model or hub["model"]).lower())
+    turns, choice = hub["turns"], (hub.get("choice") or {}).get("mode")
+    tools = () if choice == "none" and family.hidden_none else hub.get("tools", ())
+    last_words = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), 0)
+    total = float(family.always)
+    if hub.get("system"):
+        total += family.system + family.text * sum(estimate_text(part["text"]) for part in hub["system"])
+    for index, turn in enumerate(turns):
+        total += family.turn + sum(_part_tokens(part, family) for part in turn["parts"] if family.old_thinking or index >= last_words or part["type"] != "think")
+    if tools:
+        total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
+        total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0
+    if family.cited and any(part.get("citations") for turn in turns for part in turn["parts"]):
+        total += family.cited
+    if (hub.get("format") or {}).get("kind") == "schema" and family.schema:
+        total += family.with_schema + family.schema * estimate_text(compact(hub["format"]["schema"]))
+    if (hub.get("think") or {}).get("mode") in ("on", "auto"):
+        total += family.thinking
+    return _up(total * _MARGIN * ratio)
+
+
+class Calibration:
+    """How far estimates are off, per wire model: the running mean of actual / estimate, from 0.5 to 2.  Kept in memory only."""
+
+    __slots__ = ("_ratios",)
+
+    def __init__(self) -> None:
+        self._ratios: dict[str, float] = {}
+
+    def ratio(self, model: str) -> float:
+        """What to multiply an estimate by."""
+        return self._ratios.get(model, 1.0)
+
+    def learn(self, model: str, estimated: int, actual: int) -> None:
+        """One answer whose usage came from the provider; `estimated` is the plain estimate, without a ratio."""
+        if estimated > 0 and actual > 0:
+            observed = min(2.0, max(0.5, actual / estimated))
+            self._ratios[model] = 0.8 * self._ratios.get(model, 1.0) + 0.2 * observed
+
+
+class UsageFiller:
+    """Gives every answer its token counts: the estimate at its start, and at its end what the provider did not tell."""
+
+    __slots__ = ("_input_tokens", "_chars", "_seen")
+
+    def __init__(self, input_tokens: int) -> None:
+        self._input_tokens = input_tokens
+        self._chars: list[str] = []
+        self._seen: Json = {}
+
+    def feed(self, delta: Json) -> list[Json]:
+        """The delta, and before the stop what is missing."""
+        kind = delta["delta"]
+        if kind == "start":
+            told = {name: count for name, count in (delta.get("usage") or {}).items() if count}
+            self._seen = merge_usage(self._seen, told)
+            return [{**delta, "usage": {"input": self._input_tokens, **told}}]
+        if kind == "usage":
+            self._seen = merge_usage(self._seen, {name: delta[name] for name in delta if name != "delta"})
+        elif kind in ("text", "think", "args", "refuse"):
+            self._chars.append(delta["text"])
+        elif kind == "call":
+            self._chars.append(delta["name"])
+        elif kind == "stop":
+            missing = self._missing()
+            return [usage_delta({**self._seen, **missing, "estimated": True}), delta] if missing else [delta]
+        return [delta]
+
+    def _missing(self) -> Json:
+        missing = {} if self._seen.get("input") else {"input": self._input_tokens}
+        if "output" not in self._seen:
+            missing["output"] = _up(estimate_text("".join(self._chars)) * _MARGIN) if self._chars else 0
+        return missing
 
 
 ##############################################################################
@@ -5062,7 +11766,7 @@ class Server:
 
 
 ##############################################################################
-# 19. Relay                                                 I/O | uses 1-5, 7-8, 10, 14-15, 17
+# 19. Relay                                                 I/O | uses 1-5, 7-15, 17
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
@@ -5098,6 +11802,9 @@ class Job:
     key_name: str = ""
     may_fall_back: bool = True
     idempotency_key: str = ""
+    client: Format = "chat"         #: the format the client speaks
+    betas: str = ""                 #: its anthropic-beta header
+    version: str = ""               #: its anthropic-version header
 
 
 @dataclass(slots=True)
@@ -5127,6 +11834,7 @@ class Relay:
         self.state = RoutingState()
         self.config: Config
         self.catalogue: Catalogue
+        self.memo = Memo()
         self._user_agent = user_agent
         self._targets: dict[str, tuple[Provider, tuple[Origin, str]]] = {}
 
@@ -5150,6 +11858,8 @@ class Relay:
                 self._targets.clear()
             self._targets[route.id] = route.provider, target
         own = f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
+        if route.provider.format == "messages":
+            own += f"anthropic-version: {job.version or '2023-06-01'}\r\n" + (f"anthropic-beta: {job.betas}\r\n" if job.betas else "")
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
@@ -5166,14 +11876,15 @@ class Relay:
         fixed = [("Host", name), ("User-Agent", self._user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
                  *provider.preset.headers, *provider.headers, *credential.headers]
         lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
-        return Origin(scheme, host, port, proxy or ""), f"POST {path}/chat/completions HTTP/1.1\r\n{''.join(lines.values())}"
+        return Origin(scheme, host, port, proxy or ""), f"POST {path}{FORMATS[provider.format].path} HTTP/1.1\r\n{''.join(lines.values())}"
 
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log")
+                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_client", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -5191,6 +11902,14 @@ class _Run:
         self._choice: Choice
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
+        self._client = FORMATS[job.client]
+        self._hub: Json | None = None           # read when first needed
+        self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
+        self._spoke = False                     # a keep-alive has gone through it
+        self._carrier: Any = None               # what an answer under way goes through
+        self._passing = True
+        self._profile = Profile()
+        self._names = EMPTY_NAMES
 
     async def go(self) -> None:
         """Serve, and settle whatever happens."""
@@ -5272,7 +11991,7 @@ class _Run:
         begin_attempt(state, self._choice, route)
         answer: Answer | None = None
         try:
-            body, self._dropped = chat_pass_request(self._job.raw, self._job.body, route.model.id, route.provider.preset, state.refused.get(route.keys[2], ()))
+            body = self._request_body(route)
             origin, message = relay.message(route, self._job, body)
             self._sent_at = relay.world.clock()
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
@@ -5297,6 +12016,40 @@ class _Run:
         self._outcome, self._status = "ok", 200
         return None
 
+    def _request_body(self, route: Route) -> bytes:
+        """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
+        job, provider = self._job, route.provider
+        refused = self._relay.state.refused.get(route.keys[2], frozenset())
+        self._profile = target_profile(provider.preset.name, route.model.id, route.model.max_output, provider.format)
+        self._passing = may_pass(job.client, job.raw, job.body, self._profile) and not (self._spoke and job.client == "responses")
+        if self._passing and job.client == "chat":
+            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, refused)
+        elif self._passing:
+            body, self._dropped = pass_request(job.raw, job.body, route.model.id, refused)
+        else:
+            hub = recall(self._hub_request(), self._relay.memo)
+            self._names = name_map(hub, self._profile)
+            made, self._dropped = translate_request(hub, self._profile, refused)
+            body = dump_json(made)
+        return body
+
+    def _hub_request(self) -> Json:
+        """The client's request in the hub's form. Raises GatewayError 400."""
+        if self._hub is None:
+            self._hub = self._client.read_request(self._job.body)
+        return self._hub
+
+    def _asked(self) -> Asked:
+        """What writers are told."""
+        return Asked(self._hub_request(), self._job.id, int(self._relay.world.utc()), self._names)
+
+    def _source(self) -> Source:
+        """What readers are told."""
+        return Source(self._profile, f"{self._job.id}-{len(self._attempts)}", self._client.call_prefix, self._names)
+
+    def _n_prompt_tokens(self) -> int:
+        return estimate_tokens(self._hub_request(), self._profile.model)
+
     async def _read_failure(self, answer: Answer, route: Route) -> UpstreamFailure:
         """What an answer other than 200 means."""
         body = await answer.read_start(_ERROR_BODY_BYTES, idle_s=_ERROR_BODY_S)
@@ -5317,45 +12070,77 @@ class _Run:
                           log_text(failure.detail), f"{cooldown.key} {cooldown.until_at - relay.world.clock():.0f}s" if cooldown else "-")
 
     async def _relay_whole(self, answer: Answer, attempt: Attempt) -> None:
-        """A body that is not streamed: read whole, judged, then sent on as it came."""
+        """A body that is not streamed: read whole, judged, then sent on as it came or in the client's format."""
         route = attempt.route
+        body = await self._read_whole(answer, route)
+        if body.lstrip()[:5] in (b"data:", b"event", b": kee"):
+            sent = self._translate_whole(read_events(body, FORMATS[route.provider.format].reader(self._source())), route)
+        else:
+            parsed = self._parse_answer(body, route)
+            why, self._usage = FORMATS[route.provider.format].judge_answer(parsed)
+            if why:
+                raise self._bad_answer(route, why, "")
+            if self._passing:
+                sent = {**parsed, "model": self._job.model} if self._config.carousel.echo_model and self._job.model else None
+            else:
+                sent = self._translate_whole(FORMATS[route.provider.format].read_answer(parsed, self._source()), route)
+        self._n_content_bytes = len(body)
+        self._commit(route)
+        self._sink.respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body if sent is None else dump_json(sent))
+
+    async def _read_whole(self, answer: Answer, route: Route) -> bytes:
         timeouts = route.provider.timeouts
-        body = await answer.read_all(idle_s=timeouts.idle_s, within_s=max(timeouts.total_s - (self._relay.world.clock() - self._sent_at), 0.0))
+        return await answer.read_all(idle_s=timeouts.idle_s, within_s=max(timeouts.total_s - (self._relay.world.clock() - self._sent_at), 0.0))
+
+    def _parse_answer(self, body: bytes, route: Route) -> Json:
+        """A whole answer as JSON. Raises UpstreamFailure for what is not, and for an error inside a 200."""
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
             raise self._bad_answer(route, "not_json", error_text(body)[0]) from None
-        error = find_chat_error(parsed)
+        error = FORMATS[route.provider.format].find_error(parsed)
         if error is not None:
             raise self._in_answer(route, error)
-        why, usage = judge_chat_answer(parsed)
-        if why:
-            raise self._bad_answer(route, why, "")
-        self._usage = usage
-        self._n_content_bytes = len(body)
-        if self._config.carousel.echo_model and self._job.model:
-            body = dump_json({**parsed, "model": self._job.model})
-        self._commit(route)
-        self._sink.respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body)
+        return parsed
+
+    def _translate_whole(self, deltas: list[Json], route: Route) -> Json:
+        """A whole answer in the client's format. Raises UpstreamFailure when its deltas end in an error."""
+        if deltas and deltas[-1]["delta"] == "error":
+            last = deltas[-1]
+            raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
+        made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens())
+        remember(self._relay.memo, fold_deltas(whole))
+        return made
+
+    def _make_carrier(self) -> Any:
+        """What a stream goes through: a passage in its own bytes, or a translation."""
+        live = self._config.carousel.tool_stream == "live"
+        if not self._passing:
+            self._writer = self._writer or self._client.writer(self._asked())
+            return Translation(FORMATS[self._profile.format].reader(self._source()), self._writer, n_prompt_tokens=self._n_prompt_tokens(), live=live)
+        passage = self._client.passage(wants_usage=self._client.wants_usage(self._job.body), n_prompt_tokens=len(self._job.raw) // _BYTES_PER_TOKEN,
+                                       echo_model=self._job.model if self._config.carousel.echo_model else None)
+        return passage if live or not self._job.body.get("tools") else HeldPassage(passage)
 
     async def _relay_stream(self, answer: Answer, attempt: Attempt) -> None:
         """Pump a stream: hold until content, then pass on what each read completes. One loop kept whole: it runs once per read."""
         sink, keeper, timeouts = self._sink, self._keeper, attempt.route.provider.timeouts
         assert keeper is not None
-        passage = ChatPassage(wants_usage=bool((self._job.body.get("stream_options") or {}).get("include_usage")),
-                              echo_model=self._job.model if self._config.carousel.echo_model else None, n_prompt_tokens=len(self._job.raw) // _BYTES_PER_TOKEN)
+        if answer.header("content-type").startswith("application/json"):
+            return await self._relay_unstreamed(answer, attempt)
+        self._carrier = carrier = self._make_carrier()
         held, n_signs, ends_at = b"", 0, self._sent_at + timeouts.stream_total_s
-        while not (passage.done or passage.error or passage.broken):
+        while not (carrier.done or carrier.error or carrier.broken):
             failure: UpstreamFailure | None = None
             try:
                 chunk = await answer.read()
             except UpstreamFailure as caught:
                 chunk, failure = b"", caught
-            out = passage.feed(chunk) if chunk else passage.close()
-            if passage.n_signs != n_signs:
-                n_signs = passage.n_signs
-                answer.watch("idle", min(timeouts.idle_s if passage.finish is None else _AFTER_FINISH_S, max(ends_at - self._relay.world.clock(), 0.0)))
-            if not self._committed and passage.content and not passage.error and not passage.broken:
+            out = carrier.feed(chunk) if chunk else carrier.close()
+            if carrier.n_signs != n_signs:
+                n_signs = carrier.n_signs
+                answer.watch("idle", min(timeouts.idle_s if carrier.finish is None else _AFTER_FINISH_S, max(ends_at - self._relay.world.clock(), 0.0)))
+            if not self._committed and carrier.content and not carrier.error and not carrier.broken:
                 out, held = held + out, b""
                 self._start_stream(answer, attempt)
             if not self._committed:
@@ -5364,10 +12149,10 @@ class _Run:
                 sink.write(out)
                 keeper.set(_KEEP_ALIVE_S)
                 await sink.flush()
-            self._usage, self._n_content_bytes = passage.usage, passage.n_content_bytes
-            if failure is not None and not passage.done:
+            self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
+            if failure is not None and not carrier.done:
                 self._break_off(failure, attempt)
-        await self._end_stream(passage, answer, attempt)
+        await self._end_stream(carrier, answer, attempt)
 
     def _start_stream(self, answer: Answer, attempt: Attempt) -> None:
         """Commit, and send the head if no keep-alive has."""
@@ -5375,12 +12160,31 @@ class _Run:
         if not self._sink.head_sent:
             self._sink.start(200, [*EVENT_STREAM_HEADERS, *self._headers(answer, attempt)])
 
-    async def _end_stream(self, passage: ChatPassage, answer: Answer, attempt: Attempt) -> None:
+    async def _relay_unstreamed(self, answer: Answer, attempt: Attempt) -> None:
+        """A whole answer where a stream was asked for: told as a stream of one."""
+        route = attempt.route
+        parsed = self._parse_answer(await self._read_whole(answer, route), route)
+        why, _ = FORMATS[route.provider.format].judge_answer(parsed)
+        if why:
+            raise self._bad_answer(route, why, "")
+        self._passing = False
+        carrier = self._make_carrier()
+        out = carrier.take_answer(FORMATS[route.provider.format].read_answer(parsed, self._source()))
+        if carrier.error is not None or not carrier.done:
+            raise self._in_answer(route, carrier.error) if carrier.error is not None else self._bad_answer(route, "empty_answer", "")
+        self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
+        self._start_stream(answer, attempt)
+        self._sink.write(out)
+        self._sink.finish()
+
+    async def _end_stream(self, carrier: Any, answer: Answer, attempt: Attempt) -> None:
         """Finish a stream that ended rightly, or raise what was wrong with it."""
-        if passage.error is not None:
-            self._break_off(self._in_answer(attempt.route, passage.error), attempt)
-        if passage.broken or not self._committed:
-            self._break_off(self._bad_answer(attempt.route, passage.broken or "empty_answer", ""), attempt)
+        if carrier.error is not None:
+            self._break_off(self._in_answer(attempt.route, carrier.error), attempt)
+        if carrier.broken or not self._committed:
+            self._break_off(self._bad_answer(attempt.route, carrier.broken or "empty_answer", ""), attempt)
+        if not self._passing and any(delta["delta"] == "call" for delta in carrier.kept):
+            remember(self._relay.memo, fold_deltas(carrier.kept))
         self._sink.finish()
         self._outcome, self._status = "ok", 200         # whole, even if the client leaves before the provider's connection has ended too
         if self._keeper is not None:
@@ -5427,21 +12231,42 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", error.status
+        self._outcome, self._status = "error", self._client.status(error)
         if self._sink.head_sent:
-            self._sink.write(write_event(chat_error(error)))
+            self._sink.write(self._error_event(error))
             self._sink.finish()
             return
-        self._sink.respond(error.status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
-                           dump_json(chat_error(error)))
+        self._sink.respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
+                           dump_json(self._client.envelope(error)))
+
+    def _error_event(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream in the client's format."""
+        if self._job.client != "responses":
+            return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+        if self._committed and self._passing:
+            return write_event({"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}, "error")
+        self._writer = self._writer or self._client.writer(self._asked())
+        return self._writer.error(error)
 
     def _keep_alive(self) -> None:
         """Nothing has gone out for a while: say that we are still here."""
         if not self._sink.head_sent:
             self._sink.start(200, [*EVENT_STREAM_HEADERS, ("x-aicarousel-request-id", self._job.id)])
-        self._sink.write(_KEEP_ALIVE_COMMENT)
+        self._sink.write(self._sign_of_life())
         if self._keeper is not None:
             self._keeper.set(_KEEP_ALIVE_S)
+
+    def _sign_of_life(self) -> bytes:
+        """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer."""
+        if self._committed and self._carrier is not None:
+            return self._carrier.keep_alive()
+        if self._job.client == "chat":
+            return _KEEP_ALIVE_COMMENT
+        if self._job.client == "responses" and self._passing and self._carrier is not None:
+            return _KEEP_ALIVE_COMMENT
+        self._writer = self._writer or self._client.writer(self._asked())
+        self._spoke = True
+        return self._writer.keep_alive()
 
     def _settle(self) -> None:
         """One usage row and one log line, for every request that reached a plan."""
@@ -5520,7 +12345,7 @@ def as_messages_model(row: Json) -> Json:
 
 
 ##############################################################################
-# 21. Endpoints                                             I/O | uses 1-5, 7-8, 10, 12, 14-20
+# 21. Endpoints                                             I/O | uses 1-5, 7-20
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -5544,6 +12369,11 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/chat/completions": _Endpoint({"POST": "chat_completions"}),
     "/v1/models": _Endpoint({"GET": "models", "HEAD": "models"}, False),
     "/v1/models/": _Endpoint({"GET": "model", "HEAD": "model"}, False),         # with an id behind it
+    "/v1/messages": _Endpoint({"POST": "messages"}),
+    "/v1/messages/count_tokens": _Endpoint({"POST": "count_tokens"}),
+    "/api/anthropic/v1/messages": _Endpoint({"POST": "messages"}),
+    "/api/anthropic/v1/messages/count_tokens": _Endpoint({"POST": "count_tokens"}),
+    "/v1/responses": _Endpoint({"POST": "responses", "GET": "refuse_websocket"}),
     "/chat": _Endpoint({"POST": "plain_chat"}),
     "/health": _Endpoint({"GET": "health", "HEAD": "health"}, False),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
@@ -5714,13 +12544,39 @@ class Gateway:
 
     async def chat_completions(self, request: Request, exchange: Exchange) -> None:
         """POST /v1/chat/completions."""
-        raw = request.body.removeprefix(b"\xef\xbb\xbf")
+        await self._serve_format(request, exchange, "chat")
+
+    async def messages(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1/messages."""
+        await self._serve_format(request, exchange, "messages")
+
+    async def responses(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1/responses."""
+        await self._serve_format(request, exchange, "responses")
+
+    async def refuse_websocket(self, request: Request, exchange: Exchange) -> None:
+        """GET /v1/responses: clients that try a websocket go on with HTTP at once after a 426."""
+        error = GatewayError("Responses are served over HTTP: set supports_websockets = false for this provider in ~/.codex/config.toml.", 426, "upgrade_required", "invalid_request_error")
+        exchange.respond(426, [("content-type", "application/json"), ("upgrade", "HTTP/1.1")], dump_json(chat_error(error)))
+
+    async def count_tokens(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1/messages/count_tokens: an estimate over system, messages, tools and images."""
         try:
-            body = check_chat_request(parse_body(raw))
+            hub = messages_read_request(check_messages_request(parse_body(request.body.removeprefix(b"\xef\xbb\xbf"))))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
-            return exchange.respond(error.status, headers, answer)
-        await self._relay(request, exchange, exchange, raw, body)
+            return exchange.respond(messages_status(error), headers, answer)
+        exchange.respond(200, [*_JSON, ("x-aicarousel-estimated", "1")], dump_json({"input_tokens": estimate_tokens(hub)}))
+
+    async def _serve_format(self, request: Request, exchange: Exchange, client: Format) -> None:
+        """A request in one of the three formats: parsed, checked, handed to the relay."""
+        raw = request.body.removeprefix(b"\xef\xbb\xbf")
+        try:
+            body = FORMATS[client].check(parse_body(raw))
+        except GatewayError as error:
+            headers, answer = self.explain(request, error)
+            return exchange.respond(FORMATS[client].status(error), headers, answer)
+        await self._relay(request, exchange, exchange, raw, body, client)
 
     async def plain_chat(self, request: Request, exchange: Exchange) -> None:
         """POST /chat: a bare list of messages in, text out."""
@@ -5730,13 +12586,15 @@ class Gateway:
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
-    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json) -> None:
+    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: Format = "chat") -> None:
         """Hand a checked request to the relay; when the client leaves, the work on it is cancelled."""
         self.n_requests += 1
         key = request.key
-        job = Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, body.get("model"), bool(body.get("stream")), request.received_at,
+        name = body.get("model")
+        job = Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, plain_model(name) if client == "messages" and name else name, bool(body.get("stream")), request.received_at,
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
-                  header_value(request.headers.get("idempotency-key", ""))[:200])
+                  header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
+                  header_value(request.headers.get("anthropic-version", ""))[:40])
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -5748,7 +12606,7 @@ class Gateway:
                        settled.first_ms, settled.total_ms)
         self.usage.put(UsageRow(
             request_id=job.id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
-            client_format="chat", model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
+            client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
             wire_model=route.model.id if route else "", route=route.id if route else "", input=usage.input, output=usage.output, cached=usage.cached,
             cache_write=usage.cache_write, reasoning=usage.reasoning, cost_usd=None, estimated=usage.estimated, status=settled.status, outcome=settled.outcome,
             first_ms=settled.first_ms or None, total_ms=settled.total_ms, attempts=len(settled.attempts), streamed=job.stream))
