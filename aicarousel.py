@@ -96,10 +96,6 @@ try:
     import h11
 except ImportError:
     h11 = None      # type: ignore[assignment]    # only serving needs it, and says so
-try:
-    import certifi
-except ImportError:
-    certifi = None  # type: ignore[assignment]    # the system's authorities alone then
 
 __version__ = "0.1.0"
 
@@ -1815,51 +1811,56 @@ class _Row(NamedTuple):
     """`reason` when the preset, the status and the words all match; a scope given here wins over the reason's."""
     presets: str                   #: names with blanks between, or *
     statuses: tuple[int, ...]      #: () for any
-    pattern: re.Pattern[str]
+    pattern: _Words
     reason: str
     scope: str | None = None
 
 
-def _has(words: str) -> re.Pattern[str]:
-    return re.compile(words, re.I | re.M)
+class _Words(NamedTuple):
+    """A pattern, compiled when it is first looked for: most of them never are, and all of them would be a tenth of the start."""
+    pattern: str
+
+    def search(self, text: str) -> re.Match[str] | None:
+        """Where it stands in `text`, in any case and on any line."""
+        return re.search(self.pattern, text, re.I | re.M)
 
 
-def _coded(*codes: str) -> re.Pattern[str]:
+def _coded(*codes: str) -> _Words:
     """A code where a field, the text (z.ai: "[1113][...") or the end of the text (MiniMax: "... (1008)") names it."""
     any_of = "|".join(codes)
-    return _has(rf"^(?:code|status_code)=(?:{any_of})$|^message=\[(?:{any_of})\]|\((?:{any_of})\)\s*$")
+    return _Words(rf"^(?:code|status_code)=(?:{any_of})$|^message=\[(?:{any_of})\]|\((?:{any_of})\)\s*$")
 
 
-_ANY = _has("")
+_ANY = _Words("")
 _SIGNS: tuple[_Row, ...] = (
     # one provider each
-    _Row("cerebras", (400, 413), _has(r"\A\Z"), "context_overflow"),
+    _Row("cerebras", (400, 413), _Words(r"\A\Z"), "context_overflow"),
     _Row("cerebras", (413,), _ANY, "context_overflow"),
-    _Row("cerebras", (400,), _has(r"^code=wrong_api_format$"), "bad_param"),
+    _Row("cerebras", (400,), _Words(r"^code=wrong_api_format$"), "bad_param"),
     _Row("fireworks", (412,), _ANY, "billing"),
-    _Row("openrouter", (), _has(r"free-models-per-day"), "rate_day", "credential"),
-    _Row("openrouter", (), _has(r"free-models-per-min"), "rate_minute", "credential"),
-    _Row("openrouter", (403,), _has(r"key limit"), "billing"),
-    _Row("openrouter", (403,), _has(r"^reasons=|^error_type=(?:content_policy_violation|refusal)$|moderation|flagged"), "content_policy"),
-    _Row("openrouter", (404,), _has(r"support (?:tool use|image input|the requested|parameters)"), "capability_missing"),
-    _Row("openrouter", (413,), _has(r"payload too large"), "payload_too_large"),
-    _Row("openrouter", (), _has(r"^error_type=(?:context_length_exceeded|token_limit_exceeded|max_tokens_exceeded|string_too_long)$"), "context_overflow"),
-    _Row("openrouter", (), _has(r"^message=token limit reached"), "context_overflow"),
-    _Row("openrouter", (), _has(r"^error_type=payment_required$"), "billing"),
-    _Row("openrouter", (), _has(r"^error_type=authentication$"), "auth_invalid"),
-    _Row("openrouter", (), _has(r"^error_type=permission_denied$"), "permission_model"),
-    _Row("openrouter", (), _has(r"^error_type=(?:content_policy_violation|refusal)$"), "content_policy"),
-    _Row("openrouter", (), _has(r"^error_type=not_found$"), "model_gone"),
-    _Row("openrouter", (), _has(r"^error_type=payload_too_large$"), "payload_too_large"),
-    _Row("openrouter", (), _has(r"^error_type=(?:provider_overloaded|provider_unavailable)$"), "model_capacity"),
-    _Row("openrouter", (429,), _has(r"^provider_name=|upstream"), "model_capacity", "model"),
-    _Row("gemini", (401, 403), _has(r"location|country|region"), "region_blocked"),
+    _Row("openrouter", (), _Words(r"free-models-per-day"), "rate_day", "credential"),
+    _Row("openrouter", (), _Words(r"free-models-per-min"), "rate_minute", "credential"),
+    _Row("openrouter", (403,), _Words(r"key limit"), "billing"),
+    _Row("openrouter", (403,), _Words(r"^reasons=|^error_type=(?:content_policy_violation|refusal)$|moderation|flagged"), "content_policy"),
+    _Row("openrouter", (404,), _Words(r"support (?:tool use|image input|the requested|parameters)"), "capability_missing"),
+    _Row("openrouter", (413,), _Words(r"payload too large"), "payload_too_large"),
+    _Row("openrouter", (), _Words(r"^error_type=(?:context_length_exceeded|token_limit_exceeded|max_tokens_exceeded|string_too_long)$"), "context_overflow"),
+    _Row("openrouter", (), _Words(r"^message=token limit reached"), "context_overflow"),
+    _Row("openrouter", (), _Words(r"^error_type=payment_required$"), "billing"),
+    _Row("openrouter", (), _Words(r"^error_type=authentication$"), "auth_invalid"),
+    _Row("openrouter", (), _Words(r"^error_type=permission_denied$"), "permission_model"),
+    _Row("openrouter", (), _Words(r"^error_type=(?:content_policy_violation|refusal)$"), "content_policy"),
+    _Row("openrouter", (), _Words(r"^error_type=not_found$"), "model_gone"),
+    _Row("openrouter", (), _Words(r"^error_type=payload_too_large$"), "payload_too_large"),
+    _Row("openrouter", (), _Words(r"^error_type=(?:provider_overloaded|provider_unavailable)$"), "model_capacity"),
+    _Row("openrouter", (429,), _Words(r"^provider_name=|upstream"), "model_capacity", "model"),
+    _Row("gemini", (401, 403), _Words(r"location|country|region"), "region_blocked"),
     _Row("gemini huggingface nvidia", (403,), _ANY, "auth_invalid"),
-    _Row("gemini", (429,), _has(r"resource has been exhausted \(e\.g\. check quota\)"), "model_capacity"),
+    _Row("gemini", (429,), _Words(r"resource has been exhausted \(e\.g\. check quota\)"), "model_capacity"),
     _Row("github-copilot", (401,), _ANY, "auth_refreshable"),
     _Row("github-copilot", (403,), _ANY, "permission_model"),
     _Row("github-copilot", (413,), _ANY, "context_overflow"),
-    _Row("github-copilot", (429,), _has(r"user_global_rate_limited|global rate limit"), "rate_minute"),
+    _Row("github-copilot", (429,), _Words(r"user_global_rate_limited|global rate limit"), "rate_minute"),
     _Row("github-models", (410,), _ANY, "provider_gone"),
     _Row("huggingface", (429,), _ANY, "rate_minute", "route"),
     _Row("cloudflare", (), _coded("10000"), "auth_invalid"),
@@ -1881,40 +1882,40 @@ _SIGNS: tuple[_Row, ...] = (
     _Row("minimax", (), _coded("2056"), "rate_day"),
     _Row("minimax", (), _coded("1002", "1039"), "rate_minute"),
     _Row("minimax", (), _coded("1000", "1013"), "server_error"),
-    _Row("qwen", (), _has(r"#token-limit"), "rate_minute"),
-    _Row("qwen", (), _has(r"AllocationQuota\.FreeTierOnly"), "billing", "route"),
+    _Row("qwen", (), _Words(r"#token-limit"), "rate_minute"),
+    _Row("qwen", (), _Words(r"AllocationQuota\.FreeTierOnly"), "billing", "route"),
     # anybody: signs too plain to mistake
     _Row("*", (498,), _ANY, "tier_capacity"),
     _Row("*", (499,), _ANY, "client_cancelled"),
-    _Row("*", (429,), _has(r"^quotaValue=0$|\blimit: 0\b"), "permission_model"),
-    _Row("*", (), _has(r"^quotaId=.*PerDay"), "rate_day"),
-    _Row("*", (), _has(r"^quotaId=.*PerMinute"), "rate_minute"),
-    _Row("gemini", (429,), _has(r"current quota"), "rate_minute"),
-    _Row("*", (413, 429), _has(r"request too large(?=[^\n]{0,300}(?:\bTPM\b|tokens per min))"), "request_over_tpm"),
-    _Row("*", (400, 422, 500, 502), _has(r"tool_use_failed|MALFORMED_FUNCTION_CALL|failed to parse tool call arguments"), "tool_generation_failed"),
-    _Row("*", (400, 401, 403, 404, 451, 502), _has(r"unsupported_country|(?:country|region|territory|user location)\b[^.\n]{0,30}not supported"
+    _Row("*", (429,), _Words(r"^quotaValue=0$|\blimit: 0\b"), "permission_model"),
+    _Row("*", (), _Words(r"^quotaId=.*PerDay"), "rate_day"),
+    _Row("*", (), _Words(r"^quotaId=.*PerMinute"), "rate_minute"),
+    _Row("gemini", (429,), _Words(r"current quota"), "rate_minute"),
+    _Row("*", (413, 429), _Words(r"request too large(?=[^\n]{0,300}(?:\bTPM\b|tokens per min))"), "request_over_tpm"),
+    _Row("*", (400, 422, 500, 502), _Words(r"tool_use_failed|MALFORMED_FUNCTION_CALL|failed to parse tool call arguments"), "tool_generation_failed"),
+    _Row("*", (400, 401, 403, 404, 451, 502), _Words(r"unsupported_country|(?:country|region|territory|user location)\b[^.\n]{0,30}not supported"
                                                    r"|not (?:available|supported) in your (?:country|region|location)"), "region_blocked"),
-    _Row("*", (400, 403, 422, 502), _has(r"\bcontent_filter\b|content_policy_violation|data_inspection_failed|ResponsibleAIPolicyViolation|^blockReason="
+    _Row("*", (400, 403, 422, 502), _Words(r"\bcontent_filter\b|content_policy_violation|data_inspection_failed|ResponsibleAIPolicyViolation|^blockReason="
                                          r"|moderation_blocked"
                                          r"|flagged by (?:our |the )?(?:moderation|content)|violat\w+ (?:our |the )?(?:usage|content) polic"),
          "content_policy"),
-    _Row("*", (400, 403, 500, 502), _has(r"API_KEY_INVALID|ACCESS_TOKEN_TYPE_UNSUPPORTED|api key (?:not valid|expired|is invalid)"
+    _Row("*", (400, 403, 500, 502), _Words(r"API_KEY_INVALID|ACCESS_TOKEN_TYPE_UNSUPPORTED|api key (?:not valid|expired|is invalid)"
                                          r"|(?:incorrect|invalid|wrong) (?:x-)?api[ -]key"
                                          r"|invalid_api_key|wrong_api_key|invalid_authentication"), "auth_invalid"),
-    _Row("*", (400, 404, 405, 422), _has(r"unsupported_api_for_model|only supported in v1/responses|not a chat model|please use (?:the )?/?v1/responses"),
+    _Row("*", (400, 404, 405, 422), _Words(r"unsupported_api_for_model|only supported in v1/responses|not a chat model|please use (?:the )?/?v1/responses"),
          "endpoint_unsupported"),
-    _Row("*", (400, 404, 422, 500, 501), _has(r"does not support (?:tools?|function|image|images|vision|multimodal|audio|json|response_format|structured)\b"
+    _Row("*", (400, 404, 422, 500, 501), _Words(r"does not support (?:tools?|function|image|images|vision|multimodal|audio|json|response_format|structured)\b"
                                               r"|not a multimodal model|(?:image|tool|function)[\w ]{0,20} (?:is|are) not supported (?:by|for|with) this model"
                                               r"|no endpoints found that support|enable-auto-tool-choice"), "capability_missing"),
-    _Row("*", (400, 403, 404, 422), _has(r"model_decommissioned|model_not_found|model_not_supported|model_not_available|model_not_active|DeploymentNotFound"
+    _Row("*", (400, 403, 404, 422), _Words(r"model_decommissioned|model_not_found|model_not_supported|model_not_available|model_not_active|DeploymentNotFound"
                                          r"|unknown model|no such model|not a valid model|requested model[^.\n]{0,80}(?:does not exist|not supported)"
                                          r"|\bmodel\b[^.\n]{0,80}(?:decommissioned|no longer available|end of life)"),
          "model_gone"),
-    _Row("*", (413,), _has(r"request_too_large"), "payload_too_large"),
+    _Row("*", (413,), _Words(r"request_too_large"), "payload_too_large"),
     _Row("*", (400, 413), re.compile(r"\A(?=.*string_above_max_length)(?=.*\nparam=(?:messages|input|prompt|instructions))", re.I | re.S), "context_overflow"),
 )
 
-_OVERFLOW = _has(
+_OVERFLOW = _Words(
     r"prompt (?:is )?too long|prompt exceeds max length|input is too long|too many tokens"
     r"|exceeds? (?:the |this |its |your )?(?:model'?s )?(?:available |maximum )?context (?:window|length|size|limit)|exceeds? the maximum number of tokens"
     r"|maximum context length is [0-9,]+|maximum allowed input length|input token count[^\n]{0,80}exceeds the maximum|maximum prompt length is [0-9,]+"
@@ -1923,24 +1924,24 @@ _OVERFLOW = _has(
     r"|greater than the context length|exceeded (?:max )?context length|context window exceeded|ContextWindowExceededError"
     r"|input length and [`'\"]?max_tokens[`'\"]? exceed|context[_ ]length[_ ]exceeded"
     r"|model_max_prompt_tokens_exceeded|exceed_context_size_error|token_limit_exceeded")
-_RATE_WORDS = _has(r"rate limit|too many requests|tokens per (?:min|minute|day)|throttl")
-_MONEY = _has(
+_RATE_WORDS = _Words(r"rate limit|too many requests|tokens per (?:min|minute|day)|throttl")
+_MONEY = _Words(
     r"insufficient[_ ](?:quota|balance|credit|credits|funds)|credit balance is too low|exceeded_current_quota|exceeded (?:your )?current quota"
     r"|billing_(?:error|hard_limit|not_active)"
     r"|payment[_ ]required|(?:all|out of|of your|more) (?:available |included |prepaid )*credits|used all [^.\n]{0,20}credits"
     r"|monthly (?:included credits|spending limit)"
     r"|free monthly usage limit|no resource package|account\b[^\n]{0,80}\b(?:is suspended|not active|in arrears)|FreeTierOnly")
 #: A rate limit told by name rather than by status, as errors inside a 200 do.
-_RATE_NAMES = _has(r"=(?:rate_limit_(?:exceeded|error|reached_error)|rate_limited|too_many_requests(?:_error)?|RESOURCE_EXHAUSTED|RateLimitReached)$")
-_DAY = _has(r"per[-_ ]?day|\b(?:TPD|RPD)\b|\bdaily\b|\bweekly\b|\bmonthly\b"
+_RATE_NAMES = _Words(r"=(?:rate_limit_(?:exceeded|error|reached_error)|rate_limited|too_many_requests(?:_error)?|RESOURCE_EXHAUSTED|RateLimitReached)$")
+_DAY = _Words(r"per[-_ ]?day|\b(?:TPD|RPD)\b|\bdaily\b|\bweekly\b|\bmonthly\b"
             r"|(?:session|hourly|weekly|daily) usage limit|\d-hour usage limit|usage limit reached")
-_CAPACITY = _has(
+_CAPACITY = _Words(
     r"overloaded|capacity[_ ](?:temporarily )?exceeded|(?:at|over|no|out of|insufficient) (?:available )?capacity|capacity exceeded"
     r"|queue_exceeded|high (?:traffic|demand)|server busy|maximum pending requests|rate-limited upstream"
     r"|\bResourceExhausted\b|resource has been exhausted|loading model|no healthy upstream")
 _LIMIT_REQUESTED = re.compile(r"Limit:? (\d{1,12}),(?: Used:? \d{1,12},)? Requested:? (\d{1,12})", re.I)
-_PERMISSION = _has(r"\bmodel\b|subscription|upgrade|\bplan\b|policy|permissions?_error|model_permission")
-_RETIRED = _has(r"decommissioned|end of life|deprecated|retired|no longer (?:available|supported)|shut ?down")
+_PERMISSION = _Words(r"\bmodel\b|subscription|upgrade|\bplan\b|policy|permissions?_error|model_permission")
+_RETIRED = _Words(r"decommissioned|end of life|deprecated|retired|no longer (?:available|supported)|shut ?down")
 #: Providers whose 503 means that something broke, not that they are full.
 _BROKEN_AT_503 = "cerebras groq huggingface github-copilot ollama-cloud".split()
 
@@ -2101,13 +2102,13 @@ def _by_status(preset_name: str, status: int, facts: _Facts) -> str:
 
 
 #: A field that this provider does not take, as the text names it.
-_FIELD = _has(
+_FIELD = _Words(
     r"(?:unsupported|unknown|unrecognized|unexpected)(?: request)?(?: keyword)? (?:parameters?|values?|arguments?|names?|fields?|key)"
     r"(?: supplied)?:? ?[\"'`]?([A-Za-z_][\w.\[\]-]*)"
     r"|property [\"'`]([\w.]+)[\"'`] is unsupported|(?<![\w.])([\w.]{1,80}): extra inputs are not permitted"
     r"|[\"'`]([\w.]+)[\"'`] (?:is|are) (?:not supported|deprecated|not permitted)"
     r"|argument not supported(?: on this model)?: ?[\"'`]?(\w+)|does not support (?:the )?(?:parameter )?[\"'`]?(effort|temperature|top_p|top_k|thinking)\b")
-_REFUSED = _has(r"not supported|unsupported|not permitted|extra_forbidden|unknown_parameter|not allowed|deprecated")
+_REFUSED = _Words(r"not supported|unsupported|not permitted|extra_forbidden|unknown_parameter|not allowed|deprecated")
 _CORE_FIELDS = frozenset({"messages", "input", "model", "prompt", "contents", "system", "tools", "file"})
 
 
@@ -2135,9 +2136,9 @@ _INSTANT = re.compile(_INSTANT_TEXT, re.I)
 _SAID_SPAN = re.compile(rf"(?:try again|retry|resets?|wait|available)[^\d\n.;]{{0,30}}(?<!-)((?:{_SPAN_TEXT}(?:\s?,)?(?:\s?and)?\s?)+)", re.I)
 _SAID_INSTANT = re.compile(rf"(?:resets?|try again|retry|until|available|renews?)[^\d\n]{{0,40}}{_INSTANT_TEXT}", re.I)
 _SAID_INSTANT_ZH = re.compile(rf"{_INSTANT_TEXT}[^\d\n]{{0,6}}(?:重置|恢复)")
-_LONG_WORDS = _has(r"week|month|quota|usage limit|\bplan\b|allocation|credits|\bdays\b")
-_PER_DAY_QUOTA = _has(r"^quotaId=.*PerDay")
-_UTC_DAY_QUOTA = _has(r"free-models-per-day|^code=4006$|daily free allocation")
+_LONG_WORDS = _Words(r"week|month|quota|usage limit|\bplan\b|allocation|credits|\bdays\b")
+_PER_DAY_QUOTA = _Words(r"^quotaId=.*PerDay")
+_UTC_DAY_QUOTA = _Words(r"free-models-per-day|^code=4006$|daily free allocation")
 _RETRY_KEYS = frozenset({"retrydelay", "retry_after", "retryafter", "retry_after_seconds"})
 
 
@@ -10987,8 +10988,10 @@ def make_client_context() -> ssl.SSLContext:
     context.sessions = {}
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    if certifi is not None and "SSL_CERT_FILE" not in os.environ:
-        context.load_verify_locations(cadata=certifi.contents())
+    if "SSL_CERT_FILE" not in os.environ:
+        with contextlib.suppress(ImportError):      # the system's authorities alone then
+            import certifi
+            context.load_verify_locations(cadata=certifi.contents())
     context.set_alpn_protocols(["http/1.1"])
     return context
 
