@@ -22,20 +22,21 @@ Contents
     10  OpenAI Chat         requests checked, streams watched on their way through, and the six names
     11  OpenAI Responses    the same for Responses
     12  Anthropic Messages  the same for Messages
-    13  Translation         the FORMATS table, pass-through, stream coupling, token estimate
-    14  World               time, chance, the network, alarms
-    15  HTTP                heads by h11, bodies by hand
-    16  Store               SQLite: gateway keys, usage, migrations
-    17  Transport           the providers' side: connections, TLS, proxies, deadlines
-    18  Server              the clients' side: accept, keep-alive, limits, drain
-    19  Relay               attempts, commit, pump, keep-alives, cancellation
-    20  Pages               the front page, the list of models
-    21  Endpoints           the running whole, its URLs and who may call them
+    13  Plain endpoints     /v1/completions and /v1/embeddings: what came before Chat
+    14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
+    15  World               time, chance, the network, alarms
+    16  HTTP                heads by h11, bodies by hand
+    17  Store               SQLite: gateway keys, usage, migrations
+    18  Transport           the providers' side: connections, TLS, proxies, deadlines
+    19  Server              the clients' side: accept, keep-alive, limits, drain
+    20  Relay               attempts, commit, pump, keep-alives, cancellation
+    21  Pages               the front page, the list of models
+    22  Endpoints           the running whole, its URLs and who may call them
     25  Command line        serve, key, status, call, db, config
 
 Life of a request
-    Server reads it (18) -> admit and check (21) -> plan (7) -> attempt (19)
-    -> Transport.request (17) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (16)
+    Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
+    -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
 
 Promises
     Nothing is retried after commit.  No secret is logged.  Pure sections never touch the outside world.
@@ -123,6 +124,8 @@ Json = dict[str, Any]
 Headers = list[tuple[str, str]]
 
 Format = Literal["chat", "responses", "messages"]
+#: What a client may speak: a provider's formats, and the plain endpoints.
+ClientFormat = Literal["chat", "responses", "messages", "completions", "embeddings"]
 FORMAT_NAMES: tuple[str, ...] = ("chat", "responses", "messages")
 
 #: Why an attempt ended badly; what follows from each is the table FAILURE_RULES.
@@ -392,6 +395,7 @@ class Preset:
     max_field: Literal["", "max_tokens", "max_completion_tokens"] = ""   #: the only spelling it knows, "" where both are
     system_role: Literal["", "system"] = "system"                 #: what role developer becomes, "" to leave it
     stream_options: bool = True              #: whether include_usage may be asked for
+    completions: bool = False                #: whether it completes plain text at /completions, with any of its models
     first_byte_s: float = 60.0
     idle_s: float = 90.0
     free_limits: Limits | None = None        #: of the free tier; per model where `bucket` is model
@@ -467,7 +471,7 @@ _ROWS: Mapping[str, Preset] = {
         "Cerebras Inference", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",), "https://cloud.cerebras.ai/platform/",
         default="gpt-oss-120b", bucket="model", first_byte_s=30.0, free_limits=Limits(rpm=5, tpm=30_000, tpd=1_000_000),
         rejects=("store", "metadata", "logit_bias", "frequency_penalty", "presence_penalty", "service_tier", "reasoning", "enable_thinking"),
-        message_rejects=("reasoning_content",),
+        message_rejects=("reasoning_content",), completions=True,
         models=(
             _known_model("gpt-oss-120b", 131072, 40960, "tr", (0.35, 0.75)),
             _known_model("qwen-3.8-27b", 131072, 40960, "tvr", (0.99, 1.49)),
@@ -480,7 +484,7 @@ _ROWS: Mapping[str, Preset] = {
         })),
     "ollama": Preset(                        # OLLAMA_API_KEY is the cloud's: it is never sent to the local server
         "Ollama (local)", "http://127.0.0.1:11434/v1", keyless=True,
-        default="gemma3:1b", bucket="machine", first_byte_s=300.0, max_field="max_tokens",
+        default="gemma3:1b", bucket="machine", first_byte_s=300.0, max_field="max_tokens", completions=True,
         other_urls={"messages": "http://127.0.0.1:11434/v1", "responses": "http://127.0.0.1:11434/v1"},
         models=(
             _known_model("gemma3:1b", 32768, 8192, "", _FREE),
@@ -580,7 +584,7 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"grok-3 grok-4-0709 grok-4-fast-* grok-4-1-fast-* grok-code-fast-1": "2026-05-15"})),
     "together": Preset(
         "Together AI", "https://api.together.ai/v1", ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY"), "https://api.together.ai/settings/api-keys",
-        default="openai/gpt-oss-120b", rejects=("store",), max_field="max_tokens",
+        default="openai/gpt-oss-120b", rejects=("store",), max_field="max_tokens", completions=True,
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 131072, "tr", (0.15, 0.6)),
             _known_model("zai-org/GLM-5.3-Flash", 1048575, 400000, "tvr", (0.15, 0.5, 0.03)),
@@ -588,7 +592,7 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "fireworks": Preset(
         "Fireworks AI", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",), "https://app.fireworks.ai/settings/users/api-keys",
-        default="accounts/fireworks/models/glm-5p3-flash", rejects=("store",), max_field="max_tokens",
+        default="accounts/fireworks/models/glm-5p3-flash", rejects=("store",), max_field="max_tokens", completions=True,
         check=("GET", "https://api.fireworks.ai/v1/accounts/fireworks/models?pageSize=1"),   # its /models fails for accounts without deployments
         other_urls={"messages": "https://api.fireworks.ai/inference/v1"},
         models=(
@@ -668,13 +672,13 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "lmstudio": Preset(
         "LM Studio (local)", "http://127.0.0.1:1234/v1", ("LMSTUDIO_API_KEY", "LM_STUDIO_API_KEY"), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"}),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"}, completions=True),
     "vllm": Preset(
         "vLLM server (local)", "http://127.0.0.1:8000/v1", ("VLLM_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"}),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"}, completions=True),
     "llamacpp": Preset(
         "llama.cpp server (local)", "http://127.0.0.1:8080/v1", ("LLAMA_CPP_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, rejects=("store",)),
+        bucket="machine", first_byte_s=300.0, rejects=("store",), completions=True),
     "github-models": Preset(
         "GitHub Models (retired)", "https://models.github.ai/inference",
         gone="another provider: GitHub Models was retired on 2026-07-30 and its address answers 410 Gone"),
@@ -2486,6 +2490,15 @@ def resolve(catalogue: Catalogue, name: str | None, *, may_be_alias: bool = True
         close = ", ".join(get_close_matches(name[:200], known, 3, 0.3)) or "none"
         raise unknown_model(f"The model {name[:200]!r} is not known here. Nearest: {close}.")
     return Choice("*", catalogue.whole, True, False)
+
+
+def same_model(choice: Choice) -> Choice:
+    """Only the routes to the first model of `choice`. Raises GatewayError 404 when the client named none."""
+    first = next((route for group in choice.groups for routes in group for route in routes), None)
+    if not choice.explicit:
+        raise unknown_model("Name the model, as provider/model or as a model that is listed: another one's answer would not compare.")
+    groups = tuple(tuple(tuple(route for route in routes if first and route.model.id == first.model.id) for routes in group) for group in choice.groups)
+    return replace(choice, groups=tuple(tuple(routes for routes in group if routes) for group in groups if any(group)))
 
 
 def _resolve_alias(catalogue: Catalogue, name: str, targets: Sequence[str]) -> Choice:
@@ -5282,7 +5295,7 @@ ROUTING_FIELDS = frozenset({"api_base", "base_url", "api_key", "headers", "extra
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _NUMBER = (int, float)
-_CHAT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+CHAT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((str,), "a string"),
     "stream": ((bool,), "a boolean"),
     "stream_options": ((dict,), "an object"),
@@ -5310,17 +5323,22 @@ _ANYTHING: tuple[tuple[type, ...], str] = ((object,), "")
 _AT_LEAST_ONE = ("max_tokens", "max_completion_tokens", "n")
 
 
-def check_chat_request(body: Any) -> Json:
-    """The body when it is a Chat request by its structure. Raises GatewayError 400 that names the first field that is not."""
+def check_fields(body: Any, fields: Mapping[str, tuple[tuple[type, ...], str]]) -> None:
+    """Raise GatewayError 400 unless `body` is an object whose known fields are of the types that `fields` gives; unknown ones may be anything."""
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
     for name, value in body.items():
-        types, expected = _CHAT_FIELDS.get(name, _ANYTHING)
+        types, expected = fields.get(name, _ANYTHING)
         if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
             raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
     for name in _AT_LEAST_ONE:
         if body.get(name) is not None and body[name] < 1:
             raise bad_request(f"{name} must be at least 1.", param=name, code="invalid_value")
+
+
+def check_chat_request(body: Any) -> Json:
+    """The body when it is a Chat request by its structure. Raises GatewayError 400 that names the first field that is not."""
+    check_fields(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list with at least one message.", param="messages", code="invalid_type")
@@ -5537,6 +5555,16 @@ class ChatPassage:
         self._last: Json = {}
         self._called = False
 
+    @staticmethod
+    def part_of(choice: Json) -> Any:
+        """What a choice says."""
+        return choice.get("delta") or choice.get("message")
+
+    @staticmethod
+    def bare_choice(index: int, reason: str) -> Json:
+        """A choice that says nothing but its end."""
+        return {"index": index, "delta": {}, "finish_reason": reason}
+
     @property
     def finish(self) -> str | None:
         """The first finish reason, once every choice that has begun has one."""
@@ -5657,7 +5685,7 @@ class ChatPassage:
             return b"" if only_usage else self._named(chunk, raw)
         self._last = chunk
         for choice in choices:
-            part, reason = choice.get("delta") or choice.get("message"), choice.get("finish_reason")
+            part, reason = self.part_of(choice), choice.get("finish_reason")
             self.content = self.content or _has_content(part)
             self.n_content_bytes += _content_bytes(part)
             self._called = self._called or bool(isinstance(part, dict) and part.get("tool_calls"))
@@ -5703,7 +5731,7 @@ class ChatPassage:
         owed, reason = b"", "tool_calls" if self._called else "stop"
         for index in sorted(self._unfinished):
             head = {name: self._last.get(name) for name in ("id", "object", "created", "model")}
-            chunk = {**head, "choices": [{"index": int(index) if index.isdigit() else 0, "delta": {}, "finish_reason": reason}]}
+            chunk = {**head, "choices": [self.bare_choice(int(index) if index.isdigit() else 0, reason)]}
             owed += self._named(chunk, write_event(chunk))
         self._unfinished.clear()
         self._reason = self._reason or reason
@@ -9374,7 +9402,184 @@ class MessagesPassage:
 
 
 ##############################################################################
-# 13. Translation                                           pure | uses 1-3, 8-12
+# 13. Plain endpoints                                       pure | uses 1-2, 8-10
+##############################################################################
+# /v1/completions and /v1/embeddings, older than Chat.  Both pass through to providers that have them; a completion is asked of
+# others too, as one user message.  A vector is asked of the model that was named and of no other: vectors of two models do not compare.
+# Guarded by tests/test_plain.py.
+
+_PROMPT_FIELDS = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs"})       # what a Chat request has no place for
+_COMPLETION_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **{name: rule for name, rule in CHAT_FIELDS.items() if name not in _PROMPT_FIELDS},
+    "suffix": ((str,), "a string"), "echo": ((bool,), "a boolean"), "best_of": ((int,), "an integer"), "logprobs": ((int,), "an integer"),
+}
+_EMBEDDING_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "dimensions": ((int,), "an integer"), "encoding_format": ((str,), "a string"), "user": ((str,), "a string"),
+}
+
+
+def _is_text_or_tokens(value: Any) -> bool:
+    """A string, tokens, or a list that is not empty of either."""
+    if isinstance(value, list) and value:
+        return all(type(item) is int for item in value) or all(isinstance(item, str) or (isinstance(item, list) and item and all(type(one) is int for one in item)) for item in value)
+    return isinstance(value, str)
+
+
+def check_completions_request(body: Any) -> Json:
+    """The body when it is a Completions request by its structure. Raises GatewayError 400."""
+    check_fields(body, _COMPLETION_FIELDS)
+    if not _is_text_or_tokens(body.get("prompt")):
+        raise bad_request("prompt must be a string, a list of strings, or tokens.", param="prompt", code="invalid_type")
+    return body
+
+
+def check_embeddings_request(body: Any) -> Json:
+    """The body when it is an Embeddings request by its structure. Raises GatewayError 400."""
+    check_fields(body, _EMBEDDING_FIELDS)
+    if not isinstance(body.get("model"), str) or not body["model"]:
+        raise bad_request("model must name the embedding model: vectors of two models do not compare.", param="model", code="invalid_type")
+    if not _is_text_or_tokens(body.get("input")) or not body["input"]:
+        raise bad_request("input must be a string, a list of strings, or tokens, and not empty.", param="input", code="invalid_type")
+    return body
+
+
+def completions_read_request(body: Json) -> Json:
+    """The hub request for a Completions body: its prompt as one user message. Raises UpstreamFailure("fit") where no message says the same."""
+    prompt = body["prompt"][0] if isinstance(body["prompt"], list) and len(body["prompt"]) == 1 else body["prompt"]
+    if not isinstance(prompt, str):
+        raise unsupported("prompt: tokens and several prompts need a provider that has /completions itself")
+    if body.get("suffix"):
+        raise unsupported("suffix: filling in needs a provider that has /completions itself")
+    hub = chat_read_request({**{name: value for name, value in body.items() if name not in _PROMPT_FIELDS}, "messages": [{"role": "user", "content": prompt}]})
+    drop(hub, *(name for name in ("echo", "best_of", "logprobs") if body.get(name)))
+    return hub
+
+
+def embeddings_read_request(body: Json) -> Json:
+    """Embeddings have no other form. Raises UpstreamFailure("fit")."""
+    raise unsupported("embeddings: this provider is not spoken to in a format that has them")
+
+
+def judge_completions_answer(body: Any) -> tuple[str, Usage | None]:
+    """Whether a whole body is a Completions answer: ("", usage) when it is, else why not."""
+    return judge_chat_answer(_as_chat(body))
+
+
+def judge_embeddings_answer(body: Any) -> tuple[str, Usage | None]:
+    """Whether a whole body holds vectors: ("", usage) when it does, else why not."""
+    if not isinstance(body, dict) or not isinstance(body.get("data"), list) or not all(isinstance(row, dict) and row.get("embedding") for row in body["data"]):
+        return "not_json", None
+    return ("", chat_usage(body)) if body["data"] else ("empty_answer", None)
+
+
+def _as_message(choice: Json) -> Json:
+    return {"content": choice.get("text")}
+
+
+class CompletionsPassage(ChatPassage):
+    """A provider's stream of text completions on its way through."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def part_of(choice: Json) -> Any:
+        """The text of a choice, as a Chat delta would hold it."""
+        return _as_message(choice)
+
+    @staticmethod
+    def bare_choice(index: int, reason: str) -> Json:
+        """A choice that says nothing but its end."""
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+
+
+def _as_chat(body: Any) -> Any:
+    """A chunk or body of text completions as Chat has it."""
+    if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
+        return body
+    choices = [{**choice, "message": _as_message(choice), "delta": _as_message(choice), "logprobs": None} for choice in body["choices"] if isinstance(choice, dict)]
+    return {**body, "choices": choices}
+
+
+class CompletionsStreamReader(ChatStreamReader):
+    """A provider's stream of text completions, read as Chat."""
+
+    __slots__ = ()
+
+    def feed(self, event: Event) -> list[Json]:
+        """The deltas of one event."""
+        if not whole_json(event.data):
+            return super().feed(event)
+        return super().feed(Event(event.name, dump_json(_as_chat(json.loads(event.data))).decode(), event.raw))
+
+
+def completions_read_answer(body: Any, source: Source) -> list[Json]:
+    """The deltas of a whole answer."""
+    return chat_read_answer(_as_chat(body), source)
+
+
+class CompletionsStreamWriter:
+    """Hub deltas as a stream of text completions: text alone; thinking and calls have no place in it."""
+
+    __slots__ = ("_stamp", "_wants_usage", "_usage", "_ended")
+
+    def __init__(self, asked: Asked) -> None:
+        self._stamp = {"id": mint("cmpl-", asked.seed), "object": "text_completion", "created": asked.created_s, "model": asked.hub["model"]}
+        self._wants_usage = bool((asked.hub.get("meta") or {}).get("include_usage"))
+        self._usage: Json = {}
+        self._ended = False
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta."""
+        kind = delta["delta"]
+        if self._ended:
+            return []
+        if kind in ("text", "refuse"):
+            return [self._chunk(delta["text"], None)]
+        if kind in ("start", "usage"):
+            self._usage = merge_usage(self._usage, delta if kind == "usage" else delta.get("usage") or {})
+        if kind == "error":
+            return [self.error(GatewayError(delta["message"], delta["status"], delta["code"], delta["type"]))]
+        if kind != "stop":
+            return []
+        self._ended = True
+        usage = [write_event({**self._stamp, "choices": [], "usage": write_usage("chat", self._usage)})] if self._wants_usage else []
+        return [self._chunk("", _completion_stop(delta)), *usage, b"data: [DONE]\n\n"]
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come: nothing, unless they ended without a stop."""
+        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+
+    def keep_alive(self) -> bytes:
+        """A comment, for silences."""
+        return b": keep-alive\n\n"
+
+    def error(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream; no end mark follows it."""
+        self._ended = True
+        return write_event(chat_error(error))
+
+    def _chunk(self, text: str, reason: str | None) -> bytes:
+        return write_event({**self._stamp, "choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}]})
+
+
+def _completion_stop(stop: Json) -> str:
+    return stop["reason"] if stop["reason"] == "length" else "content_filter" if stop["reason"] in ("filter", "refusal") else "stop"
+
+
+def completions_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
+    """The body of a completion that is not streamed: the fold of its stream."""
+    told = list(deltas)
+    text = "".join(delta["text"] for delta in told if delta["delta"] in ("text", "refuse"))
+    usage: Json = {}
+    for delta in told:
+        usage = merge_usage(usage, delta if delta["delta"] == "usage" else delta.get("usage") or {}) if delta["delta"] in ("start", "usage") else usage
+    reason = _completion_stop(told[-1])
+    return {"id": mint("cmpl-", asked.seed), "object": "text_completion", "created": asked.created_s, "model": asked.hub["model"],
+            "choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], "usage": write_usage("chat", usage)}
+
+
+##############################################################################
+# 14. Translation                                           pure | uses 1-3, 8-13
 ##############################################################################
 # FORMATS is the one place where the three formats stand side by side: what the relay and the endpoints ask of a format is
 # a field of its row.  A request passes through when client and provider speak the same format and nothing has to change
@@ -9386,12 +9591,12 @@ class WireFormat(NamedTuple):
     path: str                                                   #: behind a provider's base URL
     check: Callable[[Any], Json]
     read_request: Callable[[Json], Json]
-    write_request: Callable[[Json, Profile], Json]
-    reader: Callable[[Source], Any]
-    writer: Callable[[Asked], Any]
-    read_answer: Callable[[Any, Source], list[Json]]
-    write_answer: Callable[[Iterable[Json], Asked], Json]
-    passage: Callable[..., Any]
+    write_request: Callable[[Json, Profile], Json] | None       #: None where no provider is asked in it but in a client's own bytes
+    reader: Callable[[Source], Any] | None                      #: None where an answer has no other form than its own
+    writer: Callable[[Asked], Any] | None
+    read_answer: Callable[[Any, Source], list[Json]] | None
+    write_answer: Callable[[Iterable[Json], Asked], Json] | None
+    passage: Callable[..., Any] | None
     judge_answer: Callable[[Any], tuple[str, Usage | None]]
     find_error: Callable[[Any], Any]
     envelope: Callable[[GatewayError], Json]
@@ -9404,16 +9609,24 @@ def _own_status(error: GatewayError) -> int:
     return error.status
 
 
-FORMATS: Mapping[str, WireFormat] = {
+def _asks_usage(body: Json) -> bool:
+    return bool((body.get("stream_options") or {}).get("include_usage"))
+
+
+FORMATS: Mapping[ClientFormat, WireFormat] = {
     "chat": WireFormat("/chat/completions", check_chat_request, chat_read_request, chat_write_request, ChatStreamReader, ChatStreamWriter, chat_read_answer,
-                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_",
-                       lambda body: bool((body.get("stream_options") or {}).get("include_usage"))),
+                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage),
     "responses": WireFormat("/responses", check_responses_request, responses_read_request, responses_write_request, ResponsesStreamReader, ResponsesStreamWriter,
                             responses_read_answer, responses_write_answer, ResponsesPassage, judge_responses_answer, find_responses_error, chat_error, _own_status,
                             "call_", lambda body: True),
     "messages": WireFormat("/messages", check_messages_request, messages_read_request, messages_write_request, MessagesStreamReader, MessagesStreamWriter,
                            messages_read_answer, messages_write_answer, MessagesPassage, judge_messages_answer, find_messages_error, messages_error, messages_status,
                            "toolu_", lambda body: True),
+    "completions": WireFormat("/completions", check_completions_request, completions_read_request, None, CompletionsStreamReader, CompletionsStreamWriter,
+                              completions_read_answer, completions_write_answer, CompletionsPassage, judge_completions_answer, find_chat_error, chat_error,
+                              _own_status, "call_", _asks_usage),
+    "embeddings": WireFormat("/embeddings", check_embeddings_request, embeddings_read_request, None, None, None, None, None, None, judge_embeddings_answer,
+                             find_chat_error, chat_error, _own_status, "", lambda body: True),
 }
 
 
@@ -9423,16 +9636,22 @@ def target_profile(preset_name: str, model_id: str, max_output: int | None, wire
     return replace(profile_for(preset_name, model_id, wire_format), max_out_limit=max_output)
 
 
-def may_pass(client: str, raw: bytes, body: Json, profile: Profile) -> bool:
+def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
     """Whether a request may go to this target in the client's own bytes."""
+    if client == "completions":
+        return preset.completions and profile.format == "chat"
+    if client == "embeddings":
+        return profile.format != "messages"
     if client != profile.format or profile.via_hub or b"aic1." in raw:
         return False
     return not body.get("tools") or not (profile.tool_schema == "gemini" or profile.call_id == "mistral9")
 
 
 def pass_request(raw: bytes, body: Json, wire_model: str, removed: Collection[str]) -> tuple[bytes, tuple[str, ...]]:
-    """The provider's body for a Messages or Responses request that passes through, and the names of the fields left out."""
+    """The provider's body for a request that passes through with no more than its model changed, and the names of the fields left out."""
     changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
+    if body.get("stream") and "prompt" in body and not _asks_usage(body):
+        changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     dropped = tuple(name for name in removed if name in body)
     unwanted = {*dropped, *ROUTING_FIELDS.intersection(body)}
     spliced = None if unwanted else splice_fields(raw, body, changes)
@@ -9447,6 +9666,18 @@ def translate_request(hub: Json, profile: Profile, removed: Collection[str] = ()
     body, rejected = without_rejected(FORMATS[profile.format].write_request({**ready, "model": profile.model}, profile), profile)
     dropped = tuple(dict.fromkeys((*ready.get("dropped", ()), *rejected, *(name for name in removed if name in body))))
     return {name: value for name, value in body.items() if name not in removed}, dropped
+
+
+def count_request(raw: bytes, body: Json, hub: Json, profile: Profile) -> bytes:
+    """The body that asks a provider that speaks Messages for the tokens of a Messages request. Raises UpstreamFailure("fit")."""
+    if b"aic1." not in raw and not profile.via_hub:
+        return pass_request(raw, body, profile.model, ())[0]
+    made, _ = translate_request(hub, profile)
+    return dump_json({name: value for name, value in made.items() if name in _COUNTED_FIELDS})
+
+
+#: What /messages/count_tokens takes.
+_COUNTED_FIELDS = frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "mcp_servers"})
 
 
 class HeldPassage:
@@ -9925,7 +10156,7 @@ class UsageFiller:
 
 
 ##############################################################################
-# 14. World                                                 I/O | uses 1
+# 15. World                                                 I/O | uses 1
 ##############################################################################
 # The only way to time, chance and the network: nothing below asks `time`, `random` or a resolver by itself, so a test can
 # hand in its own.  Waits are Alarms: pushing one back is one attribute write, not a task and not a new timer per chunk.
@@ -9994,7 +10225,7 @@ class Alarm:
 
 
 ##############################################################################
-# 15. HTTP                                                  I/O | uses 1-2
+# 16. HTTP                                                  I/O | uses 1-2
 ##############################################################################
 # Heads by h11 on both sides, bodies by hand: h11 is the judge of what may stand in a head, and costs too much per chunk
 # of a body.  h11 is lenient in four ways that are closed here: bare LF or CR as a line end, Content-Length together with
@@ -10291,7 +10522,7 @@ REASON_PHRASES: Mapping[int, str] = {
 
 
 ##############################################################################
-# 16. Store                                                 I/O | uses 2
+# 17. Store                                                 I/O | uses 2
 ##############################################################################
 # One SQLite file: gateway keys and a row per request.  Routing never depends on it being healthy.  Keys are written
 # durably (synchronous=FULL) before anyone sees them; usage goes through one thread, so that no request waits for a disk.
@@ -10922,7 +11153,7 @@ def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
 
 
 ##############################################################################
-# 17. Transport                                             I/O | uses 1-2, 5, 14-15
+# 18. Transport                                             I/O | uses 1-2, 5, 15-16
 ##############################################################################
 # The providers' side: one request, one Answer.  Every way a connection can fail leaves here as an UpstreamFailure and as
 # nothing else.  Connections are pooled per (origin, proxy) and come back to the pool only when their answer was whole, its
@@ -11333,18 +11564,18 @@ class Transport:
 
 
 ##############################################################################
-# 18. Server                                                I/O | uses 1-2, 14-15
+# 19. Server                                                I/O | uses 1-2, 15-16
 ##############################################################################
 # The clients' side: accept, read one request at a time, hand it to the application, write its answer.  What the server
 # decides by itself is HTTP and nothing else: framing, limits, keep-alive, order of pipelined answers, draining.
-# The application (section 21) gives `admit`, called with the head alone, so that a body nobody may send is never read.
+# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read.
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_TARGET_BYTES = 8 * 1024
 MAX_CONNECTIONS = 4096
 _HEAD_S = 10.0
 _BODY_S = 60.0
-_IDLE_S = 75.0
+_IDLE_S = 120.0
 _WRITE_STALL_S = 60.0
 _LINGER_S = 1.0
 _READ_BYTES_CLIENT = 64 * 1024
@@ -11769,7 +12000,7 @@ class Server:
 
 
 ##############################################################################
-# 19. Relay                                                 I/O | uses 1-5, 7-15, 17
+# 20. Relay                                                 I/O | uses 1-5, 7-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
@@ -11783,6 +12014,7 @@ _AFTER_END_S = 0.25             #: how long to wait for the end of the body once
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_S = 5.0
 _RETRY_PAUSE_S = 0.2
+_COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
@@ -11805,7 +12037,7 @@ class Job:
     key_name: str = ""
     may_fall_back: bool = True
     idempotency_key: str = ""
-    client: Format = "chat"         #: the format the client speaks
+    client: ClientFormat = "chat"   #: the format the client speaks
     betas: str = ""                 #: its anthropic-beta header
     version: str = ""               #: its anthropic-version header
 
@@ -11838,8 +12070,9 @@ class Relay:
         self.config: Config
         self.catalogue: Catalogue
         self.memo = Memo()
+        self.calibration = Calibration()
         self._user_agent = user_agent
-        self._targets: dict[str, tuple[Provider, tuple[Origin, str]]] = {}
+        self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
 
     def configure(self, config: Config) -> None:
         """Route by `config` from now on; requests under way finish on what they began with."""
@@ -11850,25 +12083,55 @@ class Relay:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
         await _Run(self, job, sink).go()
 
-    def message(self, route: Route, job: Job, body: bytes) -> tuple[Origin, bytes]:
-        """Where a request goes and its bytes, head and body. The head's fixed part is written once per route."""
-        known = self._targets.get(route.id)
+    async def count_tokens(self, job: Job) -> tuple[int, bool]:
+        """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
+
+        A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        """
+        hub = FORMATS["messages"].read_request(job.body)
+        choice = resolve(self.catalogue, job.model)
+        routes = plan(self.catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
+        if not routes:
+            return estimate_tokens(hub), True
+        route = routes[0]
+        profile = target_profile(route.provider.preset.name, route.model.id, route.model.max_output, route.provider.format)
+        if profile.format == "messages":
+            with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
+                return await self._ask_count(job, route, count_request(job.raw, job.body, recall(hub, self.memo), profile)), False
+        return estimate_tokens(hub, route.model.id, self.calibration.ratio(route.model.id)), True
+
+    async def _ask_count(self, job: Job, route: Route, body: bytes) -> int:
+        """What the provider itself counts. Raises UpstreamFailure, and ValueError, KeyError or TypeError for an answer that is no count."""
+        origin, message = self.message(route, job, body, FORMATS["messages"].path + "/count_tokens")
+        answer = await self.transport.request(origin, message, replace(route.provider.timeouts, connect_s=_COUNT_S, first_byte_s=_COUNT_S))
+        try:
+            told = json.loads(await answer.read_start(_ERROR_BODY_BYTES, idle_s=_ERROR_BODY_S))
+            n_tokens = told["input_tokens"]
+            if answer.status != 200 or type(n_tokens) is not int or n_tokens < 0:
+                raise ValueError("no count")
+            return n_tokens
+        finally:
+            answer.release()
+
+    def message(self, route: Route, job: Job, body: bytes, path: str) -> tuple[Origin, bytes]:
+        """Where a request goes and its bytes, head and body; `path` stands behind the base URL. The head's fixed part is written once per route and path."""
+        known = self._targets.get((route.id, path))
         if known is not None and known[0] is route.provider:
             target = known[1]
         else:                           # a request under way may still be on the configuration before
-            target = self._make_target(route)
+            target = self._make_target(route, path)
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
-            self._targets[route.id] = route.provider, target
+            self._targets[route.id, path] = route.provider, target
         own = f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
         if route.provider.format == "messages":
             own += f"anthropic-version: {job.version or '2023-06-01'}\r\n" + (f"anthropic-beta: {job.betas}\r\n" if job.betas else "")
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
-    def _make_target(self, route: Route) -> tuple[Origin, str]:
+    def _make_target(self, route: Route, path: str) -> tuple[Origin, str]:
         provider, credential, settings = route.provider, route.credential, self.config.settings
-        scheme, host, port, path = split_url(provider.base_url)
+        scheme, host, port, base = split_url(provider.base_url)
         proxy = credential.proxy if credential.proxy is not None else provider.proxy
         if proxy is None:
             proxy = settings.https_proxy if scheme == "https" else settings.http_proxy
@@ -11879,7 +12142,7 @@ class Relay:
         fixed = [("Host", name), ("User-Agent", self._user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
                  *provider.preset.headers, *provider.headers, *credential.headers]
         lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
-        return Origin(scheme, host, port, proxy or ""), f"POST {path}{FORMATS[provider.format].path} HTTP/1.1\r\n{''.join(lines.values())}"
+        return Origin(scheme, host, port, proxy or ""), f"POST {base}{path} HTTP/1.1\r\n{''.join(lines.values())}"
 
 
 class _Run:
@@ -11887,7 +12150,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_client", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_client", "_wire", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -11905,7 +12168,8 @@ class _Run:
         self._choice: Choice
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
-        self._client = FORMATS[job.client]
+        self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
+        self._n_estimated = 0                   # prompt tokens, where they had to be estimated
         self._hub: Json | None = None           # read when first needed
         self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
         self._spoke = False                     # a keep-alive has gone through it
@@ -11945,6 +12209,8 @@ class _Run:
     async def _serve(self) -> None:
         """Try the routes of the plan in order until one serves. Raises GatewayError when none does."""
         self._choice = resolve(self._catalogue, self._job.model)
+        if self._job.client == "embeddings":
+            self._choice = same_model(self._choice)
         waiting = deque((await self._plan()).routes)
         n_max, retried = self._config.carousel.max_attempts, False
         while waiting and len(self._attempts) < n_max:
@@ -11995,7 +12261,7 @@ class _Run:
         answer: Answer | None = None
         try:
             body = self._request_body(route)
-            origin, message = relay.message(route, self._job, body)
+            origin, message = relay.message(route, self._job, body, self._wire.path)
             self._sent_at = relay.world.clock()
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
             attempt.status = answer.status
@@ -12024,11 +12290,13 @@ class _Run:
         job, provider = self._job, route.provider
         refused = self._relay.state.refused.get(route.keys[2], frozenset())
         self._profile = target_profile(provider.preset.name, route.model.id, route.model.max_output, provider.format)
-        self._passing = may_pass(job.client, job.raw, job.body, self._profile) and not (self._spoke and job.client == "responses")
+        self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
+        self._wire = self._client if self._passing else FORMATS[provider.format]
         if self._passing and job.client == "chat":
             body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, refused)
         elif self._passing:
-            body, self._dropped = pass_request(job.raw, job.body, route.model.id, refused)
+            rejects = provider.preset.rejects if job.client == "completions" else ()
+            body, self._dropped = pass_request(job.raw, job.body, route.model.id, (*rejects, *refused))
         else:
             hub = recall(self._hub_request(), self._relay.memo)
             self._names = name_map(hub, self._profile)
@@ -12051,7 +12319,9 @@ class _Run:
         return Source(self._profile, f"{self._job.id}-{len(self._attempts)}", self._client.call_prefix, self._names)
 
     def _n_prompt_tokens(self) -> int:
-        return estimate_tokens(self._hub_request(), self._profile.model)
+        """The estimate for this attempt's model; what it learns from is the plain one."""
+        self._n_estimated = estimate_tokens(self._hub_request(), self._profile.model)
+        return round(self._n_estimated * self._relay.calibration.ratio(self._profile.model))
 
     async def _read_failure(self, answer: Answer, route: Route) -> UpstreamFailure:
         """What an answer other than 200 means."""
@@ -12066,7 +12336,8 @@ class _Run:
         attempt.reason, attempt.detail = failure.reason, failure.detail
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
-        cooldown = cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
+        lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
+        cooldown = None if lacks_endpoint else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
         self._log.warning("attempt.failed req=%s route=%s status=%s reason=%s detail=%s cools=%s", self._job.id, route.id, attempt.status or "-", failure.reason,
@@ -12076,17 +12347,17 @@ class _Run:
         """A body that is not streamed: read whole, judged, then sent on as it came or in the client's format."""
         route = attempt.route
         body = await self._read_whole(answer, route)
-        if body.lstrip()[:5] in (b"data:", b"event", b": kee"):
-            sent = self._translate_whole(read_events(body, FORMATS[route.provider.format].reader(self._source())), route)
+        if body.lstrip()[:5] in (b"data:", b"event", b": kee") and self._wire.reader is not None:
+            sent = self._translate_whole(read_events(body, self._wire.reader(self._source())), route)
         else:
             parsed = self._parse_answer(body, route)
-            why, self._usage = FORMATS[route.provider.format].judge_answer(parsed)
+            why, self._usage = self._wire.judge_answer(parsed)
             if why:
                 raise self._bad_answer(route, why, "")
             if self._passing:
                 sent = {**parsed, "model": self._job.model} if self._config.carousel.echo_model and self._job.model else None
             else:
-                sent = self._translate_whole(FORMATS[route.provider.format].read_answer(parsed, self._source()), route)
+                sent = self._translate_whole(self._wire.read_answer(parsed, self._source()), route)
         self._n_content_bytes = len(body)
         self._commit(route)
         self._sink.respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body if sent is None else dump_json(sent))
@@ -12101,7 +12372,7 @@ class _Run:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
             raise self._bad_answer(route, "not_json", error_text(body)[0]) from None
-        error = FORMATS[route.provider.format].find_error(parsed)
+        error = self._wire.find_error(parsed)
         if error is not None:
             raise self._in_answer(route, error)
         return parsed
@@ -12120,7 +12391,7 @@ class _Run:
         live = self._config.carousel.tool_stream == "live"
         if not self._passing:
             self._writer = self._writer or self._client.writer(self._asked())
-            return Translation(FORMATS[self._profile.format].reader(self._source()), self._writer, n_prompt_tokens=self._n_prompt_tokens(), live=live)
+            return Translation(self._wire.reader(self._source()), self._writer, n_prompt_tokens=self._n_prompt_tokens(), live=live)
         passage = self._client.passage(wants_usage=self._client.wants_usage(self._job.body), n_prompt_tokens=len(self._job.raw) // _BYTES_PER_TOKEN,
                                        echo_model=self._job.model if self._config.carousel.echo_model else None)
         return passage if live or not self._job.body.get("tools") else HeldPassage(passage)
@@ -12167,12 +12438,12 @@ class _Run:
         """A whole answer where a stream was asked for: told as a stream of one."""
         route = attempt.route
         parsed = self._parse_answer(await self._read_whole(answer, route), route)
-        why, _ = FORMATS[route.provider.format].judge_answer(parsed)
+        why, _ = self._wire.judge_answer(parsed)
         if why:
             raise self._bad_answer(route, why, "")
         self._passing = False
         carrier = self._make_carrier()
-        out = carrier.take_answer(FORMATS[route.provider.format].read_answer(parsed, self._source()))
+        out = carrier.take_answer(self._wire.read_answer(parsed, self._source()))
         if carrier.error is not None or not carrier.done:
             raise self._in_answer(route, carrier.error) if carrier.error is not None else self._bad_answer(route, "empty_answer", "")
         self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
@@ -12263,7 +12534,7 @@ class _Run:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer."""
         if self._committed and self._carrier is not None:
             return self._carrier.keep_alive()
-        if self._job.client == "chat":
+        if self._job.client not in ("messages", "responses"):
             return _KEEP_ALIVE_COMMENT
         if self._job.client == "responses" and self._passing and self._carrier is not None:
             return _KEEP_ALIVE_COMMENT
@@ -12276,6 +12547,8 @@ class _Run:
         if self._usage is None:
             served = self._committed
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
+        if self._outcome == "ok" and not self._usage.estimated:
+            self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at)))
 
     def _ms_since(self, at: float) -> int:
@@ -12294,18 +12567,20 @@ def log_text(text: str) -> str:
 
 
 ##############################################################################
-# 20. Pages                                                 pure | uses 1-4
+# 21. Pages                                                 pure | uses 1-4
 ##############################################################################
 # What is read by people and by tools rather than by models: the front page, the list of models.
 
 FRONT_PAGE = """AICarousel {version}: one address for many LLM APIs.
 
-  Chat Completions   POST /v1/chat/completions
-  models             GET  /v1/models
-  health             GET  /health
+  Chat Completions    POST /v1/chat/completions
+  Responses           POST /v1/responses
+  Messages            POST /v1/messages
+  models              GET  /v1/models
+  health              GET  /health
 
-Point an OpenAI client at this address with /v1 behind it, use a gateway key (python aicarousel.py key create NAME)
-and the model name aicarousel.  README.md tells the rest.
+Point an OpenAI client at this address with /v1 behind it, an Anthropic client at the address itself, use a gateway key
+(python aicarousel.py key create NAME) and the model name aicarousel.  README.md tells the rest.
 """
 
 #: When the list of models was made up; clients want some number.
@@ -12348,7 +12623,7 @@ def as_messages_model(row: Json) -> Json:
 
 
 ##############################################################################
-# 21. Endpoints                                             I/O | uses 1-5, 7-20
+# 22. Endpoints                                             I/O | uses 1-5, 7-21
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -12359,6 +12634,7 @@ INVALID_KEY = "Invalid API key"
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
+_MIRROR = "/api/anthropic/"
 _ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -12374,9 +12650,9 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/models/": _Endpoint({"GET": "model", "HEAD": "model"}, False),         # with an id behind it
     "/v1/messages": _Endpoint({"POST": "messages"}),
     "/v1/messages/count_tokens": _Endpoint({"POST": "count_tokens"}),
-    "/api/anthropic/v1/messages": _Endpoint({"POST": "messages"}),
-    "/api/anthropic/v1/messages/count_tokens": _Endpoint({"POST": "count_tokens"}),
     "/v1/responses": _Endpoint({"POST": "responses", "GET": "refuse_websocket"}),
+    "/v1/completions": _Endpoint({"POST": "completions"}),
+    "/v1/embeddings": _Endpoint({"POST": "embeddings"}),
     "/chat": _Endpoint({"POST": "plain_chat"}),
     "/health": _Endpoint({"GET": "health", "HEAD": "health"}, False),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
@@ -12462,7 +12738,11 @@ class Gateway:
 
     @staticmethod
     def _find_endpoint(path: str) -> _Endpoint | None:
-        """The row of a path, with or without /v1."""
+        """The row of a path, with or without /v1; what Anthropic's API has stands under /api/anthropic too."""
+        if path.startswith(_MIRROR):
+            path = path[len(_MIRROR) - 1:]
+            if not path.startswith(("/v1/messages", "/v1/models")):
+                return None
         if path.startswith(("/v1/models/", "/models/")) and not path.endswith("/"):
             return _ENDPOINTS["/v1/models/"]
         return None if path.endswith("/models/") else _ENDPOINTS.get(path) or _ENDPOINTS.get("/v1" + path)
@@ -12484,7 +12764,7 @@ class Gateway:
     def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
-        speaks_messages = request is not None and "/messages" in request.path
+        speaks_messages = request is not None and ("/messages" in request.path or request.path.startswith(_MIRROR))
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
     # Handlers.
@@ -12527,7 +12807,7 @@ class Gateway:
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
         rows = list_models(self.config)
-        if "anthropic-version" in request.headers:
+        if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
         else:
@@ -12541,9 +12821,9 @@ class Gateway:
         row = find_model(self.config, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
-            body = messages_error(error) if "anthropic-version" in request.headers else chat_error(error)
+            body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
             return exchange.respond(404, _JSON, dump_json(body))
-        exchange.respond(200, _JSON, dump_json(as_messages_model(row) if "anthropic-version" in request.headers else row))
+        exchange.respond(200, _JSON, dump_json(as_messages_model(row) if _wants_anthropic(request) else row))
 
     async def chat_completions(self, request: Request, exchange: Exchange) -> None:
         """POST /v1/chat/completions."""
@@ -12557,21 +12837,32 @@ class Gateway:
         """POST /v1/responses."""
         await self._serve_format(request, exchange, "responses")
 
+    async def completions(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1/completions."""
+        await self._serve_format(request, exchange, "completions")
+
+    async def embeddings(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1/embeddings."""
+        await self._serve_format(request, exchange, "embeddings")
+
     async def refuse_websocket(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/responses: clients that try a websocket go on with HTTP at once after a 426."""
         error = GatewayError("Responses are served over HTTP: set supports_websockets = false for this provider in ~/.codex/config.toml.", 426, "upgrade_required", "invalid_request_error")
         exchange.respond(426, [("content-type", "application/json"), ("upgrade", "HTTP/1.1")], dump_json(chat_error(error)))
 
     async def count_tokens(self, request: Request, exchange: Exchange) -> None:
-        """POST /v1/messages/count_tokens: an estimate over system, messages, tools and images."""
+        """POST /v1/messages/count_tokens: asked of a provider that counts them itself, else estimated over system, messages, tools and images."""
+        raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
-            hub = messages_read_request(check_messages_request(parse_body(request.body.removeprefix(b"\xef\xbb\xbf"))))
+            body = check_messages_request(parse_body(raw))
+            exchange.cancel_when_gone()
+            n_tokens, estimated = await self.relay.count_tokens(self._job(request, raw, body, "messages"))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(messages_status(error), headers, answer)
-        exchange.respond(200, [*_JSON, ("x-aicarousel-estimated", "1")], dump_json({"input_tokens": estimate_tokens(hub)}))
+        exchange.respond(200, [*_JSON, *([("x-aicarousel-estimated", "1")] if estimated else [])], dump_json({"input_tokens": n_tokens}))
 
-    async def _serve_format(self, request: Request, exchange: Exchange, client: Format) -> None:
+    async def _serve_format(self, request: Request, exchange: Exchange, client: ClientFormat) -> None:
         """A request in one of the three formats: parsed, checked, handed to the relay."""
         raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
@@ -12589,17 +12880,21 @@ class Gateway:
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
-    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: Format = "chat") -> None:
+    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: ClientFormat = "chat") -> None:
         """Hand a checked request to the relay; when the client leaves, the work on it is cancelled."""
+        exchange.cancel_when_gone()
+        await self.relay.run(self._job(request, raw, body, client), sink)
+
+    def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat) -> Job:
+        """A checked request as the relay needs it."""
         self.n_requests += 1
         key = request.key
         name = body.get("model")
-        job = Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, plain_model(name) if client == "messages" and name else name, bool(body.get("stream")), request.received_at,
+        return Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, plain_model(name) if client == "messages" and name else name,
+                  body.get("stream") is True and client != "embeddings", request.received_at,
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
                   header_value(request.headers.get("anthropic-version", ""))[:40])
-        exchange.cancel_when_gone()
-        await self.relay.run(job, sink)
 
     def _settle(self, settled: Settled) -> None:
         """One usage row and one log line per request."""
@@ -12669,6 +12964,11 @@ class PlainTextSink:
     async def flush(self) -> None:
         if not self._exchange.finished:
             await self._exchange.flush()
+
+
+def _wants_anthropic(request: Request) -> bool:
+    """Whether a list of models is wanted in Anthropic's shape."""
+    return "anthropic-version" in request.headers or request.path.startswith(_MIRROR)
 
 
 def _check_content_type(request: Request) -> None:
@@ -12758,7 +13058,7 @@ class Demo:
 
 
 ##############################################################################
-# 25. Command line                                          I/O | uses 1-5, 8, 14-21
+# 25. Command line                                          I/O | uses 1-5, 8, 15-22
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -12955,6 +13255,7 @@ def client_recipes(address: str, key: str) -> list[str]:
         f'  base_url = "{address}/v1"',
         '  env_key = "AICAROUSEL_KEY"',
         '  wire_api = "responses"',
+        "  supports_websockets = false",
         "Cline:",
         f"  provider OpenAI Compatible, base URL {address}/v1, model aicarousel, the key as API key",
         "curl:",

@@ -581,13 +581,6 @@ def test_status_json_tells_providers_database_and_server(gateway_factory: Callab
     assert len(provider.calls("good")) == 1, "status asks no provider"
 
 
-@pytest.mark.parametrize("name", ["messages", "responses"])
-def test_a_provider_of_another_format_is_left_out_and_why(place: Place, name: str) -> None:
-    place.write_models({"other": entry("http://127.0.0.1:9/v1", keys=[], format=name), "plain": entry("http://127.0.0.1:9/v1", keys=[])})
-    rows = {row["name"]: row for row in json.loads(place.run("status", "--json").stdout)["providers"]}
-    assert rows["plain"]["state"] == "active" and rows["other"]["state"] == "out" and name in rows["other"]["why"]
-
-
 # ---------------------------------------------------------------- call
 
 @pytest.mark.parametrize("streamed", [[], ["--stream"]], ids=["whole", "streamed"])

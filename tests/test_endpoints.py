@@ -89,7 +89,7 @@ def test_found(gateway: Gateway, method: str, path: str, body: Any, kind: str) -
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/", "/v1/chat", "/v1/v1/models", "//v1/models", "/V1/models", "/v1/models/", "/models/", "/v1/chat/completions/", "/health/",
-                                  "/v1/./models", "/v1/%6dodels", "/v1/completions", "/admin/config", "/favicon.ico", "/../../etc/passwd", "/" + "x" * 3000])
+                                  "/v1/./models", "/v1/%6dodels", "/v1/completion", "/admin/config", "/favicon.ico", "/../../etc/passwd", "/" + "x" * 3000])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_not_found(gateway: Gateway, method: str, path: str) -> None:
     error = check_openai_error(gateway.request(method, path, {} if method == "POST" else None), 404, "not_found")

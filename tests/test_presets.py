@@ -98,6 +98,7 @@ def test_rows_say_what_the_reference_says(reference):
         facts = reference["providers"][name]
         addresses = " ".join(facts["base_urls"].values())
         assert preset.base_url in addresses or same_place.get(name, "-") in addresses or preset.format == "messages", name
+        assert preset.completions is (facts["formats"].get("completions") is True), name
         assert set(preset.key_variables) <= {*facts["env"], "HUGGINGFACE_API_TOKEN"}, name
         for row in facts.get("models", []):
             model = next(model for model in preset.models if model.id == row["id"])

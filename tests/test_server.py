@@ -487,16 +487,16 @@ def raw_of(client: Client, hall: Hall) -> bytes:
 
 
 SLOW: dict[str, tuple[bytes, float, list[int]]] = {     # what comes before the silence, for how long that is borne, what is answered
-    "silent from the start": (b"", 75.0, []),
+    "silent from the start": (b"", 120.0, []),
     "inside the head": (b"GET /echo HT", 10.0, [408]),
     "inside a header": (b"GET /echo HTTP/1.1\r\nHost: localhost\r\nX: ", 10.0, [408]),
     "before the body": (request("POST", "/echo", "Content-Length: 9"), 60.0, [408]),
     "inside the body": (request("POST", "/echo", "Content-Length: 9") + b"half", 60.0, [408]),
     "inside a chunk": (chunked(b"half", end=b"9\r\nx"), 60.0, [408]),
     "after 100": (request("POST", "/echo", "Expect: 100-continue", "Content-Length: 9"), 60.0, [100, 408]),
-    "idle after an answer": (request(), 75.0, [200]),
-    "idle after a stream": (request(target="/pieces"), 75.0, [200]),
-    "idle after a refusal": (request(target="/refuse"), 75.0, [401]),
+    "idle after an answer": (request(), 120.0, [200]),
+    "idle after a stream": (request(target="/pieces"), 120.0, [200]),
+    "idle after a refusal": (request(target="/refuse"), 120.0, [401]),
     "inside the second head": (request() + b"GET", 10.0, [200, 408]),
 }
 
@@ -520,7 +520,7 @@ DRIPS: dict[str, tuple[bytes, bytes, float]] = {     # what comes first, what co
     "a head": (b"GET /echo HTTP/1.1\r\nX: ", b"a", 10.0),
     "a body": (request("POST", "/echo", "Content-Length: 90000"), b"a", 60.0),
     "chunks": (request("POST", "/echo", "Transfer-Encoding: chunked"), b"1\r\na\r\n", 60.0),
-    "blank lines": (b"", b"\r\n", 75.0),
+    "blank lines": (b"", b"\r\n", 120.0),
 }
 
 

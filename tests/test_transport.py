@@ -1017,14 +1017,14 @@ def job(stream: bool = False, idempotency_key: str = "") -> Job:
 @pytest.mark.parametrize(("url", "provider_proxy", "key_proxy", "environment", "expected"), WHICH_PROXY, ids=range(len(WHICH_PROXY)))
 def test_which_proxy_a_key_goes_through(url: str, provider_proxy: str | None, key_proxy: str | None, environment: dict[str, str], expected: str) -> None:
     relay, route = relay_for(url, provider_proxy, key_proxy, environment)
-    assert relay.message(route, job(), b"{}")[0].proxy == expected
+    assert relay.message(route, job(), b"{}", "/chat/completions")[0].proxy == expected
 
 
 def test_a_key_goes_through_its_own_proxy(run: Any) -> None:
     async def main() -> None:
         async with serving(answers(OK)) as peer, serving(proxying()) as proxy, transporting() as transport:
             relay, route = relay_for(f"http://127.0.0.1:{peer.port}/v1", None, f"http://127.0.0.1:{proxy.port}")
-            origin, message = relay.message(route, job(), b"{}")
+            origin, message = relay.message(route, job(), b"{}", "/chat/completions")
             assert await body_of(await transport.request(origin, message, TIMEOUTS)) == b"ok" and proxy.n_connections == 1
             assert peer.requests == [message]
     run(main())
@@ -1039,7 +1039,7 @@ def test_a_key_goes_through_its_own_proxy(run: Any) -> None:
 ])
 def test_where_a_request_goes(url: str, origin: Origin, host: str, target: str | None) -> None:
     relay, route = relay_for(url)
-    found, message = relay.message(route, job(), b'{"a":1}')
+    found, message = relay.message(route, job(), b'{"a":1}', "/chat/completions")
     head, _, body = message.partition(b"\r\n\r\n")
     start, *rows = head.decode().split("\r\n")
     headers = dict(row.split(": ", 1) for row in rows)
@@ -1051,11 +1051,11 @@ def test_where_a_request_goes(url: str, origin: Origin, host: str, target: str |
 
 def test_headers_of_the_request_are_configured_ones_and_later_ones_win() -> None:
     relay, route = relay_for(FAR, headers={"X-Title": "A", "user-agent": "mine/1"}, key={"headers": {"X-Title": "B", "X-Team": "b"}})
-    message = relay.message(route, job(True, "once-1"), b"{}")[1].decode()
+    message = relay.message(route, job(True, "once-1"), b"{}", "/chat/completions")[1].decode()
     for line in ("X-Title: B", "X-Team: b", "user-agent: mine/1", "Idempotency-Key: once-1", "Accept: text/event-stream"):
         assert f"\r\n{line}\r\n" in message
     assert "X-Title: A" not in message and "aicarousel/test" not in message
-    assert "Idempotency-Key" not in relay.message(route, job(), b"{}")[1].decode(), "what is kept per route is not one request's own"
+    assert "Idempotency-Key" not in relay.message(route, job(), b"{}", "/chat/completions")[1].decode(), "what is kept per route is not one request's own"
 
 
 @pytest.mark.parametrize(("host", "no_proxy", "covered"), [
