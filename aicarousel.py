@@ -3266,15 +3266,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def mend_text(value: Any) -> Any:
-    """`value` with lone surrogates replaced everywhere; the same object when there are none."""
-    if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value) if _SURROGATE.search(value) else value
-    if isinstance(value, list):
-        items = [mend_text(item) for item in value]
-        return items if any(new is not old for new, old in zip(items, value)) else value
-    if isinstance(value, dict):
-        fields = {name: mend_text(item) for name, item in value.items()}
-        return fields if any(fields[name] is not value[name] for name in value) else value
+    """`value`, JSON, with lone surrogates replaced everywhere; the same object when there are none."""
+    try:
+        compact(value).encode()
+    except UnicodeEncodeError:
+        return json.loads(_SURROGATE.sub("\ufffd", compact(value)))
     return value
 
 
@@ -9009,8 +9005,8 @@ def _delta_head(index: int, kind: str) -> bytes:
 
 
 _DELTA_END = b"}}\n\n"
-_PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+_PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 #: The delta of an open block, by the kind of hub delta that fills it.
 _FILLS: Mapping[str, str] = {"text": "text_delta", "refuse": "text_delta", "think": "thinking_delta", "args": "input_json_delta"}
 
@@ -9038,15 +9034,19 @@ class MessagesStreamWriter:
         if _FILLS.get(kind) == self._kind and not self._cited and not (self._hides and kind == "think"):
             self._bare = False
             return [self._head + dump_json(delta["text"]) + _DELTA_END]
+        return [write_event(event, event["type"]) for event in self.events(delta)]
+
+    def events(self, delta: Json) -> list[Json]:
+        """The same, as objects."""
         if self._ended:
             return []
-        begun = [] if self._started or kind == "error" else self._begin(delta)
-        write = self.WRITES.get(kind)
+        begun = [] if self._started or delta["delta"] == "error" else self._begin(delta)
+        write = self.WRITES.get(delta["delta"])
         return begun + (write(self, delta) if write else [])
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self._write_error({"status": 502, "message": "upstream closed the stream before finishing", "code": None})
+        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
 
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
@@ -9054,47 +9054,59 @@ class MessagesStreamWriter:
 
     def error(self, error: GatewayError) -> bytes:
         """The frame that ends a broken stream; the open block stays open, so that nobody takes it for whole."""
-        self._ended, self._kind = True, ""
-        return write_event(messages_error(error), "error")
+        return write_event(self._fail(error), "error")
 
-    def _begin(self, delta: Json) -> list[bytes]:
+    def _fail(self, error: GatewayError) -> Json:
+        self._ended, self._kind = True, ""
+        return messages_error(error)
+
+    def _begin(self, delta: Json) -> list[Json]:
         self._started = True
         self._usage = dict(delta.get("usage") or {}) if delta["delta"] == "start" else {}
         message = {"id": mint("msg_", self._asked.seed), "type": "message", "role": "assistant", "model": self._asked.hub["model"], "content": [],
                    "stop_reason": None, "stop_sequence": None, "usage": write_usage("messages", self._usage)}
-        return [write_event({"type": "message_start", "message": message}, "message_start")]
+        return [{"type": "message_start", "message": message}]
 
-    def _open(self, kind: str, block: Json) -> list[bytes]:
+    def _open(self, kind: str, block: Json) -> list[Json]:
         shut = self._shut()
         self._index += 1
         self._kind, self._head = kind, _delta_head(self._index, kind) if kind in _DELTA_FIELDS else b""
-        return [*shut, write_event({"type": "content_block_start", "index": self._index, "content_block": block}, "content_block_start")]
+        return [*shut, {"type": "content_block_start", "index": self._index, "content_block": block}]
 
-    def _shut(self) -> list[bytes]:
+    def _shut(self) -> list[Json]:
         if not self._kind:
             return []
-        owed = [self._head + b'"{}"' + _DELTA_END] if self._bare else []
+        owed = [self._fill("{}")] if self._bare else []
         self._kind, self._bare, self._cited = "", False, False
-        return [*owed, write_event({"type": "content_block_stop", "index": self._index}, "content_block_stop")]
+        return [*owed, {"type": "content_block_stop", "index": self._index}]
 
-    def _delta(self, delta: Json) -> bytes:
-        return write_event({"type": "content_block_delta", "index": self._index, "delta": delta}, "content_block_delta")
+    def _delta(self, delta: Json) -> Json:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
-    def _write_text(self, delta: Json) -> list[bytes]:
-        return [*self._open("text_delta", {"type": "text", "text": ""}), self._head + dump_json(delta["text"]) + _DELTA_END]
+    def _fill(self, text: str) -> Json:
+        """More of what the open block takes."""
+        self._bare = False
+        return self._delta({"type": self._kind, _DELTA_FIELDS[self._kind]: text})
 
-    def _open_thinking(self) -> list[bytes]:
+    def _write_text(self, delta: Json) -> list[Json]:
+        opened = [] if self._kind == "text_delta" and not self._cited else self._open("text_delta", {"type": "text", "text": ""})
+        return [*opened, self._fill(delta["text"])]
+
+    def _open_thinking(self) -> list[Json]:
         self._thought = []
         return self._open("thinking_delta", {"type": "thinking", "thinking": "", "signature": ""})
 
-    def _write_think(self, delta: Json) -> list[bytes]:
+    def _write_think(self, delta: Json) -> list[Json]:
         opened = [] if self._kind == "thinking_delta" else self._open_thinking()
         if self._hides:
             self._thought.append(delta["text"])
             return opened
-        return [*opened, self._head + dump_json(delta["text"]) + _DELTA_END]
+        return [*opened, self._fill(delta["text"])]
 
-    def _write_seal(self, delta: Json) -> list[bytes]:
+    def _write_args(self, delta: Json) -> list[Json]:
+        return [self._fill(delta["text"])] if self._kind == "input_json_delta" else []
+
+    def _write_seal(self, delta: Json) -> list[Json]:
         """The signature, in one delta right before its block's stop; redacted thinking is a block without text."""
         record = {name: value for name, value in delta.items() if name != "delta"}
         if record.get("family") == _OWN and record.get("field") == "redacted":
@@ -9103,12 +9115,12 @@ class MessagesStreamWriter:
         signature = write_seal(record, _OWN, "".join(self._thought) or None)
         return [*opened, self._delta({"type": "signature_delta", "signature": signature}), *self._shut()]
 
-    def _write_call(self, delta: Json) -> list[bytes]:
+    def _write_call(self, delta: Json) -> list[Json]:
         opened = self._open("input_json_delta", {"type": "tool_use", "id": delta["id"], "name": delta["name"], "input": {}})
         self._bare = True
         return opened
 
-    def _write_cite(self, delta: Json) -> list[bytes]:
+    def _write_cite(self, delta: Json) -> list[Json]:
         """A citation of the open text; one of another family is told as a search result, marked as ours by its empty index."""
         if self._kind != "text_delta":
             return []
@@ -9116,44 +9128,43 @@ class MessagesStreamWriter:
         self._cited = True
         return [self._delta({"type": "citations_delta", "citation": delta["raw"] if delta.get("family") == _OWN and "raw" in delta else made})]
 
-    def _write_opaque(self, delta: Json) -> list[bytes]:
+    def _write_opaque(self, delta: Json) -> list[Json]:
         block = delta.get("data")
         if delta.get("family") != _OWN or not isinstance(block, dict) or "type" not in block:
             return []
         if not block.get("input"):
             return [*self._open("other", block), *self._shut()]
         opened = self._open("input_json_delta", {**block, "input": {}})
-        return [*opened, self._head + dump_json(compact(block["input"])) + _DELTA_END, *self._shut()]
+        return [*opened, self._fill(compact(block["input"])), *self._shut()]
 
-    def _write_usage(self, delta: Json) -> list[bytes]:
+    def _write_usage(self, delta: Json) -> list[Json]:
         self._usage = merge_usage(self._usage, delta)
         return []
 
-    def _write_stop(self, delta: Json) -> list[bytes]:
+    def _write_stop(self, delta: Json) -> list[Json]:
         shut = self._shut()
         end = {"stop_reason": WRITE_STOPS["messages"][delta["reason"]], "stop_sequence": delta.get("sequence")}
         if delta.get("details"):
             end["stop_details"] = delta["details"]
         self._ended = True
-        return [*shut, write_event({"type": "message_delta", "delta": end, "usage": write_usage("messages", self._usage)}, "message_delta"), _MESSAGE_STOP]
+        return [*shut, {"type": "message_delta", "delta": end, "usage": write_usage("messages", self._usage)}, {"type": "message_stop"}]
 
-    def _write_error(self, delta: Json) -> list[bytes]:
-        return [self.error(GatewayError(delta["message"], delta["status"], delta.get("code")))]
+    def _write_error(self, delta: Json) -> list[Json]:
+        return [self._fail(GatewayError(delta["message"], delta["status"], delta.get("code")))]
 
     #: Hub deltas by kind; start has been seen to, notes are for the memo alone.
-    WRITES: Mapping[str, Callable[[MessagesStreamWriter, Json], list[bytes]]] = {
-        "text": _write_text, "refuse": _write_text, "think": _write_think, "seal": _write_seal, "call": _write_call, "cite": _write_cite, "opaque": _write_opaque,
+    WRITES: Mapping[str, Callable[[MessagesStreamWriter, Json], list[Json]]] = {
+        "text": _write_text, "refuse": _write_text, "think": _write_think, "args": _write_args, "seal": _write_seal, "call": _write_call, "cite": _write_cite, "opaque": _write_opaque,
         "usage": _write_usage, "stop": _write_stop, "error": _write_error,
     }
 
 
 def messages_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
     """The body of an answer that is not streamed: the client's stream, folded as a client would; the error's envelope when there was one."""
-    writer = MessagesStreamWriter(asked)
-    frames = [frame for delta in _joined(deltas) for frame in writer.feed(delta)] + writer.close()
-    message: Json = {}
-    for frame in frames:
-        _fold_frame(message, json.loads(read_frame(frame).data))
+    writer, message = MessagesStreamWriter(asked), {}
+    for delta in (*_joined(deltas), error_delta(502, "upstream closed the stream before finishing")):      # the last is said only where there was no stop
+        for event in writer.events(delta):
+            _fold_event(message, event)
     return message
 
 
@@ -9171,7 +9182,7 @@ def _joined(deltas: Iterable[Json]) -> list[Json]:
     return [{"delta": delta["delta"], "text": "".join(delta["pieces"])} if "pieces" in delta else delta for delta in joined]
 
 
-def _fold_frame(message: Json, event: Json) -> None:
+def _fold_event(message: Json, event: Json) -> None:
     """Put one event of our own stream into the message."""
     kind, delta = event["type"], event.get("delta") or {}
     block = message["content"][-1] if message.get("content") else {}
@@ -9839,9 +9850,10 @@ def _usage_of(delta: Json) -> Usage:
     return Usage(**counts, estimated=bool(delta.get("estimated")))
 
 
-def translate_answer(deltas: Iterable[Json], asked: Asked, client: str, n_prompt_tokens: int) -> tuple[Json, Usage | None, list[Json]]:
-    """A whole answer in the client's format, its usage, and its deltas; the deltas hold no error."""
-    filler = UsageFiller(n_prompt_tokens)
+def translate_answer(deltas: Sequence[Json], asked: Asked, client: ClientFormat, n_prompt_tokens: Callable[[], int]) -> tuple[Json, Usage | None, list[Json]]:
+    """A whole answer in the client's format, its usage, and its deltas; the deltas hold no error. n_prompt_tokens estimates, where the provider told none."""
+    counted = any(delta.get("input") or (delta.get("usage") or {}).get("input") for delta in deltas if delta["delta"] in ("usage", "start"))
+    filler = UsageFiller(0 if counted else n_prompt_tokens())
     whole = [filled for delta in deltas for filled in filler.feed(delta)]
     told = [delta for delta in whole if delta["delta"] == "usage"]
     return FORMATS[client].write_answer(whole, asked), _usage_of(told[-1]) if told else None, whole
@@ -10070,6 +10082,7 @@ def _part_tokens(part: Json, family: _Count) -> float:
     return family.text * estimate_text(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""))
 
 
+@functools.lru_cache(maxsize=4096)
 def count_family(model: str) -> _Count:
     """How the prompts of a wire model are counted."""
     return next(family for globs, family in _COUNTS if any(fnmatch.fnmatchcase(model, glob) for glob in globs.split()))
@@ -12382,7 +12395,7 @@ class _Run:
         if deltas and deltas[-1]["delta"] == "error":
             last = deltas[-1]
             raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
-        made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens())
+        made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens)
         remember(self._relay.memo, fold_deltas(whole))
         return made
 

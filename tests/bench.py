@@ -90,22 +90,24 @@ COMPLETION = json_bytes({
     "system_fingerprint": "fp_bench"})
 
 
-def request_body(n_events: int | None = None, interval_ms: float = 0, write_bytes: int = 0) -> bytes:
-    """A chat request: for one whole answer, or with `n_events` for a stream of so many content events.
+def request_body(n_events: int | None = None, interval_ms: float = 0, write_bytes: int = 0, *, messages: bool = False) -> bytes:
+    """A request in the Chat or the Messages format: for one whole answer, or with `n_events` for a stream of so many content events.
 
-    The provider sends one event each `interval_ms`; at 0 as fast as it can, in writes of one event, or of `write_bytes`.
+    The provider sends one event each `interval_ms`; at 0 as fast as it can, in writes of one event, or of `write_bytes`. What it is to do stands
+    in the question, which every translation keeps.
     """
-    body: Json = {"model": "aicarousel", "temperature": 0.7, "max_tokens": 512,
-                  "messages": [{"role": "system", "content": "You are a careful assistant who answers briefly and names sources."},
-                               {"role": "user", "content": _QUESTION}]}
+    body: Json = {"model": "aicarousel", "temperature": 0.7, "max_tokens": 512}
+    rules, turns = "You are a careful assistant who answers briefly and names sources.", [{"role": "user", "content": _QUESTION}]
+    body |= {"system": rules, "messages": turns} if messages else {"messages": [{"role": "system", "content": rules}, *turns]}
     if n_events is not None:
-        body |= {"stream": True, "bench": {"events": n_events, "interval_ms": interval_ms, "write_bytes": write_bytes}}
+        turns[-1]["content"] += f" bench={n_events},{interval_ms},{write_bytes}"
+        body["stream"] = True
     return json.dumps(body).encode()
 
 
-def request_bytes(port: int, key: str, body: bytes) -> bytes:
+def request_bytes(port: int, key: str, body: bytes, path: str = "/v1/chat/completions") -> bytes:
     """The whole request as a client writes it, head of 13 fields and body."""
-    return (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}:{port}\r\nAccept: application/json\r\nAccept-Encoding: identity\r\n"
+    return (f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nAccept: application/json\r\nAccept-Encoding: identity\r\n"
             f"Connection: keep-alive\r\nContent-Type: application/json\r\nUser-Agent: bench/1.0\r\nX-Stainless-Lang: python\r\n"
             f"X-Stainless-Package-Version: 3.52.0\r\nX-Stainless-OS: Linux\r\nX-Stainless-Arch: x64\r\nX-Stainless-Runtime: CPython\r\n"
             f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
@@ -210,12 +212,12 @@ class MockProvider(asyncio.Protocol):
         if not request.get("stream"):
             self._transport.write(COMPLETION_ANSWER)
             return
-        bench = request["bench"]
-        n_events, with_usage = bench["events"], bool((request.get("stream_options") or {}).get("include_usage"))
-        if bench["interval_ms"]:
-            self._pace(stream_writes(n_events, with_usage), bench["interval_ms"] / 1000)
+        n_events, interval_ms, write_bytes = map(int, request["messages"][-1]["content"].rpartition(" bench=")[2].split(","))
+        with_usage = bool((request.get("stream_options") or {}).get("include_usage"))
+        if interval_ms:
+            self._pace(stream_writes(n_events, with_usage), interval_ms / 1000)
         else:
-            self._flood = iter(bulk_writes(n_events, with_usage, bench["write_bytes"]) if bench["write_bytes"] else stream_writes(n_events, with_usage))
+            self._flood = iter(bulk_writes(n_events, with_usage, write_bytes) if write_bytes else stream_writes(n_events, with_usage))
             self._pump()
 
     def _pump(self) -> None:
@@ -509,6 +511,49 @@ def sent_stream(n_tokens: int) -> SentStream:
     return SentStream(raw, content, [found.end() for found in re.finditer(rb"\n\n\r\n", raw)])
 
 
+class MessageAnswer(CompletionAnswer):
+    """One whole answer translated to Messages: must say what the provider's completion says."""
+
+    def finish(self) -> None:
+        """Raises BenchError unless it does."""
+        told, sent = json.loads(self._content), json.loads(COMPLETION)
+        if [part["text"] for part in told["content"]] != [sent["choices"][0]["message"]["content"]] or told["usage"]["output_tokens"] != sent["usage"]["completion_tokens"]:
+            raise BenchError(f"not the provider's completion: {self._content[:300]!r}")
+
+
+class MessageStreamAnswer:
+    """One stream translated to Messages: must hold every token in its order, and its end."""
+
+    def __init__(self, n_tokens: int, head: bytes) -> None:
+        self._n_tokens = n_tokens
+        self._body = framed_body(head)
+        self._content: list[bytes] = []
+        self._tail = b""
+        self.n_events = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the body has ended."""
+        return self._body.ended
+
+    def feed(self, data: bytes) -> int:
+        """Take bytes of the body; the number of events in them."""
+        content = self._body.feed(data)
+        self._content.append(content)
+        text = self._tail + content
+        self._tail = text[-4:]
+        n_events = text.count(b"data:")
+        self.n_events += n_events
+        return n_events
+
+    def finish(self) -> None:
+        """Raises BenchError when tokens are missing, changed or out of order, or the end is not there."""
+        content = b"".join(self._content)
+        tokens = re.findall(rb'"text": ?"(tok [0-9]+)"', content)
+        if tokens != [b"tok %04d" % number for number in range(self._n_tokens)] or b"event: message_stop" not in content[-80:]:
+            raise BenchError(f"a stream came changed: {len(tokens)} of {self._n_tokens} tokens, its end {content[-160:]!r}")
+
+
 class StreamAnswer:
     """One streamed answer: must be the provider's stream, event by event.
 
@@ -561,6 +606,8 @@ class StreamAnswer:
             raise BenchError(f"a stream came changed: {n_events} of {n_sent} events, its end {content[-160:]!r}")
 
 
+Answer = CompletionAnswer | StreamAnswer | MessageStreamAnswer
+
 #: A comment of an event stream, such as a keep-alive, with the empty line that may follow.
 _COMMENT = re.compile(rb"(?m)^:[^\n]*\n\n?")
 
@@ -570,7 +617,7 @@ class Load:
     """One run of the load generator: what is sent, what came of it. Owned by `run_window` or `run_batch`."""
 
     request: bytes
-    new_answer: Callable[[bytes], CompletionAnswer | StreamAnswer]     #: from the head of an answer, its checker
+    new_answer: Callable[[bytes], Answer]     #: from the head of an answer, its checker
     budget: int | None                                          #: requests to send in all; None: until `stopping`
     ended: asyncio.Future[None]                                 #: all connections are done, or one met an error
     stopping: bool = False
@@ -608,7 +655,7 @@ class LoadClient(asyncio.Protocol):
     def __init__(self, load: Load) -> None:
         self._load = load
         self._head = b""
-        self._answer: CompletionAnswer | StreamAnswer | None = None      #: None while the head is awaited
+        self._answer: Answer | None = None      #: None while the head is awaited
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -656,7 +703,7 @@ class LoadClient(asyncio.Protocol):
         if self._answer.ended:
             self._finish(self._answer)
 
-    def _finish(self, answer: CompletionAnswer | StreamAnswer) -> None:
+    def _finish(self, answer: Answer) -> None:
         self._load.latencies_ms.append((time.perf_counter() - self._sent_at) * 1000)
         answer.finish()
         self._load.n_answers += 1
@@ -756,11 +803,17 @@ class Shape:
     interval_ms: float = 0           #: 0: as fast as it goes
     write_bytes: int = 0             #: size of the provider's writes; 0: each event its own
     saturates: bool = False          #: a relay that has its core to itself is busy all the time
+    messages: str = ""               #: the shape with which it is compared: the same through the gateway alone, from a client that speaks Messages
 
     def new_load(self, way: Way, budget: int | None) -> Load:
         """A load of this shape for `way`."""
-        request = request_bytes(way.port, way.key, request_body(self.n_tokens, self.interval_ms, self.write_bytes))
-        new_answer = CompletionAnswer if self.n_tokens is None else functools.partial(StreamAnswer, sent_stream(self.n_tokens))
+        body = request_body(self.n_tokens, self.interval_ms, self.write_bytes, messages=bool(self.messages))
+        request = request_bytes(way.port, way.key, body, "/v1/messages" if self.messages else "/v1/chat/completions")
+        new_answer: Callable[[bytes], Answer]
+        if self.messages:
+            new_answer = MessageAnswer if self.n_tokens is None else functools.partial(MessageStreamAnswer, self.n_tokens)
+        else:
+            new_answer = CompletionAnswer if self.n_tokens is None else functools.partial(StreamAnswer, sent_stream(self.n_tokens))
         return Load(request, new_answer, budget, asyncio.get_running_loop().create_future())
 
 
@@ -1026,6 +1079,7 @@ def prepare_home(gateway: str, home: Path, provider_port: int) -> str:
 # own. That flips between two states, since a relay that falls behind finds more in each read and so costs less per event; it is shown, and
 # has no target. What one event that arrives alone costs is told by "paced", in CPU time.
 # "short" is a stream of a few events in as many small writes, alone on its connection: where Nagle's algorithm would show as 40 ms.
+# The shapes of Messages go through the gateway alone: what they are compared with is its own pass-through of the same, in the same round.
 # To add a measure: a row in SHAPES, and a row in `speed_rows` (section 7) that says what of its samples is shown.
 
 SHAPES: dict[str, Shape] = {
@@ -1036,6 +1090,9 @@ SHAPES: dict[str, Shape] = {
     "flood":  Shape(64, n_tokens=20_000, write_bytes=4096, saturates=True),     # long: what a request costs is told by c64
     "single": Shape(64, n_tokens=1000),
     "paced":  Shape(64, n_tokens=30, interval_ms=20),
+    "messages_c64":    Shape(64, saturates=True, messages="c64"),
+    "messages_flood":  Shape(64, n_tokens=20_000, write_bytes=4096, saturates=True, messages="flood"),
+    "messages_single": Shape(64, n_tokens=1000, messages="single"),
 }
 
 IMPORTS = "import asyncio, ssl, json, sqlite3, h11"
@@ -1060,7 +1117,7 @@ class Effort:
 
 FULL = Effort(n_rounds=5, n_rounds_paced=3, warm_s=0.2, window_s=0.9, window_paced_s=3.0, n_requests=20_000, n_slow=1000, n_slow_tokens=20, n_starts=7)
 QUICK = Effort(n_rounds=3, n_rounds_paced=1, warm_s=0.1, window_s=0.25, window_paced_s=0.8, n_requests=3000, n_slow=200, n_slow_tokens=6, n_starts=5,
-               leaves_out=frozenset({"single"}), bare_memory=False)
+               leaves_out=frozenset({"single", "messages_single"}), bare_memory=False)
 
 #: measure -> way -> one sample per round
 Samples = dict[str, dict[str, list[Sample]]]
@@ -1075,7 +1132,7 @@ def measure_speed(ways: Sequence[Way], effort: Effort) -> Samples:
     samples: Samples = {}
     for name in SHAPES:
         if name not in effort.leaves_out:
-            samples[name] = {way.name: [] for way in ways}
+            samples[name] = {"direct": [], "bare": [], "gateway": []}
             take_rounds(ways, name, effort, samples[name])
     rows = speed_rows(samples)
     for name in sorted({target.shape for target in TARGETS if target.shape and target.missed(rows)}):
@@ -1086,13 +1143,16 @@ def measure_speed(ways: Sequence[Way], effort: Effort) -> Samples:
 def take_rounds(ways: Sequence[Way], name: str, effort: Effort, taken: dict[str, list[Sample]]) -> None:
     """Add rounds of one shape to `taken`, the ways taking turns. A disturbed round is taken again, up to as many times as there are rounds."""
     shape = SHAPES[name]
+    asked = [(way.name, way, shape) for way in ways]
+    if shape.messages:          # "bare" is what it is compared with: the gateway's own pass-through
+        asked = [("bare", ways[-1], SHAPES[shape.messages]), ("gateway", ways[-1], shape)]
     n_rounds, window_s = (effort.n_rounds_paced, effort.window_paced_s) if shape.interval_ms else (effort.n_rounds, effort.window_s)
     n_spare = n_rounds
     n_taken = 0
     while n_taken < n_rounds:
         # Turned round each time, so that neither relay always follows the same neighbour.
-        order = ways if (n_taken + n_spare) % 2 == 0 else ways[::-1]
-        one = {way.name: run_checked(way, name, run_window(way, shape, effort.warm_s, window_s)) for way in order}
+        order = asked if (n_taken + n_spare) % 2 == 0 else asked[::-1]
+        one = {label: run_checked(way, name, run_window(way, form, effort.warm_s, window_s)) for label, way, form in order}
         if shape.saturates and n_spare and any(sample.is_held_up for sample in one.values()):
             n_spare -= 1
             continue
@@ -1100,7 +1160,7 @@ def take_rounds(ways: Sequence[Way], name: str, effort: Effort, taken: dict[str,
         for way_name, sample in one.items():
             taken[way_name].append(sample)
     figures = {way: f"{statistics.median(s.events_per_s if shape.n_tokens else s.answers_per_s for s in runs):,.0f}/s"
-               for way, runs in taken.items()}
+               for way, runs in taken.items() if runs}
     say(name, figures | ({"disturbed rounds:": str(n_rounds - n_spare)} if n_spare < n_rounds else {}))
 
 
@@ -1230,6 +1290,8 @@ TARGETS = (
     Target("requests_c64", "ratio", "c64", least=0.65),
     Target("events_flood", "ratio", "flood", least=0.7),
     Target("events_paced", "ratio", "paced", least=0.7),
+    Target("messages_c64", "ratio", "messages_c64", least=0.6),
+    Target("messages_flood", "ratio", "messages_flood", least=0.35),
     Target("memory_idle", "gateway", most=45),
     Target("memory_growth", "gateway", most=5),
     Target("memory_slow", "gateway", most=70),
@@ -1295,6 +1357,10 @@ def speed_rows(samples: Samples) -> dict[str, Row]:
         "events_flood":  row_of("streamed events/s, 64 streams, flood", 0, samples["flood"], events),
         "flood_cpu":     row_of("streamed events per CPU second, flood", 0, samples["flood"], per_cpu(lambda cpu_s, _, n_events: n_events / cpu_s)),
         "events_single": row_of("streamed events/s, 64 streams, single writes", 0, samples.get("single"), events),
+        "messages_c64":    row_of("Messages on Chat by passing, requests/s", 0, samples["messages_c64"], answers),
+        "messages_flood":  row_of("Messages on Chat by passing, events/s, flood", 0, samples["messages_flood"], events),
+        "messages_cpu":    row_of("Messages on Chat by passing, events per CPU second", 0, samples["messages_flood"], per_cpu(lambda cpu_s, _, n_events: n_events / cpu_s)),
+        "messages_single": row_of("Messages on Chat by passing, events/s, single", 0, samples.get("messages_single"), events),
         "events_paced":  row_of("streamed events/s, 64 streams, each 20 ms", 0, samples["paced"], events),
         "event_cpu":     row_of("CPU us per event, each 20 ms", 1, samples["paced"], per_cpu(lambda cpu_s, _, n_events: cpu_s * 1e6 / n_events)),
     }
@@ -1331,7 +1397,7 @@ def start_rows(starts: Starts) -> dict[str, Row]:
 #: Order of the table.
 TABLE = ("requests_c1", "requests_c16", "requests_c64", "requests_cpu", "latency_p50", "latency_p99", "latency_added_p50", "latency_added_p99",
          "first_p50", "first_p99", "first_added_p50", "first_added_p99", "short_p50", "short_p99",
-         "events_flood", "flood_cpu", "events_single", "events_paced", "event_cpu",
+         "messages_c64", "messages_flood", "messages_cpu", "messages_single", "events_flood", "flood_cpu", "events_single", "events_paced", "event_cpu",
          "memory_idle", "memory_growth", "memory_slow", "slow_events", "start_imports", "start_best", "start")
 
 
