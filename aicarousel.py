@@ -2785,6 +2785,31 @@ def dump_json(value: Any) -> bytes:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+_LINES_ENCODER = json.JSONEncoder(separators=("\n", ":"))       # a line break stands in no JSON string
+
+
+def read_alike(block: bytes, position: int, prefix: bytes, suffix: bytes) -> tuple[list[str], int]:
+    """The texts of a run of frames that differ in one JSON string alone, and where the run ends; ([], position) where none of two or more begins.
+
+    block: whole frames    prefix, suffix: what stands around the inside of that string, the frame's blank line included
+    """
+    none: tuple[list[str], int] = [], position
+    if not block.startswith(prefix, position):
+        return none
+    start, stop = position + len(prefix), block.rfind(suffix, position)
+    pieces = block[start:stop].split(suffix + prefix) if stop > start else []
+    if len(pieces) < 2 or block.count(b"\n", position, stop + len(suffix)) != suffix.count(b"\n") * len(pieces):
+        return none
+    try:
+        texts = json.loads(b'["%b"]' % b'"\n,"'.join(pieces))       # a quote or a backslash too many makes another count, or a line break inside a string
+    except ValueError:
+        return none
+    return (texts, stop + len(suffix)) if len(texts) == len(pieces) and all(texts) else none
+
+
+def write_alike(before: bytes, texts: Sequence[str], after: bytes) -> bytes:
+    """For each text `before`, the text as a JSON string, `after`: the same bytes as one by one."""
+    return before + _LINES_ENCODER.encode(texts)[1:-1].encode("ascii").replace(b"\n", after + before) + after
 
 
 ##############################################################################
@@ -3007,7 +3032,7 @@ def start_delta(answer_id: str, model: str, usage: Json | None = None) -> Json:
 
 
 def text_delta(text: str) -> Json:
-    """More of the answer's text."""
+    """More of the answer's text. A delta that holds the text of many events has their texts under `pieces` too: writers give each its own event."""
     return {"delta": "text", "text": text}
 
 
@@ -4962,10 +4987,10 @@ class Serialiser:
             self._started = True
             self.deltas.append(start_delta(answer_id, model, usage))
 
-    def text(self, text: str) -> None:
-        """Text for the reader of the answer."""
+    def text(self, text: str, pieces: Sequence[str] = ()) -> None:
+        """Text for the reader of the answer; pieces: how it was cut, where many events are told as one."""
         if text:
-            self._give(text_delta(text))
+            self._give({**text_delta(text), "pieces": pieces} if pieces else text_delta(text))
 
     def refuse(self, text: str) -> None:
         """Text of a refusal."""
@@ -5174,6 +5199,11 @@ class TagSplitter:
     def __init__(self, mode: str = "auto") -> None:
         self._mode = {"auto": "begin", "open": "inside_begin", "off": "off"}[mode]
         self._rest = ""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether all that comes is text."""
+        return self._mode == "off"
 
     def stop(self) -> list[tuple[str, str]]:
         """No tags are to be expected any more, since thinking came by a field; what was kept back is text."""
@@ -6266,7 +6296,7 @@ class ChatStreamReader:
     only its string.  `done`: the end mark or an error has come, close() may be called.
     """
 
-    __slots__ = ("done", "_out", "_source", "_splitter", "_prefix", "_suffix", "_calls", "_plain", "_details", "_refused", "_cited", "_sources", "_ended")
+    __slots__ = ("done", "_out", "_source", "_splitter", "_prefix", "_suffix", "_around", "_calls", "_plain", "_details", "_refused", "_cited", "_sources", "_ended")
 
     def __init__(self, source: Source) -> None:
         self.done = False
@@ -6274,6 +6304,7 @@ class ChatStreamReader:
         self._source = source
         self._splitter: TagSplitter | None = TagSplitter("open" if source.profile.think_open else "auto")   # None: thinking comes by a field
         self._prefix = self._suffix = ""         # what the last event of plain text had around its text
+        self._around: tuple[bytes, bytes] | None = None      # the same of its whole frame
         self._calls: list[_ChatCall] = []
         self._plain = False                      # thinking came as plain text, reasoning_details only repeat it
         self._details: list[Json] = []           # entries that seal the thinking under way
@@ -6305,7 +6336,18 @@ class ChatStreamReader:
         deltas = self.take(chunk)
         if not self.done:
             self._learn(chunk, data)
+            framed = self._prefix and event.raw == b"data: %b\n\n" % data.encode("utf-8", "replace")
+            self._around = (b"data: " + self._prefix.encode(), b'"%b\n\n' % self._suffix.encode()) if framed else None
         return deltas
+
+    def feed_run(self, block: bytes, position: int) -> tuple[list[Json], int]:
+        """The deltas of a run of plain text events in a block of whole frames, and where it ends; ([], position) where none begins."""
+        if self._around is None or not self._prefix or self.done or self._details or (self._splitter and not self._splitter.is_off):
+            return [], position
+        texts, end = read_alike(block, position, *self._around)
+        if texts:
+            self._out.text("".join(texts), texts)
+        return self._out.take() if texts else [], end
 
     def take(self, chunk: Any) -> list[Json]:
         """The deltas of one chunk that is parsed already."""
@@ -6625,7 +6667,9 @@ class ChatStreamWriter:
         kind = delta["delta"]
         around = self._takes.get(kind)
         if around is not None:
-            return [around[0] + dump_json(delta["text"]) + around[1]]
+            return [write_alike(around[0], delta.get("pieces") or (delta["text"],), around[1])]
+        if "pieces" in delta:
+            return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         if self._ended:
             return []
         begun = []
@@ -7853,6 +7897,8 @@ class ResponsesStreamWriter:
     def feed(self, delta: Json) -> list[bytes]:
         """The events of one delta."""
         kind, block = delta["delta"], self._block
+        if "pieces" in delta:
+            return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         if block is not None and block.takes == kind:
             text = delta["text"]
             block.pieces.append(text)
@@ -9033,7 +9079,9 @@ class MessagesStreamWriter:
         kind = delta["delta"]
         if _FILLS.get(kind) == self._kind and not self._cited and not (self._hides and kind == "think"):
             self._bare = False
-            return [self._head + dump_json(delta["text"]) + _DELTA_END]
+            return [write_alike(self._head, delta.get("pieces") or (delta["text"],), _DELTA_END)]
+        if "pieces" in delta:
+            return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         return [write_event(event, event["type"]) for event in self.events(delta)]
 
     def events(self, delta: Json) -> list[Json]:
@@ -9545,7 +9593,7 @@ class CompletionsStreamWriter:
         if self._ended:
             return []
         if kind in ("text", "refuse"):
-            return [self._chunk(delta["text"], None)]
+            return [self._chunk(text, None) for text in delta.get("pieces") or (delta["text"],)]
         if kind in ("start", "usage"):
             self._usage = merge_usage(self._usage, delta if kind == "usage" else delta.get("usage") or {})
         if kind == "error":
@@ -9733,7 +9781,7 @@ class Translation:
     """
 
     __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "kept",
-                 "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing")
+                 "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
         self.content = False
@@ -9752,6 +9800,7 @@ class Translation:
         self._writer = writer
         self._pending: list[Json] = []
         self._writing = False
+        self._reads_runs = hasattr(reader, "feed_run")
 
     def feed(self, chunk: bytes) -> bytes:
         """What of `chunk`, and of what was kept before it, may go to the client now."""
@@ -9762,8 +9811,18 @@ class Translation:
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
-        for frame in split_frames(block) if block else ():
-            self._take_frame(frame)
+        frames = iter(split_frames(block)) if b"\r" in block else None
+        position, n_tries = 0, _RUN_TRIES if self._reads_runs and frames is None else 0
+        while position < len(block):
+            deltas, end = self._reader.feed_run(block, position) if n_tries else ([], position)
+            if end > position:
+                self.n_signs += 1
+                self._take(deltas)
+            else:
+                n_tries -= n_tries > 0
+                end = position + len(next(frames)) if frames else block.find(b"\n\n", position) + 2
+                self._take_frame(block[position:end])
+            position = end
             if self._reader.done:
                 self._take(self._reader.close())
                 break
@@ -9840,6 +9899,8 @@ class Translation:
         return b"".join(out)
 
 
+#: How often a block is searched for a run of alike events in vain: each search reads all of the block.
+_RUN_TRIES = 8
 _SHOWN_DELTAS = frozenset({"text", "think", "call", "refuse", "opaque", "seal"})
 #: Stops that may rightly come with nothing to show.
 _SILENT_REASONS = frozenset({"length", "filter", "refusal", "pause", "context"})

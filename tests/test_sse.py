@@ -211,3 +211,32 @@ def test_any_bytes_at_all_are_cut_without_loss(pieces: list[bytes]) -> None:
     assert all(b"".join(split_frames(block)) == block for block in out)
     whole = FrameSplitter()
     assert whole.feed(b"".join(pieces)) == b"".join(out) or b"\r" in b"".join(pieces)
+
+
+# ---------------------------------------------------------------- runs of frames that differ in one string
+
+PREFIX, SUFFIX = b'data: {"t":"', b'"}\n\n'
+
+
+def run_of(*texts: str) -> bytes:
+    return b"".join(b"data: " + json.dumps({"t": text}, separators=(",", ":")).encode() + b"\n\n" for text in texts)
+
+
+@given(st.lists(st.text(min_size=1, max_size=8) | st.sampled_from(['"', "\\", '","', '",', ',"', "\\\\", "\n", '"}\n\n', "\ud800", "\u2028", "data: "]), min_size=2, max_size=6),
+       st.binary(max_size=20), st.booleans())
+def test_a_run_is_read_as_its_events_one_by_one_and_written_so(texts: list[str], around: bytes, more: bool) -> None:
+    before = around.replace(b"\n", b"") + b"\n\n" if around else b""
+    run = run_of(*texts)
+    behind = b'data: {"end":1}\n\n' if more else b""
+    assert aicarousel.read_alike(before + run + behind, len(before), PREFIX, SUFFIX) == (texts, len(before) + len(run))
+    assert aicarousel.write_alike(PREFIX[:-1], texts, SUFFIX[1:]) == run
+
+
+@pytest.mark.parametrize("block", [
+    b"", run_of("one"), run_of("one", ""), run_of("one") + b": comment\n\n" + run_of("two"), run_of("one") + b'data: {"u":"two"}\n\n' + run_of("three"),
+    b'data: {"t":"a\\"}\n\n' + run_of("b"), b'data: {"t":"a"b"}\n\n' + run_of("c"), b'data: {"t":"a\x01b"}\n\n' + run_of("c"), b'data: {"t":"a","b":"c"}\n\n' + run_of("d"),
+    b'data: {"t":"a\\x"}\n\n' + run_of("b"), b'data: {"t":"\xff"}\n\n' + run_of("b"), b'data: {"t":"a\\"}\n\ndata: {"t":"b","c"}\n\n', b' ' + run_of("one", "two"),
+    b'data: {"t":"one"}\n\nevent: x\ndata: {"t":"two"}\n\n', b'data: {"t":"one"}\ndata: {"t":"two"}\n\n',
+], ids=range(15))
+def test_what_is_no_run_is_left_to_a_closer_look(block: bytes) -> None:
+    assert aicarousel.read_alike(block, 0, PREFIX, SUFFIX) == ([], 0)
