@@ -3318,7 +3318,7 @@ def _digits(text: str, alphabet: str, length: int) -> str:
 
 def mint(prefix: str, seed: str, number: int = 0) -> str:
     """A new id: `prefix` and 24 letters, always the same for the same seed and number."""
-    return prefix + _digits(f"{prefix}|{seed}|{number}", _BASE62, 24)
+    return prefix + base64.b64encode(hashlib.sha256(f"{prefix}|{seed}|{number}".encode("utf-8", "replace")).digest(), b"Aa")[:24].decode()
 
 
 def _hex(text: str, length: int) -> str:
@@ -4676,6 +4676,8 @@ def correct_stop(reason: str, n_calls: int) -> str:
 
 def _token_count(value: Any) -> int | None:
     """A token count as an integer from 0, None for what is no number."""
+    if type(value) is int:
+        return max(0, value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -4684,21 +4686,21 @@ def _token_count(value: Any) -> int | None:
         return None
 
 
-def _at(usage: Json, path: str) -> int | None:
+def _at(usage: Json, path: Sequence[str]) -> int | None:
     value: Any = usage
-    for name in path.split("."):
+    for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return _token_count(value)
 
 
-_USAGE_PLACES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+_USAGE_PLACES: Mapping[str, Mapping[str, tuple[list[str], ...]]] = {format: {key: tuple(path.split(".") for path in paths) for key, paths in places.items()} for format, places in {
     "chat": {"input": ("prompt_tokens",), "cached": ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens"),
              "cache_write": ("prompt_tokens_details.cache_write_tokens",), "output": ("completion_tokens",), "reasoning": ("completion_tokens_details.reasoning_tokens",)},
     "messages": {"input": ("input_tokens",), "cached": ("cache_read_input_tokens",), "cache_write": ("cache_creation_input_tokens",), "output": ("output_tokens",),
                  "reasoning": ("output_tokens_details.thinking_tokens",)},
     "responses": {"input": ("input_tokens",), "cached": ("input_tokens_details.cached_tokens",), "cache_write": ("input_tokens_details.cache_write_tokens",),
                   "output": ("output_tokens",), "reasoning": ("output_tokens_details.reasoning_tokens",)},
-}
+}.items()}
 
 
 def read_usage(format: str, usage: Any) -> Json:
@@ -5363,7 +5365,8 @@ def check_fields(body: Any, fields: Mapping[str, tuple[tuple[type, ...], str]]) 
 
 
 def check_chat_request(body: Any) -> Json:
-    """The body when it is a Chat request by its structure. Raises GatewayError 400 that names the first field that is not."""
+    """The body when it is a Chat request by its structure, flat tools nested. Raises GatewayError 400 that names the first field that is not."""
+    body = _nested_tools(body)
     check_fields(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -5798,7 +5801,7 @@ def chat_read_request(body: Any) -> Json:
     in:      {"model", "messages", "tools"?, ...}; tools and choices in the flat form of Responses too    out: hub request (section 9)
     dropped: `name` of messages.    kept in extra, for Chat providers only: prediction, modalities, provider, ... and what is unknown.
     """
-    body = check_chat_request(_nested_tools(body))
+    body = check_chat_request(body)
     hub = new_hub("chat", body.get("model") or "", body.get("stream") is True)
     if body.get("system"):
         hub["system"] = [part for part in _read_chat_parts(body["system"], "system") if part["type"] == "text"]
@@ -12940,11 +12943,12 @@ class Gateway:
         """A request in one of the three formats: parsed, checked, handed to the relay."""
         raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
-            body = FORMATS[client].check(parse_body(raw))
+            parsed = parse_body(raw)
+            body = FORMATS[client].check(parsed)
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(FORMATS[client].status(error), headers, answer)
-        await self._relay(request, exchange, exchange, raw, body, client)
+        await self._relay(request, exchange, exchange, raw if body is parsed else dump_json(body), body, client)
 
     async def plain_chat(self, request: Request, exchange: Exchange) -> None:
         """POST /chat: a bare list of messages in, text out."""
