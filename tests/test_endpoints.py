@@ -59,6 +59,12 @@ def check_messages_error(reply: Reply, status: int, kind: str) -> str:
     return str(reply.json["error"]["message"])
 
 
+def test_flat_tools_as_cursor_sends_them_are_nested_for_the_provider(gateway: Gateway, module_provider: Provider) -> None:
+    flat = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
+    assert gateway.post("/v1/chat/completions", {"model": "well/m", "messages": [{"role": "user", "content": "Hi"}], "tools": flat}).status == 200
+    assert module_provider.calls("well")[-1].json["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
 # ---------------------------------------------------------------- the URL table
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -608,9 +614,3 @@ def test_nothing_of_all_this_was_a_bug_of_the_gateway(gateway: Gateway) -> None:
     """The last one: no test of this file may have made it fail by itself."""
     assert gateway.stop() == 0
     assert "Traceback" not in gateway.log and " ERROR " not in gateway.log, re.findall(r"(?m)^.* ERROR .*$|^\w*Error: .*$", gateway.log)
-
-
-def test_flat_tools_as_cursor_sends_them_are_nested_for_the_provider(gateway: Gateway, module_provider: Provider) -> None:
-    flat = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
-    assert gateway.post("/v1/chat/completions", {"model": "well/m", "messages": [{"role": "user", "content": "Hi"}], "tools": flat}).status == 200
-    assert module_provider.calls("well")[-1].json["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
