@@ -2324,6 +2324,9 @@ def answer_for(failures: Sequence[UpstreamFailure], attempts: Sequence[Attempt])
     if answer.code == "context_length_exceeded":
         words = [failure.detail for failure in failures if failure.reason == "context_overflow" and failure.detail]
         return GatewayError(words[-1] if words else answer.lead, answer.status, answer.code, answer.type, None, None, rows)
+    if answer.code == "unsupported":
+        words = list(dict.fromkeys(failure.detail for failure in failures if failure.detail))[:_LISTED_MAX]
+        return GatewayError(f"{answer.lead} {'; '.join(words)}.", answer.status, answer.code, answer.type, None, None, rows)
     return GatewayError(_tell(answer.lead, failures, attempts), answer.status, answer.code, answer.type,
                         "model" if answer.status == 404 else None, _retry_after_s(answer, failures), rows)
 
@@ -3742,6 +3745,12 @@ def _opaque_parts(part: Json) -> list[Json]:
 
 
 _MESSAGES_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+
+
+def shows_image(hub: Json) -> bool:
+    """Whether the last turn holds an image, also as a tool's result."""
+    parts = hub["turns"][-1]["parts"] if hub["turns"] else []
+    return any(inner["type"] == "image" for part in parts for inner in (part, *part.get("parts", ())))
 
 
 def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
@@ -9693,9 +9702,10 @@ FORMATS: Mapping[ClientFormat, WireFormat] = {
 
 
 @functools.lru_cache(maxsize=4096)
-def target_profile(preset_name: str, model_id: str, max_output: int | None, wire_format: Format) -> Profile:
+def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profile:
     """What one model of a provider takes, spoken to in `wire_format`."""
-    return replace(profile_for(preset_name, model_id, wire_format), max_out_limit=max_output)
+    profile = profile_for(preset_name, model.id, wire_format)
+    return replace(profile, max_out_limit=model.max_output, images=profile.images and model.vision is not False)
 
 
 def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
@@ -9704,7 +9714,7 @@ def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, pre
         return preset.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
-    if client != profile.format or profile.via_hub or b"aic1." in raw:
+    if client != profile.format or profile.via_hub or b"aic1." in raw or (not profile.images and b"image" in raw):
         return False
     return not body.get("tools") or not (profile.tool_schema == "gemini" or profile.call_id == "mistral9")
 
@@ -12171,7 +12181,7 @@ class Relay:
         if not routes:
             return estimate_tokens(hub), True
         route = routes[0]
-        profile = target_profile(route.provider.preset.name, route.model.id, route.model.max_output, route.provider.format)
+        profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
                 return await self._ask_count(job, route, count_request(job.raw, job.body, recall(hub, self.memo), profile)), False
@@ -12227,7 +12237,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_client", "_wire", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -12246,6 +12256,7 @@ class _Run:
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
+        self._n_asked = 0                       # requests that went out
         self._n_estimated = 0                   # prompt tokens, where they had to be estimated
         self._hub: Json | None = None           # read when first needed
         self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
@@ -12290,7 +12301,7 @@ class _Run:
             self._choice = same_model(self._choice)
         waiting = deque((await self._plan()).routes)
         n_max, retried = self._config.carousel.max_attempts, False
-        while waiting and len(self._attempts) < n_max:
+        while waiting and self._n_asked < n_max:
             route = waiting.popleft()
             if self._cooled.intersection(route.keys):
                 continue                # another attempt of this request has just shown that it is out
@@ -12340,6 +12351,7 @@ class _Run:
             body = self._request_body(route)
             origin, message = relay.message(route, self._job, body, self._wire.path)
             self._sent_at = relay.world.clock()
+            self._n_asked += 1
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
             attempt.status = answer.status
             if answer.status != 200:
@@ -12366,7 +12378,8 @@ class _Run:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
         job, provider = self._job, route.provider
         refused = self._relay.state.refused.get(route.keys[2], frozenset())
-        self._profile = target_profile(provider.preset.name, route.model.id, route.model.max_output, provider.format)
+        self._profile = target_profile(provider.preset.name, route.model, provider.format)
+        self._check_fit(route.model)
         self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         if self._passing and job.client == "chat":
@@ -12380,6 +12393,15 @@ class _Run:
             made, self._dropped = translate_request(hub, self._profile, refused)
             body = dump_json(made)
         return body
+
+    def _check_fit(self, model: Model) -> None:
+        """Raise UpstreamFailure("fit") when the model is known to lack what the request is about: images in its last turn, tools."""
+        body = self._job.body
+        if not self._profile.images and b"image" in self._job.raw and shows_image(self._hub_request()):
+            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if other.vision), "")
+            raise unsupported(f"{model.id} reads no images" + (f"; {able} does" if able else ""))
+        if model.tools is False and body.get("tools") and body.get("tool_choice") != "none":
+            raise unsupported(f"{model.id} calls no tools")
 
     def _hub_request(self) -> Json:
         """The client's request in the hub's form. Raises GatewayError 400."""
