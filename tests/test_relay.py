@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import aicarousel
+from dialects import FORMATS, PATHS, Telling, ask, read_stream
 from fakes import (DONE, FAKE_KEY, FINISH, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Head, Pause, Provider, Reply, Reset, Script, Silence, answer,
                    chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
 from house import KEY, House, entry
@@ -68,6 +69,42 @@ def test_keep_alive_within_5_s_and_then_every_15_s(build: Build, provider: Provi
         client.read_until(lambda raw: raw.count(COMMENT) == 3)
         provider.release("more")
         check_answered(client.read_all(), "one two")
+
+
+#: The sign of life of each client format: one that its clients' own clocks heed.
+SIGNS = {"chat": COMMENT, "messages": b'event: ping\ndata: {"type":"ping"}\n\n', "responses": b"event: response.in_progress\n"}
+
+
+def count_signs(raw: bytes) -> int:
+    """Signs of life of any kind; a provider's own too."""
+    return sum(map(raw.count, (*SIGNS.values(), b"event: keepalive\n", b'data: {"type": "ping"}')))
+
+
+@pytest.mark.parametrize("where", ["before the head", "before content"])
+@pytest.mark.parametrize("wire", FORMATS)
+@pytest.mark.parametrize("client", FORMATS)
+def test_keep_alive_of_every_format(build: Build, provider: Provider, client: str, wire: str, where: str) -> None:
+    told = Telling(wire)
+    answered = stream(told.begin(), Pause("begun"), told.say("one"), Pause("more"), told.say(" two"), told.end())
+    pauses = [*(["head"] if where == "before the head" else []), "begun", "more"]
+    house = build(slow=[Pause("head"), *answered] if where == "before the head" else answered, entries={"slow": {"format": wire}})
+    with house.connect() as connection:
+        connection.send(house.request_bytes("POST", PATHS[client], ask(client, "aicarousel")))
+        provider.wait_paused(pauses[0])
+        house.pass_time(4.0)
+        assert house.seen_by(connection) == b""
+        house.pass_time(1.0)
+        connection.read_until(count_signs)
+        assert client == wire == "responses" or SIGNS[client] in connection.raw
+        for name in pauses:
+            provider.wait_paused(name)
+            house.settle()
+            n_signs = count_signs(house.seen_by(connection))
+            house.pass_time(15.0)
+            assert count_signs(connection.read_until(lambda raw: count_signs(raw) > n_signs, 5.0)) == n_signs + 1, (name, connection.raw)
+            provider.release(name)
+        seen = read_stream(client, connection.read_all())
+    assert seen.text == "one two" and seen.ended and not seen.errors
 
 
 def test_no_keep_alive_for_an_answer_that_is_not_streamed(build: Build, provider: Provider) -> None:
