@@ -29,10 +29,10 @@ def ask(client: str, model: str, text: str = "Add one and two.", **fields: Any) 
 
 
 class Telling:
-    """One streamed answer in one format."""
+    """One streamed answer in one format; seed: what its call ids have in them."""
 
-    def __init__(self, wire: str) -> None:
-        self.wire = wire
+    def __init__(self, wire: str, seed: str = "") -> None:
+        self.wire, self.seed = wire, seed
         self.n_blocks = 0
         self.n_calls = 0
         self.n_events = 0
@@ -86,7 +86,7 @@ class Telling:
     def call(self, name: str, *arguments: str) -> list[bytes]:
         """A tool call, whole; its arguments in pieces."""
         self.n_calls += 1
-        call_id = f"call_{name}{self.n_calls:08d}"
+        call_id = f"call_{name}{self.seed}{self.n_calls:08d}"
         if self.wire == "chat":
             index = self.n_calls - 1
             return [frame(chat_chunk({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}]})),

@@ -80,12 +80,13 @@ def count_signs(raw: bytes) -> int:
     return sum(map(raw.count, (*SIGNS.values(), b"event: keepalive\n", b'data: {"type": "ping"}')))
 
 
-@pytest.mark.parametrize("where", ["before the head", "before content"])
+@pytest.mark.parametrize("where", ["before the head", "before content", "in a call"])
 @pytest.mark.parametrize("wire", FORMATS)
 @pytest.mark.parametrize("client", FORMATS)
 def test_keep_alive_of_every_format(build: Build, provider: Provider, client: str, wire: str, where: str) -> None:
     told = Telling(wire)
-    answered = stream(told.begin(), Pause("begun"), told.say("one"), Pause("more"), told.say(" two"), told.end())
+    begun, called = told.begin(), told.call("add", '{"a": 1', "}") if where == "in a call" else []
+    answered = stream(begun, called[:2], Pause("begun"), called[2:], told.say("one"), Pause("more"), told.say(" two"), told.end())
     pauses = [*(["head"] if where == "before the head" else []), "begun", "more"]
     house = build(slow=[Pause("head"), *answered] if where == "before the head" else answered, entries={"slow": {"format": wire}})
     with house.connect() as connection:
@@ -104,7 +105,7 @@ def test_keep_alive_of_every_format(build: Build, provider: Provider, client: st
             assert count_signs(connection.read_until(lambda raw: count_signs(raw) > n_signs, 5.0)) == n_signs + 1, (name, connection.raw)
             provider.release(name)
         seen = read_stream(client, connection.read_all())
-    assert seen.text == "one two" and seen.ended and not seen.errors
+    assert seen.text == "one two" and seen.ended and not seen.errors and seen.whole == seen.calls == [["add", '{"a": 1}']] * (where == "in a call")
 
 
 def test_no_keep_alive_for_an_answer_that_is_not_streamed(build: Build, provider: Provider) -> None:
