@@ -64,7 +64,7 @@ def test_shell_and_patch(build: Callable[..., House], provider: Provider, folder
     assert final(ran) == "All done." and outcomes(house) == ["ok"] * 5
     assert (folder / "made.txt").read_text() == "two\n" and (folder / "added.txt").read_text() == '"new" \\ caf\u00e9\n'
     assert [item["text"] for item in items(ran, "reasoning")] == ["A file is wanted."]
-    assert [item["exit_code"] for item in items(ran, "command_execution")] == [0, 0, 1]
+    assert sorted(item["exit_code"] for item in items(ran, "command_execution")) == [0, 0, 1]       # two of them run side by side
     requests = provider.calls("first")
     assert [n_answers(request) for request in requests] == [0, 1, 2, 3, 4] and {"exec_command", "apply_patch"} <= set(tools(provider))
     assert ["one" in results(requests[2])[0], "missing.txt: No such file" in results(requests[2])[1]] == [True, True]
