@@ -5275,48 +5275,44 @@ class TagSplitter:
 
 
 class CallHolder:
-    """Keeps a call back from its first fragment until its JSON is whole, so that one which dies half-made is never seen.
+    """Keeps calls back from the first fragment until something other than a call follows, so that one which dies before its end is never seen.
 
-    live: nothing is kept back.  Past max_bytes a call goes out as it comes.  A proper stop lets a call through as it is: its reason tells.
+    That its JSON is whole is not enough: clients act on a call at its end, which writers tell when they come to what follows.  So nothing is gained
+    by showing it sooner, and the next route would be lost.
+    live: nothing is kept back.  Past max_bytes calls go out as they come.  A proper stop lets a call through as it is: its reason tells.
     """
 
-    __slots__ = ("_held", "_scan", "_size", "_live", "_max_bytes")
+    __slots__ = ("_held", "_size", "_live", "_max_bytes")
 
     def __init__(self, live: bool = False, max_bytes: int = 1 << 20) -> None:
         self._held: list[Json] = []
-        self._scan = JsonScan()
         self._size = 0
         self._live = live
         self._max_bytes = max_bytes
 
     @property
     def holding(self) -> bool:
-        """Whether a half-made call is kept back."""
+        """Whether a call is kept back."""
         return bool(self._held)
 
     def feed(self, delta: Json) -> list[Json]:
         """What may go on to the writer."""
         kind = delta["delta"]
-        if self._live:
-            return [delta]
-        if kind == "call":
-            released, self._held, self._scan, self._size = self._held, [delta], JsonScan(), 0
-            return released
-        if not self._held:
+        if self._live or not self._held and kind != "call":
             return [delta]
         if kind == "error":
             self._held = []
             return [delta]
         self._held.append(delta)
-        if kind in ("args", "note"):
+        if kind in ("call", "args", "note"):
             self._size += len(delta.get("text", ""))
-            if kind == "note" or not self._scan.feed(delta["text"]) and self._size <= self._max_bytes:
+            if self._size <= self._max_bytes:
                 return []
         return self.close()
 
     def close(self) -> list[Json]:
         """What is kept back, when the stream ended properly."""
-        released, self._held = self._held, []
+        released, self._held, self._size = self._held, [], 0
         return released
 
 
@@ -9753,10 +9749,14 @@ _COUNTED_FIELDS = frozenset({"model", "messages", "system", "tools", "tool_choic
 
 
 class HeldPassage:
-    """A passage whose tool calls wait until they are whole: while one is half-made nothing leaves, and if it dies none of it was seen."""
+    """A passage whose tool calls wait until they are whole: while one is half-made nothing leaves, and if it dies none of it was seen.
 
-    __slots__ = ("content", "_passage", "_held", "_open")
+    What came before a call does not wait with it, however the provider's bytes were cut: a chunk that may hold one is looked at frame by frame.
+    """
+
+    __slots__ = ("content", "_passage", "_held")
     MAX_BYTES = 1 << 20
+    _FRAME = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 
     def __init__(self, passage: Any) -> None:
         self.content = False
@@ -9768,7 +9768,9 @@ class HeldPassage:
 
     def feed(self, chunk: bytes) -> bytes:
         """What may go to the client now."""
-        return self._release(self._passage.feed(chunk))
+        if self._passage.calling or not (b"_call" in chunk or b"tool_use" in chunk):
+            return self._release(self._passage.feed(chunk))
+        return b"".join(self._release(self._passage.feed(part)) for part in self._FRAME.split(chunk) if part)
 
     def close(self) -> bytes:
         """What is still owed when the provider's connection has ended."""
@@ -9777,7 +9779,7 @@ class HeldPassage:
     def _release(self, out: bytes) -> bytes:
         passage = self._passage
         if passage.error is not None or passage.broken:
-            out, self._held = out if not passage.calling else b"", b""
+            out, self._held = self._held + out if not passage.calling else b"", b""
             return out
         if passage.calling and not passage.done and len(self._held) + len(out) <= self.MAX_BYTES:
             self._held += out
@@ -12488,6 +12490,8 @@ class _Run:
     def _make_carrier(self) -> Any:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
+        if self._spoke and self._job.client == "responses":
+            self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
             self._writer = self._writer or self._client.writer(self._asked())
             return Translation(self._wire.reader(self._source()), self._writer, n_prompt_tokens=self._n_prompt_tokens(), live=live)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,8 @@ for folder in (str(HERE), str(HERE.parent)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-from fakes import Gateway, Provider, ShiftedLoop  # noqa: E402  (after the path is set)
+from fakes import Gateway, Provider, Script, ShiftedLoop  # noqa: E402  (after the path is set)
+from house import House, entry  # noqa: E402
 
 
 def serve_provider() -> Iterator[Provider]:
@@ -48,3 +50,18 @@ def clock() -> Iterator[ShiftedLoop]:
     loop = ShiftedLoop()
     yield loop
     loop.close()
+
+
+@pytest.fixture
+def build(provider: Provider) -> Iterator[Callable[..., House]]:
+    """build(a=script, b=script, carousel={...}, entries={"a": {...}}): a house with one provider per script, in that order."""
+    houses: list[House] = []
+
+    def make(*, carousel: dict[str, Any] | None = None, entries: dict[str, dict[str, Any]] | None = None, **scripts: Script) -> House:
+        models: dict[str, Any] = {name: {**entry(provider.listen(name, script)), **(entries or {}).get(name, {})} for name, script in scripts.items()}
+        houses.append(House({**models, "carousel": {"maxWait": 30, **(carousel or {})}}))
+        return houses[-1].start()
+
+    yield make
+    for house in houses:
+        house.remove()

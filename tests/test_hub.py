@@ -796,6 +796,8 @@ def test_n1_a_half_made_call_never_gets_through():
     seen, holder = hold(head)
     assert seen == head[:1] and holder.holding
     assert holder.feed(a.error_delta(502, "cut")) == [a.error_delta(502, "cut")] and not holder.holding
+    seen, holder = hold([*head, a.args_delta(":1}"), a.note_delta("c", "google", {}), a.call_delta("d", "g"), a.args_delta("{}")])
+    assert seen == head[:1] and holder.holding      # whole JSON, but the end of neither has come
     seen, holder = hold([*head, a.args_delta(":1}"), a.call_delta("d", "g"), a.stop_delta("tool")])
     assert seen == [*head, a.args_delta(":1}"), a.call_delta("d", "g"), a.stop_delta("tool")]
     assert hold(head, live=True)[0] == head

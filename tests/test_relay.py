@@ -6,24 +6,21 @@ for things that happen (a script reached a pause, bytes arrived); `settle` lets 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import re
-import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aicarousel
-from fakes import (DONE, FAKE_KEY, FINISH, HANG_S, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Gateway, Head, InLoop, Pause, Provider, Reply, Reset, Script,
-                   Silence, answer, chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
+from dialects import FORMATS, PATHS, Telling, ask, read_stream
+from fakes import (DONE, FAKE_KEY, FINISH, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Head, Pause, Provider, Reply, Reset, Script, Silence, answer,
+                   chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
+from house import KEY, House, entry
 
-KEY = "sk-" + "7" * 64
+Build = Callable[..., House]
 COMMENT = b": keep-alive\n\n"
 OTHER_TEXT = "Hello from the second provider."
 OOPS = answer({"error": {"message": "Oops.", "type": "server_error"}}, 500)
@@ -32,104 +29,6 @@ OOPS = answer({"error": {"message": "Oops.", "type": "server_error"}}, 500)
 def rate_limited(*headers: tuple[str, str]) -> list[Any]:
     """Steps of a 429."""
     return answer({"error": {"message": "Slow down."}}, 429, headers)
-
-
-class House(InLoop, Gateway):
-    """A Gateway and its Server in this process, in a thread of their own; its requests are those of fakes.Gateway."""
-
-    def __init__(self, models: dict[str, Any]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="aicarousel-test-"))
-        self.models, self.key, self.process = models, KEY, None
-        self.lines: list[str] = []
-        self._handler = logging.Handler(logging.INFO)
-        self._handler.emit = lambda record: self.lines.append(f"{record.levelname} {record.getMessage()}")    # type: ignore[method-assign]
-        self._logger = logging.getLogger("aicarousel")
-
-    @staticmethod
-    def read(models: dict[str, Any]) -> aicarousel.Config:
-        """The configuration that `models` means, with one key for all."""
-        return aicarousel.load_config(json.dumps(models), models_path="models.json", environment={"FAKE_KEY": FAKE_KEY, "API_KEYS": KEY}, dotenv={}, flags={})
-
-    def start(self) -> House:
-        self._logger.addHandler(self._handler)
-        self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False
-        self.run_loop()
-        self.do(self._open)
-        return self
-
-    async def _open(self) -> None:
-        path = self.folder / "data" / "aicarousel.db"
-        aicarousel.open_database(path).close()
-        world = aicarousel.real_world()
-        self.keys, self.usage = aicarousel.KeyRing(path, [KEY]), aicarousel.UsageWriter(path)
-        self.gateway = aicarousel.Gateway(self.read(self.models), self.keys, self.usage, world)
-        self.server = aicarousel.Server(self.gateway, world)
-        sockets = aicarousel.bind("127.0.0.1", 0)
-        await self.server.listen(sockets)
-        self.port = sockets[0].getsockname()[1]
-        self.database = path
-
-    def seen_by(self, client: Client) -> bytes:
-        """What has reached the client so far."""
-        self.settle()
-        client.socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            client.raw += client.socket.recv(1 << 18)
-        return bytes(client.raw)
-
-    def reconfigure(self, models: dict[str, Any]) -> None:
-        """As an edit of models.json does."""
-        config = self.read(models)
-        self.do(lambda: self.gateway.reconfigure(config))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The usage table."""
-        assert self.usage.flush(HANG_S)
-        with sqlite3.connect(self.database) as connection:
-            connection.row_factory = sqlite3.Row
-            return [dict(row) for row in connection.execute("SELECT * FROM usage ORDER BY id")]
-
-    def wait_rows(self, count: int) -> list[dict[str, Any]]:
-        """The usage table once the gateway has taken note of `count` requests."""
-        self.settle()
-        rows = self.rows()
-        assert len(rows) == count, rows
-        return rows
-
-    def remove(self) -> None:
-        self.do(lambda: self.server.drain(0.0))
-        self.do(self.gateway.close)
-        self.usage.close()
-        self.keys.close()
-        self.end_loop()
-        self.loop.close()
-        self._logger.removeHandler(self._handler)
-        self._logger.propagate = True
-        super().remove()
-
-
-Build = Callable[..., House]
-
-
-@pytest.fixture
-def build(provider: Provider) -> Iterator[Build]:
-    """build(a=script, b=script, carousel={...}, entries={"a": {...}}): a house with one provider per script, in that order."""
-    houses: list[House] = []
-
-    def make(*, carousel: dict[str, Any] | None = None, entries: dict[str, dict[str, Any]] | None = None, **scripts: Script) -> House:
-        models: dict[str, Any] = {name: {**entry(provider.listen(name, script)), **(entries or {}).get(name, {})} for name, script in scripts.items()}
-        houses.append(House({**models, "carousel": {"maxWait": 30, **(carousel or {})}}))
-        return houses[-1].start()
-
-    yield make
-    for house in houses:
-        house.remove()
-
-
-def entry(url: str, **more: Any) -> dict[str, Any]:
-    """A provider in models.json."""
-    return {"baseUrl": url, "default": "m", "enableFallback": False, "models": ["m"], "keys": ["env:FAKE_KEY"], **more}
 
 
 def times(**seconds: float) -> dict[str, Any]:
@@ -170,6 +69,43 @@ def test_keep_alive_within_5_s_and_then_every_15_s(build: Build, provider: Provi
         client.read_until(lambda raw: raw.count(COMMENT) == 3)
         provider.release("more")
         check_answered(client.read_all(), "one two")
+
+
+#: The sign of life of each client format: one that its clients' own clocks heed.
+SIGNS = {"chat": COMMENT, "messages": b'event: ping\ndata: {"type":"ping"}\n\n', "responses": b"event: response.in_progress\n"}
+
+
+def count_signs(raw: bytes) -> int:
+    """Signs of life of any kind; a provider's own too."""
+    return sum(map(raw.count, (*SIGNS.values(), b"event: keepalive\n", b'data: {"type": "ping"}')))
+
+
+@pytest.mark.parametrize("where", ["before the head", "before content", "in a call"])
+@pytest.mark.parametrize("wire", FORMATS)
+@pytest.mark.parametrize("client", FORMATS)
+def test_keep_alive_of_every_format(build: Build, provider: Provider, client: str, wire: str, where: str) -> None:
+    told = Telling(wire)
+    begun, called = told.begin(), told.call("add", '{"a": 1', "}") if where == "in a call" else []
+    answered = stream(begun, called[:2], Pause("begun"), called[2:], told.say("one"), Pause("more"), told.say(" two"), told.end())
+    pauses = [*(["head"] if where == "before the head" else []), "begun", "more"]
+    house = build(slow=[Pause("head"), *answered] if where == "before the head" else answered, entries={"slow": {"format": wire}})
+    with house.connect() as connection:
+        connection.send(house.request_bytes("POST", PATHS[client], ask(client, "aicarousel")))
+        provider.wait_paused(pauses[0])
+        house.pass_time(4.0)
+        assert house.seen_by(connection) == b""
+        house.pass_time(1.0)
+        connection.read_until(count_signs)
+        assert client == wire == "responses" or SIGNS[client] in connection.raw
+        for name in pauses:
+            provider.wait_paused(name)
+            house.settle()
+            n_signs = count_signs(house.seen_by(connection))
+            house.pass_time(15.0)
+            assert count_signs(connection.read_until(lambda raw: count_signs(raw) > n_signs, 5.0)) == n_signs + 1, (name, connection.raw)
+            provider.release(name)
+        seen = read_stream(client, connection.read_all())
+    assert seen.text == "one two" and seen.ended and not seen.errors and seen.whole == seen.calls == [["add", '{"a": 1}']] * (where == "in a call")
 
 
 def test_no_keep_alive_for_an_answer_that_is_not_streamed(build: Build, provider: Provider) -> None:
