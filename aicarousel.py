@@ -9648,14 +9648,30 @@ def target_profile(preset_name: str, model_id: str, max_output: int | None, wire
 
 
 def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
-    """Whether a request may go to this target in the client's own bytes."""
+    """Whether a request may go to this target in the client's own bytes: nothing in it has to change but the model and rejected fields."""
     if client == "completions":
         return preset.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
     if client != profile.format or profile.via_hub or b"aic1." in raw:
         return False
-    return not body.get("tools") or not (profile.tool_schema == "gemini" or profile.call_id == "mistral9")
+    if profile.tool_schema and body.get("tools"):       # its subset of JSON Schema, and signatures on calls that the memo keeps
+        return False
+    if body.get("tool_choice") == "required" != profile.required_word:
+        return False
+    return not profile.call_id or all(fit_id(call_id, profile.call_id) == call_id for call_id in _call_ids(body) if isinstance(call_id, str))
+
+
+def _call_ids(body: Json) -> Iterator[Any]:
+    """Ids of the calls in a request's history, in whichever format it is; another provider may have made them."""
+    items = body.get("messages") or body.get("input")
+    for item in items if isinstance(items, list) else ():
+        yield item.get("call_id")
+        for name in ("tool_calls", "content"):
+            blocks = item.get(name)
+            for block in blocks if isinstance(blocks, list) else ():
+                if isinstance(block, dict) and (name == "tool_calls" or block.get("type") == "tool_use"):
+                    yield block.get("id")
 
 
 def pass_request(raw: bytes, body: Json, wire_model: str, removed: Collection[str]) -> tuple[bytes, tuple[str, ...]]:
