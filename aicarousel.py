@@ -5663,7 +5663,8 @@ class ChatPassage:
         found = find_chat_error(chunk) if event.name != "error" else chunk or {"error": event.data}
         if found is not None or not isinstance(chunk, dict):
             if self.finish is not None:
-                self.done = True            # an error behind a proper end changes nothing that was said
+                self.done = True            # an error behind a proper end changes nothing that was said, and may count it
+                self.usage = (chat_usage(chunk) if isinstance(chunk, dict) else None) or self.usage
                 return self._end()
             self.error, self.broken = found, "" if found is not None else "not_json"
             return b""
