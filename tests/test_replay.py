@@ -283,3 +283,71 @@ def test_every_recording_reaches_every_client(stage: Stage, wire: str, client: s
 def test_the_table_names_recordings_that_exist() -> None:
     named = [name for row in NOT_CARRIED for name in row.recordings.split()]
     assert [name for name in named if name not in IDS] == [] and all(len(row.reason) > 20 for row in NOT_CARRIED)
+
+
+# ---------------------------------------------------------------- our own cases, with nothing but this checkout
+
+TOOL = {"type": "object", "properties": {"q": {"type": "string"}}}
+QUESTION = "What is it? (ü)"
+
+
+def request_of(case: Json, client: str, streamed: bool) -> Json:
+    """A question in the client's format, with the tools that the answer calls."""
+    names = list(dict.fromkeys(name for name, _ in case["says"]["calls"]))
+    head = {"model": f"{case['name']}/m", "stream": streamed}
+    if client == "chat":
+        tools = [{"type": "function", "function": {"name": name, "parameters": TOOL}} for name in names]
+        head |= {"messages": [{"role": "user", "content": QUESTION}], **({"stream_options": {"include_usage": True}} if streamed else {})}
+    elif client == "messages":
+        tools = [{"name": name, "input_schema": TOOL} for name in names]
+        head |= {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 500}
+    else:
+        tools = [{"type": "function", "name": name, "parameters": TOOL, "strict": False} for name in names]
+        head |= {"input": QUESTION}
+    return {**head, "tools": tools} if tools else head
+
+
+def play_case(case: Json) -> Callable[[Any], Any]:
+    """A script that answers a case streamed or whole, as it was asked."""
+    frames = [frame(event, "" if case["format"] == "chat" else event["type"]) for event in case["events"]]
+    return lambda request: stream(*frames, *([frame("[DONE]")] if case["format"] == "chat" else [])) if request.streamed else answer(case["whole"])
+
+
+@pytest.fixture(scope="module")
+def own(module_provider: Provider, module_gateway_factory: Callable[..., Gateway]) -> Iterator[tuple[Gateway, Provider]]:
+    models = {case["name"]: {**({"preset": case["preset"]} if "preset" in case else {}), "baseUrl": module_provider.script(case["name"], play_case(case)),
+                             "format": case["format"], "default": "m", "enableFallback": False, "models": ["m"], "keys": ["env:CASE_KEY"]} for case in OWN_CASES}
+    yield module_gateway_factory({**models, "carousel": {"fallback": "none", "maxAttempts": 1}}, env_file={"CASE_KEY": FAKE_KEY}), module_provider
+
+
+def wanted_of(case: Json, client: str) -> Said:
+    """What a case says to a client; `to` holds what is rightly told otherwise to some."""
+    told = {**case["says"], **case.get("to", {}).get(client, {})}
+    said = Said(told["text"], [(name, called) for name, called in told["calls"]], told["stop"], (told["usage"][0], told["usage"][1]), told["thinking"])
+    return lifted(said) if client != case["format"] else said
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("client", FORMATS)
+@pytest.mark.parametrize("case", OWN_CASES, ids=[case["name"] for case in OWN_CASES])
+def test_a_case_of_our_own_reaches_every_client(own: tuple[Gateway, Provider], case: Json, client: str, streamed: bool) -> None:
+    gateway, provider = own
+    body = request_of(case, client, streamed)
+    reply = gateway.post(PATHS[client], body)
+    assert (reply.status, reply.streamed) == (200, streamed), reply.body[:300]
+    assert misses(wanted_of(case, client), answers.read(client, reply)) == {}
+    if client != case["format"]:
+        assert answers.faults(client, reply) == []
+    else:                               # passed through as it is, odd or not
+        assert [data for _, data in answers.frames(reply) if data != "[DONE]"] == case["events"] if streamed else reply.json == case["whole"]
+    sent = provider.calls(case["name"])[-1].json
+    assert QUESTION in json.dumps(sent, ensure_ascii=False) and bool(sent.get("stream")) is streamed
+    assert [tool.get("function", tool)["name"] for tool in sent.get("tools", ())] == [tool.get("function", tool)["name"] for tool in body.get("tools", ())]
+
+
+def test_the_comparison_sees_each_kind_of_loss() -> None:
+    whole = Said("a", [("f", {"x": 1})], "tool", (3, 4), "t")
+    losses = {"text": Said("b", whole.calls, "tool", (3, 4), "t"), "calls": Said("a", [("f", {"x": 2})], "tool", (3, 4), "t"), "stop": Said("a", whole.calls, "length", (3, 4), "t"),
+              "usage": Said("a", whole.calls, "tool", (3, 5), "t"), "thinking": Said("a", whole.calls, "tool", (3, 4), "")}
+    assert misses(whole, whole) == {} and all(list(misses(whole, other)) == [column] for column, other in losses.items())
+    assert lifted(Said("<think>\nx\n</think>\n\ny")) == Said("y", thinking="\nx\n") and lifted(Said("<think>x")) == Said("", thinking="x") and lifted(Said("a <think>")) == Said("a <think>")
