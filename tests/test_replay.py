@@ -345,6 +345,15 @@ def test_a_case_of_our_own_reaches_every_client(own: tuple[Gateway, Provider], c
     assert [tool.get("function", tool)["name"] for tool in sent.get("tools", ())] == [tool.get("function", tool)["name"] for tool in body.get("tools", ())]
 
 
+def test_a_passing_request_loses_what_the_provider_rejects(own: tuple[Gateway, Provider]) -> None:
+    gateway, provider = own
+    case = next(case for case in OWN_CASES if case["name"] == "messages_stop_sequence")
+    body = {**request_of(case, "messages", False), "context_management": {"edits": []}, "new": {"x": 1}}
+    reply = gateway.post(PATHS["messages"], body)
+    assert provider.calls(case["name"])[-1].json == {**request_of(case, "messages", False), "model": "m", "new": {"x": 1}}
+    assert reply.json == case["whole"] and reply.headers["x-aicarousel-dropped"] == "context_management"
+
+
 def test_the_comparison_sees_each_kind_of_loss() -> None:
     whole = Said("a", [("f", {"x": 1})], "tool", (3, 4), "t")
     losses = {"text": Said("b", whole.calls, "tool", (3, 4), "t"), "calls": Said("a", [("f", {"x": 2})], "tool", (3, 4), "t"), "stop": Said("a", whole.calls, "length", (3, 4), "t"),
