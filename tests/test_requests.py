@@ -370,6 +370,8 @@ BODIES: dict[str, tuple[str, Json]] = {
                   {"type": "custom", "name": "apply_patch", "description": "Edit.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
                   {"type": "function", "name": "plan", "strict": True, "parameters": SCHEMA}, {"type": "web_search"}]}),
     "responses, a tier of one provider": ("responses", {"model": "m", "input": "Hi", "service_tier": "scale", "top_logprobs": 2, "temperature": 0.3, "user": "u"}),
+    "responses, a schema beside a tool": ("responses", {"model": "m", "input": "Weather?", "tools": [{"type": "function", "name": "now", "parameters": None, "strict": False}],
+                                                        "text": {"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}}),
 }
 
 #: What no provider of another format can serve, as the client hears it, and why.
