@@ -2894,7 +2894,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
     "fireworks": {"top_k": True},
     "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
-    "sambanova": {"reject": ("store",)},
+    "sambanova": {"reject": ("store", "n", "logit_bias"), "penalties": False},
     "cloudflare": {},
     "perplexity": {"choices": (), "user_first": True},
 }
