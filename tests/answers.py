@@ -209,6 +209,18 @@ def _untyped(client: str, streamed: bool, value: Any) -> Iterator[str]:
         yield from (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)[:2])
 
 
+_FREE = frozenset({"delta", "content", "text", "thinking", "partial_json", "arguments", "reasoning_content", "refusal", "signature"})
+
+
+def _shape(value: Any, name: str = "") -> Any:
+    """The same for events that differ in counts and free text alone: of those the types see no difference, so one will do."""
+    if isinstance(value, dict):
+        return tuple((key, _shape(inner, key)) for key, inner in value.items())
+    if isinstance(value, list):
+        return tuple(_shape(inner) for inner in value)
+    return value if isinstance(value, str) and name not in _FREE else type(value)
+
+
 def faults(client: str, reply: Reply) -> list[str]:
     """What is wrong with the form of a good answer."""
     if not reply.complete:
@@ -217,7 +229,8 @@ def faults(client: str, reply: Reply) -> list[str]:
         return list(_untyped(client, False, reply.json))
     found = frames(reply)
     events = [data for _, data in found if data != "[DONE]"]
-    wrong = [fault for event in events for fault in _untyped(client, True, event)]
+    shapes = {_shape(event): event for event in events}
+    wrong = [fault for event in shapes.values() for fault in _untyped(client, True, event)]
     if client == "chat":
         return wrong + _chat_faults(events, found)
     wrong += [f"event {name!r} for {event['type']}" for name, event in found if name != event["type"]]
