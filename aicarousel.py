@@ -2839,7 +2839,7 @@ class Profile:
     model: str = ""                          #: wire model
     family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
     vendor: bool = False                     #: the true Anthropic or the true OpenAI
-    reject: tuple[str, ...] = ()             #: body fields that are answered by 400
+    reject: tuple[str, ...] = ()             #: body fields that are answered by 400; outer.inner for one within another
     message_reject: tuple[str, ...] = ()     #: the same within a message
     max_field: str = "max_tokens"
     system_role: str = "system"
@@ -2850,6 +2850,8 @@ class Profile:
     effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
     switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
     schema: str = "full"                     #: json, none: what response_format may be
+    schema_with_tools: bool = True           #: whether it may stand beside tools
+    one_strict: bool = False                 #: `strict` must be the same on all tools
     tool_schema: str = ""                    #: gemini: only its subset
     choices: tuple[str, ...] = ("auto", "none", "required", "tool")
     required_word: str = "required"
@@ -2898,13 +2900,14 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "groq": {"reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier"),
              "message_reject": ("name", "reasoning_content", "reasoning"), "max_field": "max_completion_tokens", "penalties": False},
     "cerebras": {"reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias", "service_tier", "prompt_cache_key",
-                 "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning"},
+                 "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning",
+                 "schema_with_tools": False, "one_strict": True},
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
                 "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "user_first": True, "extra_names": True},
     "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False},
-    "xai": {"family": "xai", "reject": ("logit_bias", "store")},
+    "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
     "huggingface": {},
     "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
@@ -2918,8 +2921,8 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",)},
     "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
     "fireworks": {"top_k": True},
-    "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata")},
-    "sambanova": {"reject": ("store",)},
+    "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
+    "sambanova": {"reject": ("store", "n", "logit_bias"), "penalties": False},
     "cloudflare": {},
     "perplexity": {"choices": (), "user_first": True},
 }
@@ -2939,7 +2942,7 @@ _OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (),
 
 #: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
 MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
-    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": None}),
+    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
     ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
     ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
     ("deepseek", "messages", "*", {"images": False}),
@@ -2957,7 +2960,7 @@ MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
     ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
     ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
     ("openai", "responses", "*", {"max_field": "max_output_tokens", "max_stop": 0}),
-    ("xai", "responses", "*", {"replay": "native"}),
+    ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
     ("xai", "*", "*", {"effort": (), "max_stop": None}),
     ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
     ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
@@ -2972,7 +2975,8 @@ MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
     ("gemini", "chat", "*gemma*", {"effort": ()}),
     ("mistral", "chat", "*", {"effort": ("none", "high")}),
     ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
-    ("github-copilot", "chat", "gpt-5* o3* o4*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle"}),
+    ("github-copilot", "chat", "gpt-5* gpt-6* o3* o4*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle"}),
+    ("moonshot", "chat", "*k2* moonshot-v1*", {"effort": ()}),
     ("*", "chat", "*kimi-k2*", {"own_ids": True}),
     ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
 )
@@ -4215,6 +4219,8 @@ def _fit_tools(ready: Json, profile: Profile, names: Names) -> None:
         if wire not in taken:
             taken.add(wire)
             fitted.append({**kept, "wire": wire})
+    if profile.one_strict and len({tool.get("strict", False) for tool in fitted}) > 1:
+        fitted = [{name: value for name, value in tool.items() if name != "strict"} for tool in fitted]
     if fitted:
         ready["tools"] = fitted
 
@@ -4311,6 +4317,9 @@ def fit_effort(effort: str, allowed: Sequence[str] | None) -> str | None:
 def _fit_think(ready: Json, profile: Profile) -> None:
     """`ready["think"]` in the target's terms: Messages form, budget, effort, display; others mode, effort, show."""
     think = dict(ready.pop("think", None) or {})
+    if think.get("effort") not in (None, *EFFORTS):     # a word of one provider, such as Groq's default
+        think.pop("effort")
+        drop(ready, "reasoning_effort")
     if not think:
         return
     if profile.format == "messages":
@@ -4446,8 +4455,8 @@ def _fit_format(ready: Json, profile: Profile) -> None:
     wanted = ready.pop("format", None)
     if not wanted:
         return
-    kind = wanted["kind"]
-    if kind == "schema" and profile.schema == "full":
+    kind, strongest = wanted["kind"], profile.schema if profile.schema_with_tools or "tools" not in ready else "none"
+    if kind == "schema" and strongest == "full":
         schema = closed_schema(wanted["schema"]) if profile.format == "messages" and ready["client"] != "messages" else wanted["schema"]
         ready["format"] = {**wanted, "name": wanted.get("name") or "output", "schema": schema}
         return
@@ -4455,9 +4464,9 @@ def _fit_format(ready: Json, profile: Profile) -> None:
     if kind == "schema":
         drop(ready, "json_schema")
         line = f"{_JSON_LINE} It must match this JSON schema:\n{compact(wanted['schema'])}"
-    elif profile.format == "messages" or profile.schema == "none":
+    elif profile.format == "messages" or strongest == "none":
         drop(ready, "response_format")
-    if profile.format != "messages" and profile.schema != "none":
+    if profile.format != "messages" and strongest != "none":
         ready["format"] = {"kind": "json"}
     spoken = kind == "json" and "format" in ready and "json" in compact([ready.get("system", ()), ready["turns"]]).lower()
     if not spoken and not any(part["text"] == line for part in ready.get("system", ())):
@@ -4526,7 +4535,8 @@ def user_id(user: Any, limit: int = 64) -> str | None:
     return _hex(user, 64) if len(user) > limit or _PERSONAL.search(user) else user
 
 
-_TIERS: Mapping[tuple[str, str], Mapping[str, str]] = {("openai", "messages"): {"auto": "auto", "default": "standard_only"}}
+_CLAUDE_TIERS: Mapping[str, str] = {"auto": "auto", "default": "standard_only"}
+_OPENAI_TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast"})
 
 
 def _fit_meta(ready: Json, profile: Profile) -> None:
@@ -4540,10 +4550,10 @@ def _fit_meta(ready: Json, profile: Profile) -> None:
     key = meta.get("cache_key") or (session if profile.family == "openai" else None)
     meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
     if not same:
-        meta["tier"] = _TIERS.get(("openai", profile.format), {}).get(meta.get("tier") or "")
+        meta["tier"] = _CLAUDE_TIERS.get(meta.get("tier") or "") if profile.format == "messages" else None
         meta.pop("speed", None)
         meta.pop("metadata", None)
-    elif profile.format != "messages" and not profile.vendor:
+    elif profile.format != "messages" and (not profile.vendor or meta.get("tier") not in _OPENAI_TIERS):
         meta["tier"] = None
     if profile.format == "messages":
         drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
@@ -4641,9 +4651,14 @@ def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
 
 def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...]]:
     """A provider's body without the fields it rejects, and the names of those that made a difference."""
-    names = [name for name in profile.reject if name in body]
-    body = {name: value for name, value in body.items() if name not in names}
-    return body, tuple(name for name in names if name not in SILENT_FIELDS)
+    names = []
+    for name in profile.reject:
+        outer, _, inner = name.partition(".")
+        if outer in body and (not inner or inner in (body[outer] or ())):
+            rest = {key: value for key, value in body[outer].items() if key != inner} if inner else {}
+            body = {**{key: value for key, value in body.items() if key != outer}, **({outer: rest} if rest else {})}
+            names += [name] if outer not in SILENT_FIELDS else []
+    return body, tuple(names)
 
 
 # ---- Answers: how they stop, what they used, how they fail
@@ -5701,7 +5716,8 @@ class ChatPassage:
         found = find_chat_error(chunk) if event.name != "error" else chunk or {"error": event.data}
         if found is not None or not isinstance(chunk, dict):
             if self.finish is not None:
-                self.done = True            # an error behind a proper end changes nothing that was said
+                self.done = True            # an error behind a proper end changes nothing that was said, and may count it
+                self.usage = (chat_usage(chunk) if isinstance(chunk, dict) else None) or self.usage
                 return self._end()
             self.error, self.broken = found, "" if found is not None else "not_json"
             return b""
@@ -6073,6 +6089,7 @@ def _read_chat_think(body: Json) -> Json:
         mode, effort = "off", None
     elif mode is None and (effort or budget or flags):
         mode = "on"
+    effort = None if effort == "default" else effort        # Groq's word for no wish
     told = {"mode": mode, "effort": effort, "budget": budget, "show": "omitted" if reasoning.get("exclude") is True else None}
     return {name: value for name, value in told.items() if value and isinstance(value, int if name == "budget" else str)}
 
@@ -9705,14 +9722,30 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
 
 
 def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
-    """Whether a request may go to this target in the client's own bytes."""
+    """Whether a request may go to this target in the client's own bytes: nothing in it has to change but the model and rejected fields."""
     if client == "completions":
         return preset.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
     if client != profile.format or profile.via_hub or b"aic1." in raw or (not profile.images and b"image" in raw):
         return False
-    return not body.get("tools") or not (profile.tool_schema == "gemini" or profile.call_id == "mistral9")
+    if profile.tool_schema and body.get("tools"):       # its subset of JSON Schema, and signatures on calls that the memo keeps
+        return False
+    if body.get("tool_choice") == "required" != profile.required_word:
+        return False
+    return not profile.call_id or all(fit_id(call_id, profile.call_id) == call_id for call_id in _call_ids(body) if isinstance(call_id, str))
+
+
+def _call_ids(body: Json) -> Iterator[Any]:
+    """Ids of the calls in a request's history, in whichever format it is; another provider may have made them."""
+    items = body.get("messages") or body.get("input")
+    for item in items if isinstance(items, list) else ():
+        yield item.get("call_id")
+        for name in ("tool_calls", "content"):
+            blocks = item.get(name)
+            for block in blocks if isinstance(blocks, list) else ():
+                if isinstance(block, dict) and (name == "tool_calls" or block.get("type") == "tool_use"):
+                    yield block.get("id")
 
 
 def pass_request(raw: bytes, body: Json, wire_model: str, removed: Collection[str]) -> tuple[bytes, tuple[str, ...]]:
@@ -12387,7 +12420,7 @@ class _Run:
         if self._passing and job.client == "chat":
             body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, refused)
         elif self._passing:
-            rejects = provider.preset.rejects if job.client == "completions" else ()
+            rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
             body, self._dropped = pass_request(job.raw, job.body, route.model.id, (*rejects, *refused))
         else:
             hub = recall(self._hub_request(), self._relay.memo)
