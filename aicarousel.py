@@ -9632,6 +9632,7 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
 class _Count(NamedTuple):
     """What one family's prompt costs: factors on text and on tool schemas, and tokens for each thing that its template writes around them."""
     text: float = 1.0
+    digits: int = 3                   #: of a number that make one token
     tools: float = 1.35               #: on the JSON of tools; on their rendering as TypeScript where `typescript`
     typescript: bool = False
     with_tools: int = 100             #: once, if there are tools
@@ -9645,33 +9646,37 @@ class _Count(NamedTuple):
     with_schema: int = 0
     hidden_none: bool = False         #: tools are left out when none may be called
     hosted: int = 1400                #: a tool that the provider runs
+    deferred: bool = True             #: tools that wait to be searched for are shown all the same
     sealed: float = 0.0               #: tokens per letter of sealed thinking that goes back, beyond its head
     seal_head: int = 0
     old_thinking: bool = False        #: thinking from before the user's last words is billed too
+    cuts_tags: bool = False           #: the template leaves out <think>...</think> that led to a call
     cited: int = 0                    #: once, where documents are to be cited
     image: str = "area"
+    page: int = 2000                  #: a page of a PDF: its text and its picture
 
 
-_OPENAI = _Count(1.0, 1.0, True, 9, call=8, schema=0.9, image="tiles", hosted=330, sealed=0.125, seal_head=690)
-_CLAUDE = _Count(1.0, 1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
+_OPENAI = _Count(tools=1.0, typescript=True, with_tools=9, call=8, schema=0.9, image="tiles", hosted=330, deferred=False, sealed=0.125, seal_head=690)
+_CLAUDE = _Count(tools=1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
 _COUNTS: tuple[tuple[str, _Count], ...] = (
-    ("*gpt-oss*", _Count(0.97, 1.0, True, 25, 62, call=15, with_schema=60)),
+    ("*gpt-oss*", _Count(0.97, tools=1.0, typescript=True, with_tools=25, always=62, call=15, with_schema=60, cuts_tags=True)),
     ("*gpt-4.1-mini* *gpt-4.1-nano* *o4-mini* *gpt-5-mini* *gpt-5-nano* *gpt-5.?-mini* *gpt-5.?-nano*", _OPENAI._replace(image="patches")),
     ("*gpt-* o1* o3* o4* */o1* */o3* */o4* *chatgpt* computer-use*", _OPENAI),
     ("*claude-3-opus*", _CLAUDE._replace(with_tools=540, forced=0)),
     ("*claude-3* *claude-sonnet-4-2* *claude-opus-4-2* *claude-sonnet-4-0 *claude-opus-4-0 *claude-opus-4-1* *claude-sonnet-4 *claude-opus-4", _CLAUDE._replace(with_tools=350)),
     ("*claude-*-4-[56]* *claude-*-4.[56]*", _CLAUDE),
     ("*claude*", _CLAUDE._replace(text=1.3, tools=1.6, with_tools=370, image="large")),
-    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, 1.45, with_tools=209, always=76, hidden_none=True, call=24)),
-    ("*deepseek*", _Count(0.97, 1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
-    ("*grok*non-reasoning*", _Count(1.0, 1.43, with_tools=100, always=0, turn=2, call=25)),
-    ("*grok*", _Count(1.0, 1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
-    ("*mistral* *mixtral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
-     _Count(0.95, 1.35, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20,
+    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, tools=1.45, with_tools=209, always=76, hidden_none=True, call=24)),
+    ("*deepseek*", _Count(0.97, tools=1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
+    ("*grok*non-reasoning*", _Count(1.0, tools=1.43, with_tools=100, always=0, turn=2, call=25)),
+    ("*grok*", _Count(1.0, tools=1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
+    ("*mixtral*", _Count(digits=1, turn=8, system=3, always=1)),          # [INST] and [/INST] are text to it, four tokens each
+    ("*mistral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
+     _Count(0.95, digits=1, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20, old_thinking=True, page=900,   # pages are read, not shown
             schema=0.0, hidden_none=True, image="patches28")),
-    ("*llama-4*", _Count(1.0, 1.3, with_tools=640)),
+    ("*llama-4*", _Count(1.0, tools=1.3, with_tools=640)),
     ("*llama-3.[1-9]* *llama3.[1-9]*", _Count(always=31)),
-    ("*gemini* *gemma*", _Count(0.85, 1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
+    ("*gemini* *gemma*", _Count(0.85, tools=1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
     ("*glm*", _Count(always=5, thinking=2)),
     ("*qwen* *llama*", _Count(always=5)),
     ("*minimax*", _Count(always=34)),
@@ -9682,7 +9687,7 @@ _MARGIN = 1.05
 _SEARCH_TOOL = 100
 _SAMPLE_CHARS, _SAMPLES = 4096, 32
 _WORD = re.compile("[A-Za-z]+")
-_NUMERALS = re.compile("[0-9]+")
+_NUMERALS = re.compile(" ?[0-9]+")                       # a blank before a number is a token of its own, unlike one before a word
 _MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
 _LINES = re.compile(r"\n\s*|  +")
 _WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
@@ -9694,14 +9699,18 @@ def _up(tokens: float) -> int:
     return -int(-tokens // 1)
 
 
-def estimate_text(text: str) -> float:
-    """Tokens of a text; one of more than a few hundred kilobytes is measured by samples."""
+def _text_tokens(text: str, family: _Count) -> float:
+    return family.text * estimate_text(text, family.digits)
+
+
+def estimate_text(text: str, digits: int = 3) -> float:
+    """Tokens of a text, `digits` of a number being one; one of more than a few hundred kilobytes is measured by samples."""
     if len(text) > 2 * _SAMPLES * _SAMPLE_CHARS:
         step = len(text) // _SAMPLES
         sample = "".join(text[start:start + _SAMPLE_CHARS] for start in range(0, step * _SAMPLES, step))
-        return estimate_text(sample) * len(text) / len(sample)
+        return estimate_text(sample, digits) * len(text) / len(sample)
     count = sum(1.0 if len(word) <= 7 else 1 + (len(word) - 7) / 4.5 for word in _WORD.findall(text))
-    count += sum(-(-len(digits) // 3) for digits in _NUMERALS.findall(text))
+    count += sum(-(-len(number.lstrip()) // digits) + (number[0] == " ") for number in _NUMERALS.findall(text))
     count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
     if not text.isascii():
         wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
@@ -9734,11 +9743,14 @@ def _typescript(schema: Any) -> str:
 def _tool_tokens(tool: Json, family: _Count) -> float:
     if tool["kind"] == "hosted":
         return _SEARCH_TOOL if "tool_search" in str((tool.get("raw") or {}).get("type")) else family.hosted
+    if tool.get("defer") and not family.deferred:
+        return 0
     about, schema = tool.get("description") or "", tool.get("schema") or {}
+    grammar = compact(tool["grammar"]) if tool.get("grammar") else ""
     if family.typescript:
         form = f"(_: {_typescript(schema)})" if schema.get("properties") else "()"
-        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;")
-    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), compact(tool.get("grammar") or ""))))
+        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;{grammar}")
+    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), grammar)))
 
 
 def _size_of_image(data: str) -> tuple[int, int] | None:
@@ -9809,8 +9821,8 @@ def _image_tokens(part: Json, family: _Count) -> float:
     return measure(*size) if size and min(size) else unknown
 
 
-def _file_tokens(part: Json) -> float:
-    """2000 for each page of a PDF; other files by size."""
+def _file_tokens(part: Json, family: _Count) -> float:
+    """So much for each page of a PDF; other files by size."""
     try:
         data = base64.b64decode(part.get("data", ""))
     except ValueError:
@@ -9818,7 +9830,7 @@ def _file_tokens(part: Json) -> float:
     if data and len(data) < 3000:
         return 300
     pages = len(re.findall(rb"/Type\s*/Page(?!s)", data))
-    return 2000 * max(1, pages) if data[:4] == b"%PDF" or not data else 2000 * max(1.0, len(data) / 1500)
+    return family.page * (max(1, pages) if data[:4] == b"%PDF" or not data else max(1.0, len(data) / 1500))
 
 
 def _part_tokens(part: Json, family: _Count) -> float:
@@ -9826,16 +9838,24 @@ def _part_tokens(part: Json, family: _Count) -> float:
     if kind == "image":
         return _image_tokens(part, family)
     if kind == "file" and "text" not in part:
-        return _file_tokens(part)
+        return _file_tokens(part, family)
     if kind == "think" and (part.get("seal") or {}).get("data"):
-        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or family.text * estimate_text(part["text"])
+        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or _text_tokens(part["text"], family)
     if kind == "result":
-        return sum(_part_tokens(inner, family) for inner in part["parts"])
+        found = "" if family.deferred else "".join(map(compact, (part.get("raw") or {}).get("tools") or ()))      # tools that a search brought in
+        return sum(_part_tokens(inner, family) for inner in part["parts"]) + _text_tokens(found, family)
     if kind == "call":
-        return family.call + family.text * estimate_text(f"{part['name']} {part['args']}")
+        return family.call + _text_tokens(f"{part['name']} {part['args']}", family)
     if kind == "file":
-        return family.text * estimate_text(document_text(part))
-    return family.text * estimate_text(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""))
+        return _text_tokens(document_text(part), family)
+    return _text_tokens(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""), family)
+
+
+def _shown(turn: Json, family: _Count) -> Iterable[Json]:
+    """The parts of a turn as the template shows them."""
+    if not family.cuts_tags or all(part["type"] != "call" for part in turn["parts"]):
+        return turn["parts"]
+    return ({**part, "text": part["text"].rpartition("</think>")[2]} if part["type"] == "text" else part for part in turn["parts"])
 
 
 def count_family(model: str) -> _Count:
@@ -9854,9 +9874,9 @@ def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
     last_words = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), 0)
     total = float(family.always)
     if hub.get("system"):
-        total += family.system + family.text * sum(estimate_text(part["text"]) for part in hub["system"])
+        total += family.system + sum(_text_tokens(part["text"], family) for part in hub["system"])
     for index, turn in enumerate(turns):
-        total += family.turn + sum(_part_tokens(part, family) for part in turn["parts"] if family.old_thinking or index >= last_words or part["type"] != "think")
+        total += family.turn + sum(_part_tokens(part, family) for part in _shown(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
     if tools:
         total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
         total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0
