@@ -9851,7 +9851,7 @@ def _part_tokens(part: Json, family: _Count) -> float:
     return _text_tokens(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""), family)
 
 
-def _shown(turn: Json, family: _Count) -> Iterable[Json]:
+def _shown_parts(turn: Json, family: _Count) -> Iterable[Json]:
     """The parts of a turn as the template shows them."""
     if not family.cuts_tags or all(part["type"] != "call" for part in turn["parts"]):
         return turn["parts"]
@@ -9876,7 +9876,7 @@ def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
     if hub.get("system"):
         total += family.system + sum(_text_tokens(part["text"], family) for part in hub["system"])
     for index, turn in enumerate(turns):
-        total += family.turn + sum(_part_tokens(part, family) for part in _shown(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
+        total += family.turn + sum(_part_tokens(part, family) for part in _shown_parts(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
     if tools:
         total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
         total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0
