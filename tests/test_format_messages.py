@@ -872,7 +872,7 @@ def write_stream(deltas: list[Json], asked: Any = ASKED) -> bytes:
 
 
 def frames_of(stream: bytes) -> list[Json]:
-    """The events of our own stream, by our own parser, each under the event line that SDKs dispatch on (m14)."""
+    """The events of our own stream, by our own parser, each under the event line that SDKs dispatch on."""
     reader = gateway.EventReader()
     events = reader.feed(stream)
     assert reader.close() == [] and all(json.loads(item.data)["type"] == item.name for item in events)
@@ -883,6 +883,11 @@ def frames_of(stream: bytes) -> list[Json]:
 def test_a_worked_example_comes_out_byte_for_byte(name: str) -> None:
     wanted = "".join(f"event: {json.loads(line[6:])['type']}\n{line}\n\n" for line in EXAMPLES[name])
     assert write_stream([BEGIN, *WRITTEN[name]]).decode() == wanted
+
+
+def test_m14_every_event_stands_under_its_name() -> None:
+    lines = write_stream([BEGIN, SAY[0], *call("t", "a", "{}"), end("tool")]).decode().split("\n\n")[:-1]
+    assert len(lines) == 9 and all(re.fullmatch(r'event: (\w+)\ndata: \{"type": ?"\1".*\}', line) for line in lines), lines
 
 
 def test_E18_a_refusal_is_text_with_its_own_stop() -> None:
