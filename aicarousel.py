@@ -4585,6 +4585,12 @@ def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
     turns = _fit_notes(_fit_calls(turns, names, profile), profile)
     if profile.format != "messages":
         turns = _fit_results(turns, profile)
+    if turns and turns[0]["role"] == "system" and all(part["type"] == "text" for part in turns[0]["parts"]):
+        first, *turns = turns               # what stood before it held nothing: it leads
+        if turns:
+            ready["system"] = [*ready.get("system", ()), *first["parts"]]
+        else:
+            turns = [{**first, "role": "user"}]
     if profile.user_first and turns and turns[0]["role"] == "assistant":
         turns.insert(0, {"role": "user", "parts": [text_part("(conversation continues)")]})
     if turns and turns[-1]["role"] == "assistant" and profile.prefill == "no":

@@ -364,12 +364,11 @@ def test_P2_where_a_stream_is_cut_says_nothing(blocks: list[Any], manner: Json, 
 SAMPLE = [("think", ["\u00e9\u4e2d", "b"]), ("text", ["Hi \U0001f600", "\u4e2d."]), ("call", "call_abcdef1x", "read", ['{"p":', '"\u00e9"}']), ("call", "call_abcdef2x", "find_all", [])]
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("client", FORMATS)
 @pytest.mark.parametrize("wire", FORMATS)
-def test_P2_at_every_byte(wire: str, client: str, newline: str) -> None:
+def test_P2_at_every_byte(wire: str, client: str) -> None:
     """Inside letters of several bytes and between CR and LF too."""
-    stream = b"".join(as_bytes(FRAMES[wire](SAMPLE, usage=True)[0], newline))
+    stream = b"".join(as_bytes(FRAMES[wire](SAMPLE, usage=True)[0], "\r\n"))
     whole = relayed([stream], wire, client)[0]
     assert HEARD[client](events_of(whole))["text"] == "Hi \U0001f600\u4e2d."
     for place in range(1, len(stream)):
@@ -576,6 +575,7 @@ def test_P4_what_was_written_is_written_again_the_same(items: list[Any], client:
 @given(conversations(damaged=False), clients)
 def test_P4_a_sound_history_keeps_what_its_own_family_made(items: list[Any], client: str) -> None:
     profile = VENDORS[client]
+    items = [*(one for item in items for one in ([item, ("say", "\u0430")] if item[0] == "think" else [item])), ("user", "\u0433\u0434")]      # thinking leads to something
     body = sent(BODIES[client](items), client, profile)
     told = json.dumps(body, ensure_ascii=False)
     blocks = [block for message in body.get("messages", ()) for block in (message["content"] if isinstance(message["content"], list) else ())]
@@ -627,15 +627,16 @@ def test_P5_ids_are_fitted_once(call_id: str, rule: str) -> None:
     assert a.fit_id(fitted, rule) == fitted == a.fit_id(call_id, rule)
 
 
-schemas = st.recursive(st.one_of(st.sampled_from([{"type": "string"}, {"type": ["string", "null"]}, {"const": "a"}, {"enum": [1, "a"]}, {"type": "array"}, {"$ref": "#/$defs/a"}, {}, True]), st.just({"type": "object"})),
-                       lambda inner: st.fixed_dictionaries({}, optional={"type": st.sampled_from(["object", "array", "string", ["object", "null"]]), "properties": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
-                                                                         "items": inner, "anyOf": st.lists(inner, max_size=2), "allOf": st.lists(inner, max_size=2), "oneOf": st.lists(inner, max_size=2),
-                                                                         "required": st.just(["a", "z"]), "additionalProperties": inner, "$defs": st.fixed_dictionaries({"a": inner}),
-                                                                         "exclusiveMinimum": st.just(3), "$schema": st.just("x"), "not": inner}), max_leaves=6)
+schemas = st.deferred(lambda: st.fixed_dictionaries({}, optional={
+    "type": st.sampled_from(["string", "integer", "object", "array", "number", "boolean", ["string", "null"], ["string", "integer"], ["null"]]),
+    "properties": st.dictionaries(st.sampled_from("ab"), schemas, max_size=2), "items": schemas, "anyOf": st.lists(schemas, max_size=2), "oneOf": st.lists(schemas, min_size=1, max_size=2),
+    "allOf": st.lists(schemas, max_size=2), "enum": st.lists(st.one_of(st.text(max_size=2), st.integers()), max_size=2), "const": st.one_of(st.text(max_size=2), st.integers()),
+    "required": st.lists(st.sampled_from("abz"), max_size=2), "format": st.sampled_from(["uri", "date-time", "int32"]), "exclusiveMinimum": st.integers(), "$schema": st.just("x"), "$ref": st.just("#/$defs/a"), "$defs": st.fixed_dictionaries({"a": schemas}), "not": schemas,
+    "additionalProperties": schemas | st.booleans(), "description": st.text(max_size=3)}))
 
 
 @examples(150)
-@given(schemas.filter(lambda schema: isinstance(schema, dict)), targets, st.sampled_from([a.gemini_schema, a.closed_schema]))
+@given(schemas, targets, st.sampled_from([a.gemini_schema, a.closed_schema]))
 def test_P5_schemas_are_cleaned_once(schema: Json, profile: a.Profile, clean: Callable[[Json], Json]) -> None:
     before = copy.deepcopy(schema)
     assert clean(clean(schema)) == clean(schema)
@@ -654,6 +655,7 @@ def test_P5_P6_P7_preparing_is_pure_stable_and_pairs(turns: list[Json], profile:
         assume(False)
         raise
     assert request == before and pairing_faults(ready["turns"]) == [] and a.prepare(request, profile) == ready
+    assert {part["seal"]["family"] for turn in ready["turns"] for part in turn["parts"] if "seal" in part} <= {profile.family}
     again = a.prepare({name: value for name, value in ready.items() if name != "prepared"}, profile)
     assert {name: again.get(name) for name in ("turns", "tools", "system")} == {name: ready.get(name) for name in ("turns", "tools", "system")}
 
@@ -711,9 +713,9 @@ def test_P6_no_order_depends_on_the_process(tmp_path: Path) -> None:
                "extra = {name: 1 for name in ('seed', 'top_k', 'min_p', 'odd', 'other', 'novel')}\n"
                "print([a.translate_request(a.FORMATS[c].read_request({**t.BODIES[c](items), **extra}), p) for c in t.FORMATS for p in t.TARGETS])\n")
     here = Path(__file__).resolve().parent
-    outs = [subprocess.run([sys.executable, "-c", program, str(here), str(here.parent)], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=60, cwd=tmp_path) for seed in "012"]
+    outs = [subprocess.run([sys.executable, "-c", program, str(here), str(here.parent)], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=60, cwd=tmp_path) for seed in "01"]
     assert outs[0].returncode == 0, outs[0].stderr
-    assert len(outs[0].stdout) > 10_000 and outs[0].stdout == outs[1].stdout == outs[2].stdout
+    assert len(outs[0].stdout) > 10_000 and outs[0].stdout == outs[1].stdout
 
 
 # ---------------------------------------------------------------- P12: what nobody knows
@@ -838,7 +840,7 @@ def test_P13_an_error_of_any_shape_is_the_right_exception(name: str, client: str
     httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")        # which of them the SDKs brought
     (status, message, kind, code), of_openai, of_anthropic = FAULTS[name]
     for shape, body in sorted(shapes_of(message, kind, code).items(), key=lambda row: row[0] == "html"):
-        if shape == "html" and status in (400, 422):
+        if shape == "html" and name in ("bad request", "unprocessable"):
             of_openai = of_anthropic = "InternalServerError"        # no API's words: a proxy in between
         failure = a.classify("", "model", status, {}, body, utc=1.79e9)
         entry = a.Provider("p", None, "http://127.0.0.1:1/v1", "chat", "m", True, (), ())
