@@ -3414,6 +3414,9 @@ def _details_with_text(entries: list[Any], text: str) -> list[Json]:
     return rebuilt
 
 
+_DETAIL_WORDS = frozenset({"type", "text", "summary", "format", "signature", "data"})
+
+
 def read_details(entries: Any) -> list[Json]:
     """Think parts of the `reasoning_details` a Chat client sends back: signed text and encrypted entries, each on its own."""
     parts: list[Json] = []
@@ -3421,6 +3424,7 @@ def read_details(entries: Any) -> list[Json]:
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
             continue
+        entry = {name: value for name, value in entry.items() if isinstance(value, str) or name not in _DETAIL_WORDS}
         text += entry.get("text") or entry.get("summary") or ""
         form = entry.get("format") or "unknown"
         kept = {name: value for name, value in entry.items() if name not in ("text", "summary")}

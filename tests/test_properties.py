@@ -76,7 +76,8 @@ def chat_frames(blocks: list[Any], *, usage: bool, field: str = "reasoning_conte
     n_calls, waiting = 0, []
     for place, block in enumerate(blocks):
         if block[0] != "call":
-            deltas += [{"content" if block[0] == "text" else field: piece} for piece in block[1]]
+            key = "content" if block[0] == "text" else field
+            deltas += [{key: [{"type": "reasoning.text", "format": "unknown", "index": 0, "text": piece}] if key == "reasoning_details" else piece} for piece in block[1]]
             continue
         first = {"index": n_calls, "id": block[1], "type": "function", "function": {"name": block[2], "arguments": ""}}
         deltas.append({"tool_calls": [first]})
@@ -173,7 +174,7 @@ def as_bytes(frames: list[Any], newline: str = "\n", ascii_only: bool = False, c
 
 
 framings = st.fixed_dictionaries({"newline": st.sampled_from(["\n", "\r\n", "\r"]), "ascii_only": st.booleans(), "comments": st.booleans()})
-manners = st.fixed_dictionaries({"usage": st.booleans(), "field": st.sampled_from(["reasoning_content", "reasoning"]), "mixed": st.booleans()})
+manners = st.fixed_dictionaries({"usage": st.booleans(), "field": st.sampled_from(["reasoning_content", "reasoning", "reasoning_details"]), "mixed": st.booleans()})
 
 
 def asked_by(client: str, **more: Any) -> a.Asked:
@@ -640,8 +641,9 @@ schemas = st.deferred(lambda: st.fixed_dictionaries({}, optional={
 def test_P5_schemas_are_cleaned_once(schema: Json, profile: a.Profile, clean: Callable[[Json], Json]) -> None:
     before = copy.deepcopy(schema)
     assert clean(clean(schema)) == clean(schema)
-    assert a.clean_schema(a.clean_schema(schema, profile), profile) == a.clean_schema(schema, profile)
     assert schema == before
+    parameters = {**schema, "type": "object"}           # what is no object is no tool's
+    assert a.clean_schema(a.clean_schema(parameters, profile), profile) == a.clean_schema(parameters, profile)
 
 
 @examples(150)
@@ -698,7 +700,7 @@ def test_P10_a_damaged_envelope_is_foreign(family: str, blows: list[Any], profil
     for place, letter in blows:
         damaged[5 + place % (len(envelope) - 5)] = letter
     text = "".join(damaged)
-    assume(a.open_envelope(text) != a.open_envelope(envelope))
+    assume((a.open_envelope(text) or {"family": "?"})["family"] != family)
     body = BODIES[client]([("user", "\u0436"), ("think", "\u0430", family), ("say", "\u0431"), ("user", "\u0432")])
     changed = json.loads(json.dumps(body).replace(json.dumps(envelope), json.dumps(text)).replace(json.dumps(OWN[family][1]), json.dumps(text)))
     told = json.dumps(sent(changed, client, profile))
