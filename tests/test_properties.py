@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 import aicarousel as a
 
@@ -565,6 +565,8 @@ def texts_of(body: Json, wire: str) -> list[str]:
 
 @examples(150)
 @given(conversations(), clients)
+@example([("user", ""), ("system", "\u0430"), ("user", "\u0431")], "messages")
+@example([("user", ""), ("system", "\u0430")], "messages")
 def test_P4_what_was_written_is_written_again_the_same(items: list[Any], client: str) -> None:
     """A body in normal form comes back byte for byte, seals, ids, arguments and cache marks with it."""
     profile = VENDORS[client]
@@ -753,8 +755,53 @@ def spoiled(draw: Any, values: Any) -> Any:
     return value
 
 
-@examples(500)
-@given(clients.flatmap(lambda client: st.tuples(st.just(client), spoiled(conversations().map(BODIES[client])))), targets)
+SCHEMA = {"type": "object", "properties": {"p": {"type": "string"}}, "required": ["p"]}
+DETAIL = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0, "text": "t", "signature": "EqQ"}
+#: A body of each format with much of what it can hold; spoilt like the generated ones.
+RICH: dict[str, Json] = {
+    "chat": {"model": "m", "temperature": 1.5, "top_p": 0.9, "stop": ["x"], "max_completion_tokens": 100, "reasoning_effort": "high", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+             "parallel_tool_calls": False, "user": "u", "metadata": {"a": "b"}, "tool_choice": {"type": "function", "function": {"name": "read"}}, "stream_options": {"include_usage": True}, "reasoning": {"effort": "low", "max_tokens": 9},
+             "thinking": {"type": "enabled", "budget_tokens": 2000}, "web_search_options": {"search_context_size": "low", "user_location": {"type": "approximate", "approximate": {"city": "x"}}}, "service_tier": "auto", "verbosity": "low",
+             "tools": [{"type": "function", "function": {"name": "read", "description": "d", "parameters": SCHEMA, "strict": True}}, {"type": "custom", "custom": {"name": "patch", "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": "x"}}}}],
+             "messages": [{"role": "developer", "content": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]},
+                          {"role": "user", "name": "n", "content": [{"type": "text", "text": "t"}, {"type": "image_url", "image_url": {"url": "https://e.x/i.png", "detail": "low"}}, {"type": "file", "file": {"filename": "f.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}]},
+                          {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "refusal", "refusal": "no"}], "refusal": "no", "reasoning_details": [DETAIL], "annotations": [{"type": "url_citation", "url_citation": {"url": "u", "title": "t"}}],
+                           "tool_calls": [{"id": "call_1abcdef", "type": "function", "function": {"name": "read", "arguments": "{}"}, "extra_content": {"google": {"thought_signature": "S"}}}, {"id": "call_2abcdef", "type": "custom", "custom": {"name": "patch", "input": "x"}}]},
+                          {"role": "tool", "tool_call_id": "call_1abcdef", "content": [{"type": "text", "text": "r"}]}, {"role": "tool", "tool_call_id": "call_2abcdef", "content": "r"}, {"role": "user", "content": "on"}]},
+    "messages": {"model": "m", "max_tokens": 3000, "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral", "ttl": "1h"}}], "thinking": {"type": "enabled", "budget_tokens": 2000, "display": "omitted"}, "temperature": 1,
+                 "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": SCHEMA}}, "metadata": {"user_id": "user_x_account_y_session_z"}, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "stop_sequences": ["x"],
+                 "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "mcp_servers": [{"type": "url", "url": "https://e.x", "name": "n"}], "container": {"skills": []}, "service_tier": "auto", "top_k": 5,
+                 "tools": [{"name": "read", "input_schema": SCHEMA, "cache_control": {"type": "ephemeral"}, "defer_loading": True, "strict": True}, {"type": "bash_20250124", "name": "bash"}, {"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["e.x"]}],
+                 "messages": [{"role": "user", "content": [{"type": "text", "text": "t"}, {"type": "document", "title": "T", "context": "c", "citations": {"enabled": True}, "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
+                                                           {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "t"}]}}, {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "t"}]}]},
+                              {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "EqQ"}, {"type": "redacted_thinking", "data": "Emw"}, {"type": "text", "text": "x", "citations": [{"type": "char_location", "cited_text": "d"}]},
+                                                                {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}},
+                                                                {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [{"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "e"}]},
+                                                                {"type": "tool_use", "id": "toolu_1", "name": "read", "input": {"p": "a"}}]},
+                              {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "is_error": True, "content": [{"type": "text", "text": "r"}, {"type": "image", "source": {"type": "url", "url": "https://e.x/i.png"}},
+                                                                                                                                         {"type": "tool_reference", "tool_name": "read"}]}, {"type": "text", "text": "on"}]},
+                              {"role": "system", "content": [{"type": "text", "text": "s"}, {"type": "tool_addition", "tool": {"name": "g", "input_schema": SCHEMA}}]}, {"role": "user", "content": "on"}]},
+    "responses": {"model": "m", "instructions": "i", "store": False, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "high", "summary": "auto"}, "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}, "verbosity": "low"},
+                  "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "read"}]}, "parallel_tool_calls": False, "max_output_tokens": 100, "prompt_cache_key": "k", "metadata": {"a": "b"}, "truncation": "auto",
+                  "tools": [{"type": "function", "name": "read", "parameters": SCHEMA}, {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}}, {"type": "local_shell"}, {"type": "tool_search", "execution": "client", "parameters": SCHEMA},
+                            {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}]}, {"type": "web_search", "filters": {"allowed_domains": ["e.x"]}}],
+                  "input": [{"role": "developer", "content": "s"}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "t"}, {"type": "input_image", "image_url": "https://e.x/i.png", "detail": "low"}, {"type": "input_file", "filename": "f.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}]},
+                            {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "t"}], "content": [{"type": "reasoning_text", "text": "t"}], "encrypted_content": "gAAAAABo"},
+                            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": [{"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}]}, {"type": "refusal", "refusal": "no"}]},
+                            {"type": "function_call", "call_id": "call_1abcdef", "name": "f", "namespace": "ns", "arguments": "{}"}, {"type": "function_call_output", "call_id": "call_1abcdef", "output": [{"type": "input_text", "text": "r"}]},
+                            {"type": "custom_tool_call", "call_id": "call_2abcdef", "name": "patch", "input": "x"}, {"type": "custom_tool_call_output", "call_id": "call_2abcdef", "output": "r"},
+                            {"type": "local_shell_call", "call_id": "call_3abcdef", "action": {"type": "exec", "command": ["ls"], "env": {}}}, {"type": "local_shell_call_output", "call_id": "call_3abcdef", "output": "r"},
+                            {"type": "tool_search_call", "call_id": "call_4abcdef", "execution": "client", "arguments": {"q": "x"}}, {"type": "tool_search_output", "call_id": "call_4abcdef", "execution": "client", "tools": [{"type": "function", "name": "late", "parameters": SCHEMA}]},
+                            {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "q"}}, {"type": "image_generation_call", "id": "ig_1", "result": PICTURE}, {"type": "compaction", "encrypted_content": "gA"},
+                            {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": "more"}]}, {"type": "message", "role": "user", "content": "on"}]},
+}
+REASONED = chat_body([("user", "\u0436"), ("think", "t", "anthropic"), ("say", "x")])
+
+
+@examples(600)
+@given(clients.flatmap(lambda client: st.tuples(st.just(client), spoiled(st.one_of(conversations().map(BODIES[client]), st.just(RICH[client]))))), targets)
+@example(("chat", changed_at(REASONED, ("messages", 1, "reasoning_details", 0, "text"), [None])), a.Profile())
+@example(("chat", changed_at(REASONED, ("messages", 1, "reasoning_details", 0, "format"), [None])), a.Profile())
 def test_P12_no_body_breaks_reader_or_writer(row: tuple[str, Any], profile: a.Profile) -> None:
     client, body = row
     try:
