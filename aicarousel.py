@@ -3995,9 +3995,23 @@ _GEMINI_KEPT = ("type", "title", "description", "properties", "required", "items
 _GEMINI_FORMATS: Mapping[str, tuple[str, ...]] = {"string": ("enum", "date-time"), "integer": ("int32", "int64"), "number": ("float", "double")}
 
 
+#: What the keywords of a schema that are looked into must be.
+_KEYWORDS: Mapping[str, tuple[type, ...]] = {"properties": (dict,), "$defs": (dict,), "definitions": (dict,), "description": (str,), "type": (str, list), "format": (str,), "required": (list,),
+                                             "enum": (list,), "anyOf": (list,), "oneOf": (list,), "allOf": (list,)}
+
+
+def sound_schema(node: Json) -> Json:
+    """One node of a schema without keywords that hold what they cannot."""
+    sound = {name: value for name, value in node.items() if name not in _KEYWORDS or isinstance(value, _KEYWORDS[name])}
+    for name in ("type", "required"):
+        if isinstance(sound.get(name), list):
+            sound[name] = [word for word in sound[name] if isinstance(word, str)]
+    return sound
+
+
 def gemini_schema(schema: Json) -> Json:
     """The part of a schema that Gemini's function declarations understand, references inlined; a new object, stable under repetition."""
-    definitions = {f"#/{place}/{name}": value for place in ("$defs", "definitions") for name, value in (schema.get(place) or {}).items()}
+    definitions = {f"#/{place}/{name}": value for place in ("$defs", "definitions") for name, value in sound_schema(schema).get(place, {}).items()}
     return _gemini_node(schema, definitions, ())
 
 
@@ -4020,12 +4034,12 @@ def _gemini_node(node: Any, definitions: Json, path: tuple[str, ...]) -> Json:
 
 def _gemini_plain(node: Json, definitions: Json, path: tuple[str, ...]) -> tuple[Json, tuple[str, ...]]:
     """One node with references inlined, `allOf` united and the only member of an `anyOf` put in its place, and the references on the way."""
-    node = dict(node)
+    node = sound_schema(node)
     while True:
         if isinstance(node.get("$ref"), str):
             target = node.pop("$ref")
             known = target in definitions and target not in path and len(path) < 16 and isinstance(definitions[target], dict)
-            node, path = {**(definitions[target] if known else _OBJECT), **node}, (*path, target)
+            node, path = {**(sound_schema(definitions[target]) if known else _OBJECT), **node}, (*path, target)
         elif isinstance(node.get("allOf"), list):
             for member in node.pop("allOf"):
                 if isinstance(member, dict):
@@ -5972,7 +5986,8 @@ def _read_chat_tool(tool: Json, where: str) -> Json:
     if not isinstance(inner.get("name"), str):
         raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
     form = _chat_object(inner.get("format"))
-    told = {"description": inner.get("description"), "schema": inner.get("parameters") if kind == "function" else None, "strict": inner.get("strict"),
+    about, schema = inner.get("description"), inner.get("parameters")
+    told = {"description": about if isinstance(about, str) else None, "schema": schema if kind == "function" and isinstance(schema, dict) else None, "strict": inner.get("strict"),
             "grammar": _chat_inner(form, "grammar") if form.get("type") == "grammar" else None}
     grammar = told["grammar"]
     if grammar:
@@ -7972,7 +7987,7 @@ class ResponsesStreamWriter:
         out: list[bytes] = []
         if delta["reason"] == "refusal" and not self._refused and not self._said:
             explanation = (delta.get("details") or {}).get("explanation")
-            if explanation:
+            if explanation and isinstance(explanation, str):
                 out = self._text({"delta": "refuse", "text": explanation})
             else:
                 status, detail = "incomplete", "content_filter"
@@ -8457,7 +8472,7 @@ def _read_tool(tool: Json) -> Json:
     marks = {**({"cache": tool["cache_control"]} if tool.get("cache_control") else {}), **({"defer": True} if tool.get("defer_loading") else {})}
     if tool.get("type") not in (None, "custom"):
         return {"name": str(tool.get("name") or tool.get("mcp_server_name") or tool["type"]), "kind": "hosted", "family": _OWN, "raw": tool, **marks}
-    told = {"description": tool.get("description"), "schema": tool.get("input_schema"), "strict": tool.get("strict")}
+    told = {"description": about if isinstance(about := tool.get("description"), str) else None, "schema": tool.get("input_schema"), "strict": tool.get("strict")}
     return {"name": tool["name"], "kind": "function", **{name: value for name, value in told.items() if value is not None}, "raw": tool, **marks}
 
 
@@ -9732,12 +9747,13 @@ def _typescript(schema: Any) -> str:
     """A schema as OpenAI's templates show it to the model, near enough to count it."""
     if not isinstance(schema, dict):
         return "any"
+    schema = sound_schema(schema)
     if isinstance(schema.get("enum"), list):
         return " | ".join(map(compact, schema["enum"]))
     members = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(members, list):
         return " | ".join(map(_typescript, members))
-    kind = schema.get("type")
+    kind, required = schema.get("type"), schema.get("required", ())
     if kind == "array":
         return _typescript(schema.get("items")) + "[]"
     if not isinstance(schema.get("properties"), dict):
@@ -9746,7 +9762,7 @@ def _typescript(schema: Any) -> str:
     for name, value in schema["properties"].items():
         about = value if isinstance(value, dict) else {}
         lines.append(f"// {about['description']}\n" if about.get("description") else "")
-        lines.append(f"{name}{'' if name in (schema.get('required') or ()) else '?'}: {_typescript(value)},\n")
+        lines.append(f"{name}{'' if name in required else '?'}: {_typescript(value)},\n")
     return "{\n" + "".join(lines) + "}"
 
 
