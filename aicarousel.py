@@ -3456,6 +3456,9 @@ def _details_with_text(entries: list[Any], text: str) -> list[Json]:
     return rebuilt
 
 
+_DETAIL_WORDS = frozenset({"type", "text", "summary", "format", "signature", "data"})
+
+
 def read_details(entries: Any) -> list[Json]:
     """Think parts of the `reasoning_details` a Chat client sends back: signed text and encrypted entries, each on its own."""
     parts: list[Json] = []
@@ -3463,6 +3466,7 @@ def read_details(entries: Any) -> list[Json]:
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
             continue
+        entry = {name: value for name, value in entry.items() if isinstance(value, str) or name not in _DETAIL_WORDS}
         text += entry.get("text") or entry.get("summary") or ""
         form = entry.get("format") or "unknown"
         kept = {name: value for name, value in entry.items() if name not in ("text", "summary")}
@@ -4039,9 +4043,23 @@ _GEMINI_KEPT = ("type", "title", "description", "properties", "required", "items
 _GEMINI_FORMATS: Mapping[str, tuple[str, ...]] = {"string": ("enum", "date-time"), "integer": ("int32", "int64"), "number": ("float", "double")}
 
 
+#: What the keywords of a schema that are looked into must be.
+_KEYWORDS: Mapping[str, tuple[type, ...]] = {"properties": (dict,), "$defs": (dict,), "definitions": (dict,), "description": (str,), "type": (str, list), "format": (str,), "required": (list,),
+                                             "enum": (list,), "anyOf": (list,), "oneOf": (list,), "allOf": (list,)}
+
+
+def sound_schema(node: Json) -> Json:
+    """One node of a schema without keywords that hold what they cannot."""
+    sound = {name: value for name, value in node.items() if name not in _KEYWORDS or isinstance(value, _KEYWORDS[name])}
+    for name in ("type", "required"):
+        if isinstance(sound.get(name), list):
+            sound[name] = [word for word in sound[name] if isinstance(word, str)]
+    return sound
+
+
 def gemini_schema(schema: Json) -> Json:
     """The part of a schema that Gemini's function declarations understand, references inlined; a new object, stable under repetition."""
-    definitions = {f"#/{place}/{name}": value for place in ("$defs", "definitions") for name, value in (schema.get(place) or {}).items()}
+    definitions = {f"#/{place}/{name}": value for place in ("$defs", "definitions") for name, value in sound_schema(schema).get(place, {}).items()}
     return _gemini_node(schema, definitions, ())
 
 
@@ -4064,12 +4082,12 @@ def _gemini_node(node: Any, definitions: Json, path: tuple[str, ...]) -> Json:
 
 def _gemini_plain(node: Json, definitions: Json, path: tuple[str, ...]) -> tuple[Json, tuple[str, ...]]:
     """One node with references inlined, `allOf` united and the only member of an `anyOf` put in its place, and the references on the way."""
-    node = dict(node)
+    node = sound_schema(node)
     while True:
         if isinstance(node.get("$ref"), str):
             target = node.pop("$ref")
             known = target in definitions and target not in path and len(path) < 16 and isinstance(definitions[target], dict)
-            node, path = {**(definitions[target] if known else _OBJECT), **node}, (*path, target)
+            node, path = {**(sound_schema(definitions[target]) if known else _OBJECT), **node}, (*path, target)
         elif isinstance(node.get("allOf"), list):
             for member in node.pop("allOf"):
                 if isinstance(member, dict):
@@ -4639,6 +4657,12 @@ def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
     turns = _fit_notes(_fit_calls(turns, names, profile), profile)
     if profile.format != "messages":
         turns = _fit_results(turns, profile)
+    if turns and turns[0]["role"] == "system" and all(part["type"] == "text" for part in turns[0]["parts"]):
+        first, *turns = turns               # what stood before it held nothing: it leads
+        if turns:
+            ready["system"] = [*ready.get("system", ()), *first["parts"]]
+        else:
+            turns = [{**first, "role": "user"}]
     if profile.user_first and turns and turns[0]["role"] == "assistant":
         turns.insert(0, {"role": "user", "parts": [text_part("(conversation continues)")]})
     if turns and turns[-1]["role"] == "assistant" and profile.prefill == "no":
@@ -6041,7 +6065,8 @@ def _read_chat_tool(tool: Json, where: str) -> Json:
     if not isinstance(inner.get("name"), str):
         raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
     form = _chat_object(inner.get("format"))
-    told = {"description": inner.get("description"), "schema": inner.get("parameters") if kind == "function" else None, "strict": inner.get("strict"),
+    about, schema = inner.get("description"), inner.get("parameters")
+    told = {"description": about if isinstance(about, str) else None, "schema": schema if kind == "function" and isinstance(schema, dict) else None, "strict": inner.get("strict"),
             "grammar": _chat_inner(form, "grammar") if form.get("type") == "grammar" else None}
     grammar = told["grammar"]
     if grammar:
@@ -8058,7 +8083,7 @@ class ResponsesStreamWriter:
         out: list[bytes] = []
         if delta["reason"] == "refusal" and not self._refused and not self._said:
             explanation = (delta.get("details") or {}).get("explanation")
-            if explanation:
+            if explanation and isinstance(explanation, str):
                 out = self._text({"delta": "refuse", "text": explanation})
             else:
                 status, detail = "incomplete", "content_filter"
@@ -8543,7 +8568,7 @@ def _read_tool(tool: Json) -> Json:
     marks = {**({"cache": tool["cache_control"]} if tool.get("cache_control") else {}), **({"defer": True} if tool.get("defer_loading") else {})}
     if tool.get("type") not in (None, "custom"):
         return {"name": str(tool.get("name") or tool.get("mcp_server_name") or tool["type"]), "kind": "hosted", "family": _OWN, "raw": tool, **marks}
-    told = {"description": tool.get("description"), "schema": tool.get("input_schema"), "strict": tool.get("strict")}
+    told = {"description": about if isinstance(about := tool.get("description"), str) else None, "schema": tool.get("input_schema"), "strict": tool.get("strict")}
     return {"name": tool["name"], "kind": "function", **{name: value for name, value in told.items() if value is not None}, "raw": tool, **marks}
 
 
@@ -9985,6 +10010,7 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
 class _Count(NamedTuple):
     """What one family's prompt costs: factors on text and on tool schemas, and tokens for each thing that its template writes around them."""
     text: float = 1.0
+    digits: int = 3                   #: of a number that make one token
     tools: float = 1.35               #: on the JSON of tools; on their rendering as TypeScript where `typescript`
     typescript: bool = False
     with_tools: int = 100             #: once, if there are tools
@@ -9998,33 +10024,37 @@ class _Count(NamedTuple):
     with_schema: int = 0
     hidden_none: bool = False         #: tools are left out when none may be called
     hosted: int = 1400                #: a tool that the provider runs
+    deferred: bool = True             #: tools that wait to be searched for are shown all the same
     sealed: float = 0.0               #: tokens per letter of sealed thinking that goes back, beyond its head
     seal_head: int = 0
     old_thinking: bool = False        #: thinking from before the user's last words is billed too
+    cuts_tags: bool = False           #: the template leaves out <think>...</think> that led to a call
     cited: int = 0                    #: once, where documents are to be cited
     image: str = "area"
+    page: int = 2000                  #: a page of a PDF: its text and its picture
 
 
-_OPENAI = _Count(1.0, 1.0, True, 9, call=8, schema=0.9, image="tiles", hosted=330, sealed=0.125, seal_head=690)
-_CLAUDE = _Count(1.0, 1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
+_OPENAI = _Count(tools=1.0, typescript=True, with_tools=9, call=8, schema=0.9, image="tiles", hosted=330, deferred=False, sealed=0.125, seal_head=690)
+_CLAUDE = _Count(tools=1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
 _COUNTS: tuple[tuple[str, _Count], ...] = (
-    ("*gpt-oss*", _Count(0.97, 1.0, True, 25, 62, call=15, with_schema=60)),
+    ("*gpt-oss*", _Count(0.97, tools=1.0, typescript=True, with_tools=25, always=62, call=15, with_schema=60, cuts_tags=True)),
     ("*gpt-4.1-mini* *gpt-4.1-nano* *o4-mini* *gpt-5-mini* *gpt-5-nano* *gpt-5.?-mini* *gpt-5.?-nano*", _OPENAI._replace(image="patches")),
     ("*gpt-* o1* o3* o4* */o1* */o3* */o4* *chatgpt* computer-use*", _OPENAI),
     ("*claude-3-opus*", _CLAUDE._replace(with_tools=540, forced=0)),
     ("*claude-3* *claude-sonnet-4-2* *claude-opus-4-2* *claude-sonnet-4-0 *claude-opus-4-0 *claude-opus-4-1* *claude-sonnet-4 *claude-opus-4", _CLAUDE._replace(with_tools=350)),
     ("*claude-*-4-[56]* *claude-*-4.[56]*", _CLAUDE),
     ("*claude*", _CLAUDE._replace(text=1.3, tools=1.6, with_tools=370, image="large")),
-    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, 1.45, with_tools=209, always=76, hidden_none=True, call=24)),
-    ("*deepseek*", _Count(0.97, 1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
-    ("*grok*non-reasoning*", _Count(1.0, 1.43, with_tools=100, always=0, turn=2, call=25)),
-    ("*grok*", _Count(1.0, 1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
-    ("*mistral* *mixtral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
-     _Count(0.95, 1.35, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20,
+    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, tools=1.45, with_tools=209, always=76, hidden_none=True, call=24)),
+    ("*deepseek*", _Count(0.97, tools=1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
+    ("*grok*non-reasoning*", _Count(1.0, tools=1.43, with_tools=100, always=0, turn=2, call=25)),
+    ("*grok*", _Count(1.0, tools=1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
+    ("*mixtral*", _Count(digits=1, turn=8, system=3, always=1)),          # [INST] and [/INST] are text to it, four tokens each
+    ("*mistral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
+     _Count(0.95, digits=1, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20, old_thinking=True, page=900,   # pages are read, not shown
             schema=0.0, hidden_none=True, image="patches28")),
-    ("*llama-4*", _Count(1.0, 1.3, with_tools=640)),
+    ("*llama-4*", _Count(1.0, tools=1.3, with_tools=640)),
     ("*llama-3.[1-9]* *llama3.[1-9]*", _Count(always=31)),
-    ("*gemini* *gemma*", _Count(0.85, 1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
+    ("*gemini* *gemma*", _Count(0.85, tools=1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
     ("*glm*", _Count(always=5, thinking=2)),
     ("*qwen* *llama*", _Count(always=5)),
     ("*minimax*", _Count(always=34)),
@@ -10035,7 +10065,7 @@ _MARGIN = 1.05
 _SEARCH_TOOL = 100
 _SAMPLE_CHARS, _SAMPLES = 4096, 32
 _WORD = re.compile("[A-Za-z]+")
-_NUMERALS = re.compile("[0-9]+")
+_NUMERALS = re.compile(" ?[0-9]+")                       # a blank before a number is a token of its own, unlike one before a word
 _MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
 _LINES = re.compile(r"\n\s*|  +")
 _WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
@@ -10047,14 +10077,18 @@ def _up(tokens: float) -> int:
     return -int(-tokens // 1)
 
 
-def estimate_text(text: str) -> float:
-    """Tokens of a text; one of more than a few hundred kilobytes is measured by samples."""
+def _text_tokens(text: str, family: _Count) -> float:
+    return family.text * estimate_text(text, family.digits)
+
+
+def estimate_text(text: str, digits: int = 3) -> float:
+    """Tokens of a text, `digits` of a number being one; one of more than a few hundred kilobytes is measured by samples."""
     if len(text) > 2 * _SAMPLES * _SAMPLE_CHARS:
         step = len(text) // _SAMPLES
         sample = "".join(text[start:start + _SAMPLE_CHARS] for start in range(0, step * _SAMPLES, step))
-        return estimate_text(sample) * len(text) / len(sample)
+        return estimate_text(sample, digits) * len(text) / len(sample)
     count = sum(1.0 if len(word) <= 7 else 1 + (len(word) - 7) / 4.5 for word in _WORD.findall(text))
-    count += sum(-(-len(digits) // 3) for digits in _NUMERALS.findall(text))
+    count += sum(-(-len(number.lstrip()) // digits) + (number[0] == " ") for number in _NUMERALS.findall(text))
     count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
     if not text.isascii():
         wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
@@ -10066,12 +10100,13 @@ def _typescript(schema: Any) -> str:
     """A schema as OpenAI's templates show it to the model, near enough to count it."""
     if not isinstance(schema, dict):
         return "any"
+    schema = sound_schema(schema)
     if isinstance(schema.get("enum"), list):
         return " | ".join(map(compact, schema["enum"]))
     members = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(members, list):
         return " | ".join(map(_typescript, members))
-    kind = schema.get("type")
+    kind, required = schema.get("type"), schema.get("required", ())
     if kind == "array":
         return _typescript(schema.get("items")) + "[]"
     if not isinstance(schema.get("properties"), dict):
@@ -10080,18 +10115,21 @@ def _typescript(schema: Any) -> str:
     for name, value in schema["properties"].items():
         about = value if isinstance(value, dict) else {}
         lines.append(f"// {about['description']}\n" if about.get("description") else "")
-        lines.append(f"{name}{'' if name in (schema.get('required') or ()) else '?'}: {_typescript(value)},\n")
+        lines.append(f"{name}{'' if name in required else '?'}: {_typescript(value)},\n")
     return "{\n" + "".join(lines) + "}"
 
 
 def _tool_tokens(tool: Json, family: _Count) -> float:
     if tool["kind"] == "hosted":
         return _SEARCH_TOOL if "tool_search" in str((tool.get("raw") or {}).get("type")) else family.hosted
+    if tool.get("defer") and not family.deferred:
+        return 0
     about, schema = tool.get("description") or "", tool.get("schema") or {}
+    grammar = compact(tool["grammar"]) if tool.get("grammar") else ""
     if family.typescript:
         form = f"(_: {_typescript(schema)})" if schema.get("properties") else "()"
-        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;")
-    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), compact(tool.get("grammar") or ""))))
+        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;{grammar}")
+    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), grammar)))
 
 
 def _size_of_image(data: str) -> tuple[int, int] | None:
@@ -10162,8 +10200,8 @@ def _image_tokens(part: Json, family: _Count) -> float:
     return measure(*size) if size and min(size) else unknown
 
 
-def _file_tokens(part: Json) -> float:
-    """2000 for each page of a PDF; other files by size."""
+def _file_tokens(part: Json, family: _Count) -> float:
+    """So much for each page of a PDF; other files by size."""
     try:
         data = base64.b64decode(part.get("data", ""))
     except ValueError:
@@ -10171,7 +10209,7 @@ def _file_tokens(part: Json) -> float:
     if data and len(data) < 3000:
         return 300
     pages = len(re.findall(rb"/Type\s*/Page(?!s)", data))
-    return 2000 * max(1, pages) if data[:4] == b"%PDF" or not data else 2000 * max(1.0, len(data) / 1500)
+    return family.page * (max(1, pages) if data[:4] == b"%PDF" or not data else max(1.0, len(data) / 1500))
 
 
 def _part_tokens(part: Json, family: _Count) -> float:
@@ -10179,16 +10217,24 @@ def _part_tokens(part: Json, family: _Count) -> float:
     if kind == "image":
         return _image_tokens(part, family)
     if kind == "file" and "text" not in part:
-        return _file_tokens(part)
+        return _file_tokens(part, family)
     if kind == "think" and (part.get("seal") or {}).get("data"):
-        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or family.text * estimate_text(part["text"])
+        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or _text_tokens(part["text"], family)
     if kind == "result":
-        return sum(_part_tokens(inner, family) for inner in part["parts"])
+        found = "" if family.deferred else "".join(map(compact, (part.get("raw") or {}).get("tools") or ()))      # tools that a search brought in
+        return sum(_part_tokens(inner, family) for inner in part["parts"]) + _text_tokens(found, family)
     if kind == "call":
-        return family.call + family.text * estimate_text(f"{part['name']} {part['args']}")
+        return family.call + _text_tokens(f"{part['name']} {part['args']}", family)
     if kind == "file":
-        return family.text * estimate_text(document_text(part))
-    return family.text * estimate_text(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""))
+        return _text_tokens(document_text(part), family)
+    return _text_tokens(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""), family)
+
+
+def _shown_parts(turn: Json, family: _Count) -> Iterable[Json]:
+    """The parts of a turn as the template shows them."""
+    if not family.cuts_tags or all(part["type"] != "call" for part in turn["parts"]):
+        return turn["parts"]
+    return ({**part, "text": part["text"].rpartition("</think>")[2]} if part["type"] == "text" else part for part in turn["parts"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -10208,9 +10254,9 @@ def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
     last_words = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), 0)
     total = float(family.always)
     if hub.get("system"):
-        total += family.system + family.text * sum(estimate_text(part["text"]) for part in hub["system"])
+        total += family.system + sum(_text_tokens(part["text"], family) for part in hub["system"])
     for index, turn in enumerate(turns):
-        total += family.turn + sum(_part_tokens(part, family) for part in turn["parts"] if family.old_thinking or index >= last_words or part["type"] != "think")
+        total += family.turn + sum(_part_tokens(part, family) for part in _shown_parts(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
     if tools:
         total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
         total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0

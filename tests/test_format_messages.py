@@ -1,6 +1,6 @@
 """Anthropic Messages: requests read and written, answers and streams read and written, streams that pass through.
 
-Rows named by a number are mistakes of other gateways (`#64`), rows named E and a number are worked examples (tests/data/messages/examples.txt).
+Rows named by a number are mistakes of other gateways (`m64`), rows named E and a number are worked examples (tests/data/messages/examples.txt).
 """
 
 from __future__ import annotations
@@ -179,17 +179,17 @@ READ_FIELDS = {
     "stop": ({"stop_sequences": ["END", ""]}, "stop", ["END"]),
     "choice auto": ({"tool_choice": {"type": "auto"}}, "choice", {"mode": "auto"}),
     "choice any": ({"tool_choice": {"type": "any"}}, "choice", {"mode": "any"}),
-    "#76 choice none": ({"tool_choice": {"type": "none"}}, "choice", {"mode": "none"}),
+    "m76 choice none": ({"tool_choice": {"type": "none"}}, "choice", {"mode": "none"}),
     "choice tool": ({"tool_choice": {"type": "tool", "name": "Read"}}, "choice", {"mode": "tool", "name": "Read"}),
     "choice unknown": ({"tool_choice": {"type": "maybe"}}, "choice", None),
-    "#77 no parallel calls": ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, "parallel", False),
+    "m77 no parallel calls": ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, "parallel", False),
     "parallel calls": ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": False}}, "parallel", None),
     "thinking enabled": ({"thinking": {"type": "enabled", "budget_tokens": 4096}}, "think", {"mode": "on", "budget": 4096}),
     "thinking adaptive": ({"thinking": {"type": "adaptive"}}, "think", {"mode": "auto"}),
     "thinking disabled": ({"thinking": {"type": "disabled"}}, "think", {"mode": "off"}),
     "thinking shown": ({"thinking": {"type": "adaptive", "display": "summarized"}}, "think", {"mode": "auto", "show": "summarized"}),
-    "#99 effort alone": ({"output_config": {"effort": "high"}}, "think", {"effort": "high"}),
-    "#100 adaptive and effort": ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, "think", {"mode": "auto", "effort": "max"}),
+    "m99 effort alone": ({"output_config": {"effort": "high"}}, "think", {"effort": "high"}),
+    "m100 adaptive and effort": ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, "think", {"mode": "auto", "effort": "max"}),
     "format": ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}, "format", {"kind": "schema", "schema": {"type": "object"}}),
     "output_format": ({"output_format": {"type": "json_schema", "schema": {"type": "object"}}}, "format", {"kind": "schema", "schema": {"type": "object"}}),
     "user": ({"metadata": {"user_id": "u1"}}, "meta", {"user": "u1"}),
@@ -241,7 +241,7 @@ READ_BLOCKS: dict[str, tuple[Json, Json]] = {
     "call without input": ({"type": "tool_use", "id": "t1", "name": "now"}, {"type": "call", "id": "t1", "name": "now", "args": "", "kind": "function"}),
     "call of null": ({"type": "tool_use", "id": "t1", "name": "now", "input": None}, {"type": "call", "id": "t1", "name": "now", "args": "", "kind": "function"}),
     "thinking": ({"type": "thinking", "thinking": "Hm.", "signature": "EqQBCkYI"}, {"type": "think", "text": "Hm.", "seal": OWN_SEAL}),
-    "#111 thinking omitted": ({"type": "thinking", "thinking": "", "signature": "EqQBCkYI"}, {"type": "think", "text": "", "seal": OWN_SEAL}),
+    "m111 thinking omitted": ({"type": "thinking", "thinking": "", "signature": "EqQBCkYI"}, {"type": "think", "text": "", "seal": OWN_SEAL}),
     "thinking unsigned": ({"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "think", "text": "Hm."}),
     "thinking from elsewhere": ({"type": "thinking", "thinking": "Hm.", "signature": gateway.seal_envelope(CEREBRAS)}, {"type": "think", "text": "Hm.", "seal": CEREBRAS}),
     "thinking hidden by us": ({"type": "thinking", "thinking": "", "signature": gateway.seal_envelope(CEREBRAS, "Hm.")}, {"type": "think", "text": "Hm.", "seal": CEREBRAS}),
@@ -296,7 +296,7 @@ TOOLS: dict[str, tuple[Json, Json]] = {
     "custom": ({"type": "custom", "name": "a"}, {"name": "a", "kind": "function"}),
     "strict": ({"name": "a", "strict": True}, {"name": "a", "kind": "function", "strict": True}),
     "marked": ({"name": "a", "cache_control": {"type": "ephemeral"}}, {"name": "a", "kind": "function", "cache": {"type": "ephemeral"}}),
-    "#90 deferred": ({"name": "a", "defer_loading": True}, {"name": "a", "kind": "function", "defer": True}),
+    "m90 deferred": ({"name": "a", "defer_loading": True}, {"name": "a", "kind": "function", "defer": True}),
     "hosted": ({"type": "web_search_20250305", "name": "web_search", "max_uses": 3}, {"name": "web_search", "kind": "hosted", "family": "anthropic"}),
     "client-run": ({"type": "bash_20250124", "name": "bash"}, {"name": "bash", "kind": "hosted", "family": "anthropic"}),
     "toolset": ({"type": "mcp_toolset", "mcp_server_name": "docs"}, {"name": "docs", "kind": "hosted", "family": "anthropic"}),
@@ -320,7 +320,7 @@ def test_a_system_prompt_is_text_alone() -> None:
     assert hub["system"] == [text("Be brief.")] and hub["dropped"] == ["system.image"]
 
 
-def test_106_system_messages_in_the_middle() -> None:
+def test_m106_system_messages_in_the_middle() -> None:
     body = body_of(messages=[*HI, {"role": "system", "content": "mind the gap"}, {"role": "assistant", "content": "ok"}, *HI])
     assert write(body)["messages"][1] == {"role": "system", "content": "mind the gap"}
     compat = write(body, COMPAT)["messages"]
@@ -340,7 +340,7 @@ def test_tools_added_and_removed_in_the_middle_are_applied_where_no_such_turn_ex
 
 
 @pytest.mark.parametrize("name", ["claude-opus-4-8", "claude-opus-4-8[1m]", "claude-opus-4-8[1M][1m]"])
-def test_112_the_suffix_of_a_long_context_is_no_part_of_the_name(name: str) -> None:
+def test_m112_the_suffix_of_a_long_context_is_no_part_of_the_name(name: str) -> None:
     assert gateway.plain_model(name) == "claude-opus-4-8"
     assert gateway.messages_write_request(gateway.prepare(read(model=name), gateway.Profile(format="messages")), gateway.Profile(format="messages"))["model"] == "claude-opus-4-8"
 
@@ -369,18 +369,18 @@ WRITTEN_FIELDS: dict[str, tuple[Json, str, Any]] = {
     "system": ({"system": [text("a"), {**text("b"), "cache": {"type": "ephemeral"}}]}, "system", [text("a"), {**text("b"), "cache_control": {"type": "ephemeral"}}]),
     "no system": ({"system": []}, "system", None),
     "stop": ({"stop": ["END", " \n"]}, "stop_sequences", ["END"]),
-    "#103 temperature": ({"sampling": {"temperature": 1.7}}, "temperature", 1),
-    "#104 temperature and top_p": ({"sampling": {"temperature": 0.5, "top_p": 0.9}}, "top_p", None),
+    "m103 temperature": ({"sampling": {"temperature": 1.7}}, "temperature", 1),
+    "m104 temperature and top_p": ({"sampling": {"temperature": 0.5, "top_p": 0.9}}, "top_p", None),
     "top_k": ({"sampling": {"top_k": 4}}, "top_k", 4),
     "seed": ({"sampling": {"seed": 4}}, "seed", None),
     "penalties": ({"sampling": {"presence_penalty": 1}}, "presence_penalty", None),
     "thinking by budget": ({"think": {"mode": "on", "budget": 2000}, "max_out": 4000}, "thinking", {"type": "enabled", "budget_tokens": 2000}),
-    "#101 budget too small": ({"think": {"mode": "on", "budget": 500}, "max_out": 4000}, "thinking", {"type": "enabled", "budget_tokens": 1024}),
+    "m101 budget too small": ({"think": {"mode": "on", "budget": 500}, "max_out": 4000}, "thinking", {"type": "enabled", "budget_tokens": 1024}),
     "budget over the limit": ({"think": {"mode": "on", "budget": 9000}, "max_out": 4000}, "thinking", {"type": "enabled", "budget_tokens": 3999}),
-    "#101 no room for a budget": ({"think": {"mode": "on", "budget": 500}, "max_out": 1000}, "thinking", {"type": "disabled"}),
+    "m101 no room for a budget": ({"think": {"mode": "on", "budget": 500}, "max_out": 1000}, "thinking", {"type": "disabled"}),
     "thinking by effort": ({"think": {"mode": "on", "effort": "high"}}, "thinking", {"type": "adaptive"}),
     "effort": ({"think": {"mode": "on", "effort": "high"}}, "output_config", {"effort": "high"}),
-    "#99 effort alone": ({"think": {"effort": "low"}}, "thinking", None),
+    "m99 effort alone": ({"think": {"effort": "low"}}, "thinking", None),
     "thinking off": ({"think": {"mode": "off"}}, "thinking", {"type": "disabled"}),
     "summaries": ({"think": {"mode": "on", "effort": "low", "show": "auto"}}, "thinking", {"type": "adaptive", "display": "summarized"}),
     "schema": ({"format": {"kind": "schema", "name": "x", "schema": {"type": "object", "properties": {}}}}, "output_config",
@@ -392,7 +392,7 @@ WRITTEN_FIELDS: dict[str, tuple[Json, str, Any]] = {
     "tier flex": ({"meta": {"tier": "flex"}}, "service_tier", None),
     "verbosity": ({"meta": {"verbosity": "low"}}, "verbosity", None),
     "no tools": ({"choice": {"mode": "any"}}, "tool_choice", None),
-    "#75 no tools left": ({"choice": {"mode": "auto"}, "tools": [{"name": "x", "kind": "hosted", "family": "openai", "raw": {"type": "file_search"}}]}, "tool_choice", None),
+    "m75 no tools left": ({"choice": {"mode": "auto"}, "tools": [{"name": "x", "kind": "hosted", "family": "openai", "raw": {"type": "file_search"}}]}, "tool_choice", None),
     "choice auto": ({"tools": [READ_TOOL], "choice": {"mode": "auto"}}, "tool_choice", {"type": "auto"}),
     "choice any": ({"tools": [READ_TOOL], "choice": {"mode": "any"}}, "tool_choice", {"type": "any"}),
     "choice none": ({"tools": [READ_TOOL], "choice": {"mode": "none"}}, "tool_choice", {"type": "none"}),
@@ -402,7 +402,7 @@ WRITTEN_FIELDS: dict[str, tuple[Json, str, Any]] = {
     "none, not parallel": ({"tools": [READ_TOOL], "parallel": False, "choice": {"mode": "none"}}, "tool_choice", {"type": "none"}),
     "allowed": ({"tools": [READ_TOOL, {**READ_TOOL, "name": "b"}], "choice": {"mode": "any", "allowed": ["b"]}}, "tools",
                 [{"name": "b", "description": "d", "input_schema": READ_TOOL["schema"]}]),
-    "#82 no schema": ({"tools": [{"name": "a", "kind": "function"}]}, "tools", [{"name": "a", "input_schema": {"type": "object", "properties": {}}}]),
+    "m82 no schema": ({"tools": [{"name": "a", "kind": "function"}]}, "tools", [{"name": "a", "input_schema": {"type": "object", "properties": {}}}]),
     "strict": ({"tools": [{"name": "a", "kind": "function", "strict": True}]}, "tools", [{"name": "a", "input_schema": {"type": "object", "properties": {}}, "strict": True}]),
     "hosted elsewhere": ({"tools": [{"name": "web_search", "kind": "hosted", "family": "openai", "raw": {"type": "web_search"}}]}, "tools",
                          [{"type": "web_search_20250305", "name": "web_search"}]),
@@ -418,32 +418,32 @@ def test_a_hub_field_is_written(row: str) -> None:
 SIGNED = {"type": "think", "text": " Look. ", "seal": OWN_SEAL}
 
 MENDED: dict[str, tuple[list[Json], list[Json]]] = {
-    "#64 nothing said": ([user(text("a")), assistant(text("")), user(text("b"))], [{"role": "user", "content": [text("a"), text("b")]}]),
-    "#65 blanks beside a call": ([user(text("a")), assistant(text(" \n"), CALL), user(RESULT)],
+    "m64 nothing said": ([user(text("a")), assistant(text("")), user(text("b"))], [{"role": "user", "content": [text("a"), text("b")]}]),
+    "m65 blanks beside a call": ([user(text("a")), assistant(text(" \n"), CALL), user(RESULT)],
                                  [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK]},
                                   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "none"}]}]),
-    "#66 text before the result": ([user(text("a")), assistant(CALL), user(text("hurry"), RESULT)],
+    "m66 text before the result": ([user(text("a")), assistant(CALL), user(text("hurry"), RESULT)],
                                    [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK]},
                                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "none"}, text("hurry")]}]),
-    "#67 results over turns": ([user(text("a")), assistant(CALL, {**CALL, "id": "call_2abcdef"}), user(RESULT), user({**RESULT, "id": "call_2abcdef"})],
+    "m67 results over turns": ([user(text("a")), assistant(CALL, {**CALL, "id": "call_2abcdef"}), user(RESULT), user({**RESULT, "id": "call_2abcdef"})],
                                [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK, {**USE_BLOCK, "id": "call_2abcdef"}]},
                                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "none"},
                                                              {"type": "tool_result", "tool_use_id": "call_2abcdef", "content": "none"}]}]),
-    "#68 words between call and result": ([user(text("a")), assistant(CALL), assistant(text("Searching.")), user(RESULT)],
+    "m68 words between call and result": ([user(text("a")), assistant(CALL), assistant(text("Searching.")), user(RESULT)],
                                           [{"role": "user", "content": "a"}, {"role": "assistant", "content": [text("Searching."), USE_BLOCK]},
                                            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "none"}]}]),
-    "#69 never answered": ([user(text("a")), assistant(CALL), user(text("go on"))],
+    "m69 never answered": ([user(text("a")), assistant(CALL), user(text("go on"))],
                            [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK]},
                             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "No result was recorded for this tool call.", "is_error": True},
                                                          text("go on")]}]),
-    "#70 #71 result without a call": ([user(RESULT, text("b"))], [{"role": "user", "content": [text("[tool result call_1abcdef]\nnone"), text("b")]}]),
-    "#72 result without an id": ([user({**RESULT, "id": ""})], [{"role": "user", "content": "[tool result]\nnone"}]),
-    "#73 images in results": ([user(text("a")), assistant(CALL), user({**RESULT, "parts": [text("see"), {"type": "image", "data": "iVBORw0KGgo=", "mime": "image/png"}]})],
+    "m70 m71 result without a call": ([user(RESULT, text("b"))], [{"role": "user", "content": [text("[tool result call_1abcdef]\nnone"), text("b")]}]),
+    "m72 result without an id": ([user({**RESULT, "id": ""})], [{"role": "user", "content": "[tool result]\nnone"}]),
+    "m73 images in results": ([user(text("a")), assistant(CALL), user({**RESULT, "parts": [text("see"), {"type": "image", "data": "iVBORw0KGgo=", "mime": "image/png"}]})],
                               [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK]},
                                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": [text("see"), {"type": "image", "source": PNG}]}]}]),
     "result of blanks": ([user(text("a")), assistant(CALL), user({**RESULT, "parts": [text(" ")]})],
                          [{"role": "user", "content": "a"}, {"role": "assistant", "content": [USE_BLOCK]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef"}]}]),
-    "#74 image by address": ([user({"type": "image", "url": "https://a.example/x.png", "detail": "low"})],
+    "m74 image by address": ([user({"type": "image", "url": "https://a.example/x.png", "detail": "low"})],
                              [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://a.example/x.png"}}]}]),
     "image/jpg": ([user({"type": "image", "data": "/9j/", "mime": "image/jpg"})],
                   [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "/9j/"}}]}]),
@@ -465,17 +465,17 @@ MENDED: dict[str, tuple[list[Json], list[Json]]] = {
                                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": gateway.fit_id("functions.Read:0", "anthropic"), "content": "none"}]}]),
     "refusal": ([user(text("a")), assistant({"type": "refusal", "text": "No."}), user(text("b"))],
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": "No."}, {"role": "user", "content": "b"}]),
-    "#110 own thinking": ([user(text("a")), assistant(SIGNED, CALL), user(RESULT)],
+    "m110 own thinking": ([user(text("a")), assistant(SIGNED, CALL), user(RESULT)],
                           [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": " Look. ", "signature": "EqQBCkYI"}, USE_BLOCK]},
                            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1abcdef", "content": "none"}]}]),
     "own redacted thinking": ([user(text("a")), assistant({"type": "think", "text": "", "seal": {**OWN_SEAL, "field": "redacted"}}, text("b")), user(text("c"))],
                               [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "EqQBCkYI"}, text("b")]},
                                {"role": "user", "content": "c"}]),
-    "#109 thinking signed elsewhere": ([user(text("a")), assistant({"type": "think", "text": "Look.", "seal": CEREBRAS}, text("b")), user(text("c"))],
+    "m109 thinking signed elsewhere": ([user(text("a")), assistant({"type": "think", "text": "Look.", "seal": CEREBRAS}, text("b")), user(text("c"))],
                                        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]),
     "begins with the assistant": ([assistant(text("a")), user(text("b"))],
                                   [{"role": "user", "content": "(conversation continues)"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]),
-    "#92 lone surrogate": ([user(text("a\ud800"))], [{"role": "user", "content": "a\ufffd"}]),
+    "m92 lone surrogate": ([user(text("a\ud800"))], [{"role": "user", "content": "a\ufffd"}]),
 }
 
 
@@ -487,7 +487,7 @@ def test_turns_are_written_as_messages_wants_them(row: str) -> None:
     assert turns == before
 
 
-def test_91_calls_in_the_history_without_tools_get_stubs() -> None:
+def test_m91_calls_in_the_history_without_tools_get_stubs() -> None:
     body = send(hub_of(user(text("a")), assistant(CALL), user(RESULT)))
     assert body["tools"] == [{"name": "Read", "input_schema": {"type": "object", "properties": {}}}] and body["tool_choice"] == {"type": "none"}
 
@@ -501,7 +501,7 @@ def test_interleaved_thinking_keeps_its_order() -> None:
 
 
 COMPAT_LOSES: dict[str, tuple[Json, str]] = {
-    "#107 context_management": ({"context_management": {"edits": []}}, "context_management"),
+    "m107 context_management": ({"context_management": {"edits": []}}, "context_management"),
     "output_config": ({"output_config": {"effort": "high", "task_budget": {"total": 5}}}, "output_config"),
     "mcp_servers": ({"mcp_servers": [{"name": "a"}]}, "mcp_servers"),
     "container": ({"container": "c1"}, "container"),
@@ -621,14 +621,14 @@ STREAMS: dict[str, tuple[list[Any], list[Json]]] = {
     "thinking of nothing": ([opens(0, type="thinking", thinking="", signature=""), stops(0), *TEXT], SAY),
     "redacted thinking": ([opens(0, type="redacted_thinking", data="EmwK"), stops(0)], [seal(field="redacted", data="EmwK")]),
     "call": ([USE, more(0, "input_json", ""), more(0, "input_json", '{"p":'), more(0, "input_json", "1}"), stops(0)], call("toolu_one", "a", '{"p":', "1}")),
-    "#21 call without arguments": ([USE, more(0, "input_json", ""), stops(0)], call("toolu_one", "a")),
+    "m21 call without arguments": ([USE, more(0, "input_json", ""), stops(0)], call("toolu_one", "a")),
     "call whole in its start": ([opens(0, type="tool_use", id="toolu_one", name="a", input={"p": 1}), stops(0)], call("toolu_one", "a", '{"p":1}')),
     "call in its start and in deltas": ([opens(0, type="tool_use", id="toolu_one", name="a", input={"p": 1}), more(0, "input_json", '{"p":2}'), stops(0)], call("toolu_one", "a", '{"p":2}')),
-    "#24 one index for all": ([*TEXT, USE, more(0, "input_json", "{}"), stops(0), opens(0, type="tool_use", id="toolu_two", name="b", input={}), stops(0)],
+    "m24 one index for all": ([*TEXT, USE, more(0, "input_json", "{}"), stops(0), opens(0, type="tool_use", id="toolu_two", name="b", input={}), stops(0)],
                               [*SAY, *call("toolu_one", "a", "{}"), *call("toolu_two", "b")]),
     "one index and no stops": ([opens(0, type="text", text="Hel"), opens(0, type="text", text="lo"), USE, opens(0, type="tool_use", id="toolu_two", name="b", input={})],
                                [*SAY, *call("toolu_one", "a"), *call("toolu_two", "b")]),
-    "#18 two blocks at once": ([USE, opens(1, type="tool_use", id="toolu_two", name="b", input={}), more(1, "input_json", '{"b"'), more(0, "input_json", '{"a":1}'),
+    "m18 two blocks at once": ([USE, opens(1, type="tool_use", id="toolu_two", name="b", input={}), more(1, "input_json", '{"b"'), more(0, "input_json", '{"a":1}'),
                                 more(1, "input_json", ":2}"), stops(1), stops(0)], [*call("toolu_one", "a", '{"a":1}'), *call("toolu_two", "b", '{"b"', ":2}")]),
     "text within a call": ([USE, opens(1, type="text", text=""), more(1, "text", "Hel"), more(0, "input_json", "{}"), more(1, "text", "lo"), stops(0), stops(1)],
                            [*call("toolu_one", "a", "{}"), *SAY]),
@@ -667,7 +667,7 @@ ENDS: dict[str, tuple[list[Any], Json]] = {
     "sequence": ([start(), *TEXT, {"type": "message_delta", "delta": {"stop_reason": "stop_sequence", "stop_sequence": "END"}}, STOP], {"reason": "sequence", "sequence": "END"}),
     "refusal": ([start(), {"type": "message_delta", "delta": {"stop_reason": "refusal", "stop_details": {"type": "refusal", "category": "cyber"}}}, STOP],
                 {"reason": "refusal", "details": {"type": "refusal", "category": "cyber"}}),
-    "#9 end_turn after a call": ([start(), *TEXT, opens(1, type="tool_use", id="t", name="a", input={}), stops(1), ends("end_turn"), STOP], {"reason": "tool"}),
+    "m9 end_turn after a call": ([start(), *TEXT, opens(1, type="tool_use", id="t", name="a", input={}), stops(1), ends("end_turn"), STOP], {"reason": "tool"}),
     "tool_use without a call": ([start(), *TEXT, ends("tool_use"), STOP], {"reason": "end"}),
     "reason null": ([start(), *TEXT, ends(None), STOP], {"reason": "end"}),
     "reason null after a call": ([start(), USE, stops(0), ends(None), STOP], {"reason": "tool"}),
@@ -676,17 +676,17 @@ ENDS: dict[str, tuple[list[Any], Json]] = {
     "nothing but a reason": ([start(), ends("end_turn"), STOP], {"reason": "end"}),
     "events behind the end": ([start(), *TEXT, ends("end_turn"), STOP, more(0, "text", "x"), {"type": "error", "error": {"message": "late"}}], {"reason": "end"}),
     "error behind the reason": ([start(), *TEXT, ends("max_tokens"), {"type": "error", "error": {"message": "late"}}], {"reason": "length"}),
-    "#30 cut": ([start(), *TEXT], CUT),
+    "m30 cut": ([start(), *TEXT], CUT),
     "cut in a call": ([start(), USE, more(0, "input_json", '{"p":')], CUT),
-    "#32 nothing at all": ([], CUT),
+    "m32 nothing at all": ([], CUT),
     "only a start": ([start(), STOP], {"status": 502, "type": "server_error", "code": "empty_answer", "message": "empty answer"}),
-    "#13 overloaded": ([start(), *TEXT, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}],
+    "m13 overloaded": ([start(), *TEXT, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}],
                        {"status": 503, "type": "server_error", "code": "server_is_overloaded", "message": "Overloaded"}),
     "rate limit": ([{"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}],
                    {"status": 429, "type": "rate_limit_error", "code": "rate_limit_exceeded", "message": "slow"}),
     "error by its line": ([event({"message": "broken"}, "error")], {"status": 502, "type": "server_error", "code": "server_error", "message": "broken"}),
     "error in words": ([event("broken", "error")], {"status": 502, "type": "server_error", "code": "server_error", "message": "broken"}),
-    "#29 error of another format": ([{"error": {"message": "broken", "code": 500}}], {"status": 500, "type": "server_error", "code": "server_error", "message": "broken"}),
+    "m29 error of another format": ([{"error": {"message": "broken", "code": 500}}], {"status": 500, "type": "server_error", "code": "server_error", "message": "broken"}),
     "not JSON": ([start(), event("<html>busy</html>")], {**CUT, "message": "provider sent something that is not JSON"}),
 }
 
@@ -717,7 +717,7 @@ def test_usage_is_cumulative_and_partial(row: str) -> None:
     assert [{name: count for name, count in delta.items() if name != "delta"} for delta in told] == ([counts] if counts else [])
 
 
-def test_e14_thinking_text_a_call_and_one_without_arguments() -> None:
+def test_E14_thinking_text_a_call_and_one_without_arguments() -> None:
     profile = gateway.profile_for("anthropic", "claude-opus-5", "messages")
     lines = [json.loads(line[6:]) for line in EXAMPLES["E14 in"]]
     deltas = read_events(*lines, profile=profile)
@@ -731,19 +731,19 @@ def test_e14_thinking_text_a_call_and_one_without_arguments() -> None:
         "aic1.eyJvIjoiYW50aHJvcGljIiwibSI6ImNsYXVkZS1vcHVzLTUiLCJmIjoic2lnbmF0dXJlIiwiZCI6IkVxUUJDa1lJIn0")
 
 
-def test_110_signed_thinking_keeps_every_blank() -> None:
+def test_m110_signed_thinking_keeps_every_blank() -> None:
     """The signature covers the text, also where a stream begins it with nothing but a line end."""
     deltas = read_events(start(), opens(0, type="thinking", thinking="", signature=""), more(0, "thinking", "\n"), more(0, "thinking", " Look. "), more(0, "signature", "EqQB"), stops(0),
                          ends("end_turn"), STOP)
     assert "".join(delta["text"] for delta in deltas if delta["delta"] == "think") == "\n Look. "
 
 
-def test_e16_an_error_after_text() -> None:
+def test_E16_an_error_after_text() -> None:
     deltas = read_events(start(), opens(0, type="text", text=""), more(0, "text", "Hel"), {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
     assert deltas[1:] == [{"delta": "text", "text": "Hel"}, gateway.error_delta(503, "Overloaded", "server_is_overloaded")]
 
 
-def test_15_arguments_go_on_as_they_come() -> None:
+def test_m15_arguments_go_on_as_they_come() -> None:
     reader = gateway.MessagesStreamReader(gateway.Source(CLAUDE))
     for value in (start(), USE):
         reader.feed(event(value))
@@ -872,7 +872,7 @@ def write_stream(deltas: list[Json], asked: Any = ASKED) -> bytes:
 
 
 def frames_of(stream: bytes) -> list[Json]:
-    """The events of our own stream, by our own parser, each under the event line that SDKs dispatch on (#14)."""
+    """The events of our own stream, by our own parser, each under the event line that SDKs dispatch on."""
     reader = gateway.EventReader()
     events = reader.feed(stream)
     assert reader.close() == [] and all(json.loads(item.data)["type"] == item.name for item in events)
@@ -885,7 +885,12 @@ def test_a_worked_example_comes_out_byte_for_byte(name: str) -> None:
     assert write_stream([BEGIN, *WRITTEN[name]]).decode() == wanted
 
 
-def test_e18_a_refusal_is_text_with_its_own_stop() -> None:
+def test_m14_every_event_stands_under_its_name() -> None:
+    lines = write_stream([BEGIN, SAY[0], *call("t", "a", "{}"), end("tool")]).decode().split("\n\n")[:-1]
+    assert len(lines) == 9 and all(re.fullmatch(r'event: (\w+)\ndata: \{"type": ?"\1".*\}', line) for line in lines), lines
+
+
+def test_E18_a_refusal_is_text_with_its_own_stop() -> None:
     stream = frames_of(write_stream([BEGIN, {"delta": "refuse", "text": "I can't help with that."}, {"delta": "usage", "input": 9, "output": 7}, end("refusal")]))
     assert stream[2]["delta"] == {"type": "text_delta", "text": "I can't help with that."}
     assert stream[-2] == {"type": "message_delta", "delta": {"stop_reason": "refusal", "stop_sequence": None},
@@ -908,11 +913,11 @@ def blocks_of(stream: bytes) -> list[Json]:
 
 #: Which types of frames a few deltas give, each block by its start, its deltas and its stop.
 SHAPES: dict[str, tuple[list[Json], str]] = {
-    "#1 #23 thinking, then a call": ([{"delta": "think", "text": "a"}, {"delta": "seal", **CEREBRAS}, *call("t", "a", "{}"), end("tool")],
+    "m1 m23 thinking, then a call": ([{"delta": "think", "text": "a"}, {"delta": "seal", **CEREBRAS}, *call("t", "a", "{}"), end("tool")],
                                      "start 0:thinking thinking_delta signature_delta stop 1:tool_use input_json_delta stop delta end"),
-    "#5 citation without text": ([{"delta": "cite", "url": "u", "title": "t"}, end("end")], "start delta end"),
-    "#6 text and a call": ([*SAY, *call("t", "a", "{}"), end("tool")], "start 0:text text_delta text_delta stop 1:tool_use input_json_delta stop delta end"),
-    "#3 content without a start": (SAY[:1] + [end("end")], "start 0:text text_delta stop delta end"),
+    "m5 citation without text": ([{"delta": "cite", "url": "u", "title": "t"}, end("end")], "start delta end"),
+    "m6 text and a call": ([*SAY, *call("t", "a", "{}"), end("tool")], "start 0:text text_delta text_delta stop 1:tool_use input_json_delta stop delta end"),
+    "m3 content without a start": (SAY[:1] + [end("end")], "start 0:text text_delta stop delta end"),
     "nothing": ([BEGIN, end("end")], "start delta end"),
     "text again": ([SAY[0], *call("t", "a"), SAY[1], end("tool")], "start 0:text text_delta stop 1:tool_use input_json_delta stop 2:text text_delta stop delta end"),
     "seal alone": ([{"delta": "seal", **CEREBRAS}, end("end")], "start 0:thinking signature_delta stop delta end"),
@@ -926,9 +931,9 @@ SHAPES: dict[str, tuple[list[Json], str]] = {
                                 "start 0:text text_delta citations_delta citations_delta stop 1:text text_delta stop delta end"),
     "note": ([*call("t", "a"), {"delta": "note", "id": "t", "family": "gemini", "data": {}}, {"delta": "args", "text": "{}"}, end("tool")],
              "start 0:tool_use input_json_delta stop delta end"),
-    "#10 #11 error at once": ([gateway.error_delta(503, "gone")], "error"),
-    "#12 error within": ([BEGIN, *call("t", "a", '{"p":'), gateway.error_delta(503, "gone"), end("end")], "start 0:tool_use input_json_delta error"),
-    "#30 no stop": ([BEGIN, SAY[0]], "start 0:text text_delta error"),
+    "m10 m11 error at once": ([gateway.error_delta(503, "gone")], "error"),
+    "m12 error within": ([BEGIN, *call("t", "a", '{"p":'), gateway.error_delta(503, "gone"), end("end")], "start 0:tool_use input_json_delta error"),
+    "m30 no stop": ([BEGIN, SAY[0]], "start 0:text text_delta error"),
     "after the stop": ([SAY[0], end("end"), SAY[1], end("end")], "start 0:text text_delta stop delta end"),
 }
 
@@ -950,19 +955,19 @@ STOP_WORDS = {"end": "end_turn", "length": "max_tokens", "tool": "tool_use", "se
 
 
 @pytest.mark.parametrize("reason", STOP_WORDS)
-def test_36_37_a_stop_is_written_in_the_clients_words(reason: str) -> None:
+def test_m36_m37_a_stop_is_written_in_the_clients_words(reason: str) -> None:
     details = {"type": "refusal", "category": "cyber"}
     stop = {**end(reason), "sequence": "END", "details": details}
     assert frames_of(write_stream([SAY[0], stop]))[-2]["delta"] == {"stop_reason": STOP_WORDS[reason], "stop_sequence": "END", "stop_details": details}
 
 
-def test_26_28_the_last_counts_are_told_whole() -> None:
+def test_m26_m28_the_last_counts_are_told_whole() -> None:
     stream = frames_of(write_stream([BEGIN, SAY[0], {"delta": "usage", "input": 120}, {"delta": "usage", "cached": 100, "cache_write": 8, "output": 18, "reasoning": 4}, end("end")]))
     assert stream[-2]["usage"] == {"input_tokens": 12, "cache_creation_input_tokens": 8, "cache_read_input_tokens": 100, "output_tokens": 18,
                                    "output_tokens_details": {"thinking_tokens": 4}}
 
 
-def test_27_an_estimate_stands_where_nobody_counted() -> None:
+def test_m27_an_estimate_stands_where_nobody_counted() -> None:
     filler = gateway.UsageFiller(25)
     stream = frames_of(write_stream([ready for delta in ({"delta": "start", "id": "c", "model": "m"}, SAY[0], end("end")) for ready in filler.feed(delta)]))
     assert stream[0]["message"]["usage"]["input_tokens"] == 25
@@ -1059,7 +1064,7 @@ def test_an_answer_that_failed_is_the_errors_envelope() -> None:
 
 ERRORS: dict[str, tuple[Any, str, int]] = {
     "bad request": (gateway.bad_request("x"), "invalid_request_error", 400),
-    "#115 too long": (gateway.GatewayError("prompt is too long: 9 tokens > 8 maximum", 400, "context_length_exceeded", "invalid_request_error"), "invalid_request_error", 400),
+    "m115 too long": (gateway.GatewayError("prompt is too long: 9 tokens > 8 maximum", 400, "context_length_exceeded", "invalid_request_error"), "invalid_request_error", 400),
     "unprocessable": (gateway.bad_request("x", status=422), "invalid_request_error", 422),
     "key": (gateway.unauthorized("x"), "authentication_error", 401),
     "forbidden": (gateway.forbidden("x"), "permission_error", 403),
@@ -1069,7 +1074,7 @@ ERRORS: dict[str, tuple[Any, str, int]] = {
     "server": (gateway.GatewayError("x", 500), "api_error", 500),
     "credential": (gateway.GatewayError("x", 502), "api_error", 502),
     "no route": (gateway.no_route("x"), "overloaded_error", 503),
-    "#116 overloaded": (gateway.GatewayError("x", 503, "server_is_overloaded"), "overloaded_error", 529),
+    "m116 overloaded": (gateway.GatewayError("x", 503, "server_is_overloaded"), "overloaded_error", 529),
     "timeout": (gateway.GatewayError("x", 504, "timeout"), "timeout_error", 504),
     "529": (gateway.GatewayError("x", 529), "overloaded_error", 529),
 }
@@ -1221,7 +1226,7 @@ def test_an_error_behind_the_stop_reason_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("tail", [raw(STOP), b"data: [DONE]\n\n"])
-def test_31_a_stop_reason_that_is_missing_is_supplied(tail: bytes) -> None:
+def test_m31_a_stop_reason_that_is_missing_is_supplied(tail: bytes) -> None:
     passage, out = watch(raw(start(), *TEXT) + tail)
     assert passage.done and passage.finish == "end_turn"
     assert [frame["type"] for frame in frames_of(out)][-2:] == ["message_delta", "message_stop"]

@@ -539,7 +539,7 @@ E15 = [
 ]
 
 
-def test_e15_m2_summary_and_arguments_only_in_done_events() -> None:
+def test_E15_m2_summary_and_arguments_only_in_done_events() -> None:
     assert read_stream(*E15) == [
         {"delta": "start", "id": "resp_7", "model": ""}, {"delta": "think", "text": "**Look**"},
         {"delta": "seal", "family": "openai", "model": "gpt-5.5", "field": "encrypted", "data": "gAAAAABo", "id": "rs_1"},
@@ -547,13 +547,13 @@ def test_e15_m2_summary_and_arguments_only_in_done_events() -> None:
         {"delta": "usage", "input": 120, "cached": 100, "output": 30, "reasoning": 12}, {"delta": "stop", "reason": "tool"}]
 
 
-def test_e17_failure_before_content_tells_its_status_and_words() -> None:
+def test_E17_failure_before_content_tells_its_status_and_words() -> None:
     deltas = read_stream(event("response.created", response={"id": "resp_7"}), event("response.failed", response={"id": "resp_7", "status": "failed", "error": {
         "code": "rate_limit_exceeded", "message": "Rate limit reached. Please try again in 12s."}}))
     assert deltas[1:] == [a.error_delta(429, "Rate limit reached. Please try again in 12s.", "rate_limit_exceeded", "rate_limit_error")]
 
 
-def test_e18_refusal() -> None:
+def test_E18_refusal() -> None:
     deltas = read_stream(
         event("response.output_item.added", output_index=0, item={"id": "msg_1", "type": "message", "content": []}),
         event("response.content_part.added", item_id="msg_1", output_index=0, content_index=0, part={"type": "refusal", "refusal": ""}),

@@ -494,7 +494,7 @@ SLOW: dict[str, tuple[bytes, float, list[int]]] = {     # what comes before the 
     "inside the body": (request("POST", "/echo", "Content-Length: 9") + b"half", 60.0, [408]),
     "inside a chunk": (chunked(b"half", end=b"9\r\nx"), 60.0, [408]),
     "after 100": (request("POST", "/echo", "Expect: 100-continue", "Content-Length: 9"), 60.0, [100, 408]),
-    "idle after an answer": (request(), 120.0, [200]),
+    "m125 idle after an answer": (request(), 120.0, [200]),
     "idle after a stream": (request(target="/pieces"), 120.0, [200]),
     "idle after a refusal": (request(target="/refuse"), 120.0, [401]),
     "inside the second head": (request() + b"GET", 10.0, [200, 408]),
