@@ -3178,7 +3178,10 @@ def drop(hub: Json, *names: str) -> None:
 
 def compact(value: Any) -> str:
     """JSON without blanks, characters as they are."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _PLAIN_ENCODER.encode(value)
+
+
+_PLAIN_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def is_blank(text: str) -> bool:
@@ -4423,6 +4426,8 @@ def _fit_max_out(ready: Json, profile: Profile) -> None:
 def _fit_sampling(ready: Json, profile: Profile) -> None:
     """Sampling values that the target takes; the rest is dropped, by name when it would have made a difference."""
     given = {name: value for name, value in (ready.pop("sampling", None) or {}).items() if value is not None}
+    if not given:
+        return
     thinking = ready.get("think") or {}
     active = thinking.get("form") in ("enabled", "adaptive") or (profile.format != "messages" and thinking.get("effort") != "none")
     kept = {name: value for name, value in given.items() if _SAMPLING[name](profile)}
@@ -4495,16 +4500,15 @@ def _fit_format(ready: Json, profile: Profile) -> None:
 
 def last_marks(ready: Json, limit: int = 4) -> None:
     """Only the last `limit` cache marks: Anthropic takes no more, tools and system first in the count."""
-    marked = [part for part in [*ready.get("tools", ()), *ready.get("system", ()), *_cached_parts(ready["turns"])] if part.get("cache")]
+    marked = [part for part in _markable(ready) if part.get("cache")]
     spare = {id(part) for part in marked[:max(0, len(marked) - limit)]}
     _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if id(part) in spare else part)
 
 
-def _cached_parts(turns: Sequence[Json]) -> Iterator[Json]:
-    for turn in turns:
-        for part in turn["parts"]:
-            yield from part["parts"] if part["type"] == "result" else ()
-            yield part
+def _markable(ready: Json) -> list[Json]:
+    """Everything that may hold a cache mark, in the order in which Anthropic counts them."""
+    parts = [inner for turn in ready["turns"] for part in turn["parts"] for inner in (*(part["parts"] if part["type"] == "result" else ()), part)]
+    return [*ready.get("tools", ()), *ready.get("system", ()), *parts]
 
 
 def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
@@ -4520,7 +4524,8 @@ def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
 
 def _fit_marks(ready: Json, profile: Profile) -> None:
     if not profile.cache_control:
-        _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
+        if any("cache" in part for part in _markable(ready)):
+            _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
         ready["meta"].pop("cache_auto", None)
         return
     last_marks(ready)
@@ -4625,7 +4630,7 @@ def prepare(hub: Json, profile: Profile) -> Json:
     """
     if hub.get("prepared") == profile:
         return hub
-    ready: Json = {**mend_text(hub), "meta": dict(hub.get("meta") or {}), "dropped": list(hub["dropped"]), "prepared": profile}
+    ready: Json = {**hub, "meta": dict(hub.get("meta") or {}), "dropped": list(hub["dropped"]), "prepared": profile}
     if not ready["turns"]:
         ready["turns"] = [{"role": "user", "parts": ready.pop("system", [])}]      # some clients send system text alone
     _apply_tool_changes(ready, profile)
@@ -4649,11 +4654,21 @@ def prepare(hub: Json, profile: Profile) -> Json:
     return ready
 
 
+def _is_talk(turns: Sequence[Json]) -> bool:
+    """Whether user and assistant take turns in plain text, the user first and last: no target needs that changed."""
+    return len(turns) % 2 == 1 and all(turn["role"] == ("assistant" if index % 2 else "user") and turn["parts"]
+                                       and all(part["type"] == "text" and not is_blank(part["text"]) for part in turn["parts"]) for index, turn in enumerate(turns))
+
+
 def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
     """`ready["turns"]`: system text placed, foreign blocks rendered, thinking chosen, turns mended, ids and names fitted."""
+    if _is_talk(ready["turns"]):
+        return
     turns = late_system(ready["turns"], profile, ready["client"])
     turns = [{**turn, "parts": [fitted for part in turn["parts"] for fitted in _fit_part(part, ready, profile)]} for turn in turns]
-    turns = mend(_without_bare_thinking(replay_thinking(mend(turns, profile), profile), profile), profile)
+    turns = mend(turns, profile)
+    if any(part["type"] == "think" for turn in turns for part in turn["parts"]):
+        turns = mend(_without_bare_thinking(replay_thinking(turns, profile), profile), profile)
     turns = _fit_notes(_fit_calls(turns, names, profile), profile)
     if profile.format != "messages":
         turns = _fit_results(turns, profile)
@@ -4759,8 +4774,12 @@ def read_usage(format: str, usage: Any) -> Json:
     """
     if not isinstance(usage, dict):
         return {}
-    found = {key: next((count for place in places if (count := _at(usage, place)) is not None), None) for key, places in _USAGE_PLACES[format].items()}
-    told = {key: count for key, count in found.items() if count is not None}
+    told = {}
+    for key, places in _USAGE_PLACES[format].items():
+        for place in places:
+            if (count := _at(usage, place)) is not None:
+                told[key] = count
+                break
     if format == "messages" and "input" in told:
         told["input"] += told.get("cached", 0) + told.get("cache_write", 0)
     total, reasoning = _token_count(usage.get("total_tokens")), told.get("reasoning", 0)
@@ -4939,8 +4958,7 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
 
 # ---- Streams: what readers are told, and the rules they share
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """What a stream reader is told of the answer it reads."""
     profile: Profile = Profile()
     seed: str = ""                    #: makes the ids of this answer differ from others'
@@ -4948,8 +4966,7 @@ class Source:
     names: Names = EMPTY_NAMES
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What a writer is told: the client's own hub request, and what the answer is stamped with."""
     hub: Json
     seed: str = ""
@@ -9144,7 +9161,11 @@ class MessagesStreamWriter:
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [write_event(event, event["type"]) for event in self.cut()]
+
+    def cut(self) -> list[Json]:
+        """The same, as objects."""
+        return [] if self._ended else self.events(error_delta(502, "upstream closed the stream before finishing"))
 
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
@@ -9260,9 +9281,11 @@ class MessagesStreamWriter:
 def messages_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
     """The body of an answer that is not streamed: the client's stream, folded as a client would; the error's envelope when there was one."""
     writer, message = MessagesStreamWriter(asked), {}
-    for delta in (*_joined(deltas), error_delta(502, "upstream closed the stream before finishing")):      # the last is said only where there was no stop
+    for delta in _joined(deltas):
         for event in writer.events(delta):
             _fold_event(message, event)
+    for event in writer.cut():
+        _fold_event(message, event)
     return message
 
 
@@ -9986,10 +10009,13 @@ def _usage_of(delta: Json) -> Usage:
 
 def translate_answer(deltas: Sequence[Json], asked: Asked, client: ClientFormat, n_prompt_tokens: Callable[[], int]) -> tuple[Json, Usage | None, list[Json]]:
     """A whole answer in the client's format, its usage, and its deltas; the deltas hold no error. n_prompt_tokens estimates, where the provider told none."""
-    counted = any(delta.get("input") or (delta.get("usage") or {}).get("input") for delta in deltas if delta["delta"] in ("usage", "start"))
-    filler = UsageFiller(0 if counted else n_prompt_tokens())
-    whole = [filled for delta in deltas for filled in filler.feed(delta)]
-    told = [delta for delta in whole if delta["delta"] == "usage"]
+    told = [delta for delta in deltas if delta["delta"] == "usage"]
+    whole = deltas
+    if not (told and told[-1].get("input") and told[-1].get("output")):
+        counted = any(delta.get("input") or (delta.get("usage") or {}).get("input") for delta in deltas if delta["delta"] in ("usage", "start"))
+        filler = UsageFiller(0 if counted else n_prompt_tokens())
+        whole = [filled for delta in deltas for filled in filler.feed(delta)]
+        told = [delta for delta in whole if delta["delta"] == "usage"]
     return FORMATS[client].write_answer(whole, asked), _usage_of(told[-1]) if told else None, whole
 
 
@@ -12036,7 +12062,7 @@ class _Link:
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
-            if self.exchange is None or not self.exchange.head_sent:
+            if not self._answered and (self.exchange is None or not self.exchange.head_sent):
                 self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
 
@@ -12054,7 +12080,10 @@ class _Link:
         if self.inbox.at_eof():
             return
         if self.writer.can_write_eof():
-            self.writer.write_eof()
+            try:
+                self.writer.write_eof()
+            except OSError:         # the client has reset the connection since
+                return
         self.alarm.set(_LINGER_S)
         for _ in range(256):
             if not await self.inbox.read(_READ_BYTES_CLIENT):
@@ -13162,12 +13191,12 @@ def _check_content_type(request: Request) -> None:
 
 
 def parse_body(raw: bytes) -> Any:
-    """A request body as JSON. Raises GatewayError 400 for what is not, NaN and Infinity included."""
+    """A request body as JSON, halves of surrogate pairs replaced. Raises GatewayError 400 for what is not JSON, NaN and Infinity included."""
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
         if raw.count(b"[") + raw.count(b"{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
             raise RecursionError
-        return value
+        return mend_text(value) if b"\\ud" in raw or b"\\uD" in raw else value
     except UnicodeDecodeError:
         raise bad_request("The body is not UTF-8.") from None
     except RecursionError:

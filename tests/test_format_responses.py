@@ -495,7 +495,6 @@ WRITTEN_ITEMS = [
     ("m80 long ids on both sides", [U, ("assistant", a.call_part("c" * 80, "f", "{}")), ("user", a.result_part("c" * 80, [a.text_part("r")]))],
      [HI, {"type": "function_call", "call_id": a.fit_id("c" * 80, "openai64"), "name": "f", "arguments": "{}"},
       {"type": "function_call_output", "call_id": a.fit_id("c" * 80, "openai64"), "output": "r"}]),
-    ("m92 lone surrogate", [("user", a.text_part("a\ud800"))], [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a\ufffd"}]}]),
     ("m64 m65 blank text", [U, ("assistant", a.text_part("  "), HUB_CALL), ("user", RESULT)],
      [HI, {"type": "function_call", "call_id": "call_x1y2z3", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "call_id": "call_x1y2z3", "output": "r"}]),
 ]

@@ -285,8 +285,10 @@ def test_bad_data_urls(url):
         a.read_data_url(url)
 
 
-def test_m92_lone_surrogates():
-    assert a.prepare(hub(user("a\ud800b")), GPT4)["turns"][0]["parts"][0]["text"] == "a\ufffdb"
+@pytest.mark.parametrize("raw,wanted", [(rb'{"a": "x\ud800y"}', {"a": "x\ufffdy"}), (rb'{"\uDC00": ["\ud83d\ude42", "\uD83D"]}', {"\ufffd": ["\U0001f642", "\ufffd"]}),
+                                        (rb'{"a": "\\ud800"}', {"a": "\\ud800"})])
+def test_m92_lone_surrogates(raw, wanted):
+    assert a.parse_body(raw) == wanted
 
 
 NAMES = [("search", "mcp__docs", "mcp__docs__search"), ("search", "mcp__", "mcp__search"), ("exec", "functions", "exec"), ("a.b c", "", "a_b_c"), ("x" * 80, "", None)]
@@ -740,3 +742,28 @@ def test_tools_added_in_the_middle_join_the_list():
     change = {"role": "system", "parts": [{"type": "tool_change", "add": [{"name": "g", "kind": "function"}], "remove": ["f"]}]}
     ready = a.prepare(hub(user("x"), change, client="messages", tools=[{"name": "f", "kind": "function"}]), GPT4)
     assert [tool["wire"] for tool in ready["tools"]] == ["g"] and ready["dropped"] == ["mid_conv_tools"] and ready["turns"] == [user("x")]
+
+
+TALK = {
+    "one question": [user("a")],
+    "back and forth": [user("a"), bot(a.text_part("b ")), user("c", " ", "d")],
+    "begins with the assistant": [bot(a.text_part("b")), user("c")],
+    "ends with the assistant": [user("a"), bot(a.text_part("b  "))],
+    "two of one role": [user("a"), user("b"), bot(a.text_part("c")), user("d")],
+    "nothing said": [user(" "), bot(a.text_part("b")), user("c")],
+    "an empty turn": [user(), bot(a.text_part("b")), user("c")],
+    "a system turn": [{"role": "system", "parts": [a.text_part("s")]}],
+}
+
+
+@pytest.mark.parametrize("row", TALK)
+@pytest.mark.parametrize("profile", ALL)
+def test_plain_talk_is_left_as_all_the_rules_would_leave_it(monkeypatch, row, profile):
+    def prepared():
+        try:
+            return a.prepare(hub(*TALK[row]), profile)["turns"]
+        except a.GatewayError as error:
+            return error.message
+    quick = prepared()
+    monkeypatch.setattr(a, "_is_talk", lambda turns: False)
+    assert quick == prepared()

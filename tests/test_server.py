@@ -6,6 +6,7 @@ The server runs in a thread on a loop whose time the test moves; the tests at th
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import signal
@@ -574,6 +575,19 @@ def test_end_of_an_answer_reaches_a_client_that_pauses(hall: Hall, half_closed: 
         assert half_closed or 0 < hall.do(unsent) < 60_000
         hall.pass_time(1.5)
         assert client.read_all().body == BIG[:40_000] and client.reply().complete
+
+
+def test_a_client_that_resets_while_its_answer_leaves_is_no_failure(hall: Hall, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Between the last write and the end of writing the socket may be gone: the system then says that it is not connected."""
+    def gone(writer: asyncio.StreamWriter) -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    monkeypatch.setattr(asyncio.StreamWriter, "write_eof", gone)
+    with hall.connect() as client:
+        client.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert client.read_all().status == 400
+    hall.settle()
+    assert not caplog.records and not hall.complaints
+
 
 
 @pytest.mark.parametrize("sent", [

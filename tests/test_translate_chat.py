@@ -440,7 +440,6 @@ TURNS: list[tuple[str, list[Json], a.Profile, list[Json]]] = [      # row, turns
      [{"role": "assistant", "content": None, "tool_calls": [{**A_CALL, "function": {"name": "c", "arguments": '{"input":"a"}'}}]}, A_RESULT]),
     ("freeform call at OpenAI", [bot(call(name="c", args='{"input":"a"}', kind="custom")), user(result())], OPENAI,
      [{"role": "assistant", "content": None, "tool_calls": [{"id": "call_A12345", "type": "custom", "custom": {"name": "c", "input": "a"}}]}, A_RESULT]),
-    ("m92 lone surrogate", [user("a\ud800b")], PLAIN, [{"role": "user", "content": "a\ufffdb"}]),
     ("m93 ids that repeat", [bot(call("list_dir:0")), user(result("list_dir:0")), bot(call("list_dir:0", args='{"a":1}')), user(result("list_dir:0", "2"))], PLAIN,
      [{"role": "assistant", "content": None, "tool_calls": [{**A_CALL, "id": "list_dir:0"}]}, {**A_RESULT, "tool_call_id": "list_dir:0"},
       {"role": "assistant", "content": None, "tool_calls": [{"id": "list_dir:0_2", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]},
