@@ -7942,6 +7942,12 @@ class _OpenItem:
     cites: list[Json] = field(default_factory=list)
 
 
+def _failed_error(status: int, code: Any, message: str) -> Json:
+    """The error inside a failed response; its code is one that clients know, or the gateway's own."""
+    known = code if isinstance(code, str) and code else {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(status, "server_error")
+    return {"code": known, "message": message}
+
+
 class ResponsesStreamWriter:
     """Deltas as a client's Responses stream.  `response`: the object of the last event, None before it."""
 
@@ -8112,9 +8118,7 @@ class ResponsesStreamWriter:
     def _fail(self, delta: Json) -> list[bytes]:
         """Nothing open is closed: a client would run half a call."""
         self._block = None
-        code = delta.get("code")
-        code = code if isinstance(code, str) and code else {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(delta["status"], "server_error")
-        self.response = self._object("failed", error={"code": code, "message": delta["message"]})
+        self.response = self._object("failed", error=_failed_error(delta["status"], delta.get("code"), delta["message"]))
         return [self._event("response.failed", response=self.response)]
 
     def _shut(self, *, cut: bool = False, seal: str | None = None) -> list[bytes]:
@@ -8266,7 +8270,7 @@ class ResponsesPassage:
     Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_echo", "_frames", "_overhead", "_sequence", "_began", "_open_call")
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "_echo", "_frames", "_overhead", "_began", "_open_call", "_response")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         self.content = False                #: something of the answer itself has come
@@ -8280,8 +8284,9 @@ class ResponsesPassage:
         self._echo = echo_model
         self._frames = FrameSplitter()
         self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
-        self._sequence = 0
+        self.sequence = 0                   #: number of the last event
         self._began = self._open_call = False
+        self._response: Json = {"object": "response", "output": []}     # the answer as it was last told
 
     @property
     def calling(self) -> bool:
@@ -8311,7 +8316,13 @@ class ResponsesPassage:
 
     def keep_alive(self) -> bytes:
         """A sign of life between relayed events: one that parsers see once the stream has begun, a comment before."""
-        return write_event({"type": "keepalive", "sequence_number": self._sequence}, "keepalive") if self._began else b": keep-alive\n\n"
+        return write_event({"type": "keepalive", "sequence_number": self.sequence}, "keepalive") if self._began else b": keep-alive\n\n"
+
+    def failed(self, error: GatewayError, shown: int | None = None) -> bytes:
+        """The event that ends a broken stream, as the provider would have told it. shown: the number of the last event that the client saw, where some were held."""
+        message = with_retry_hint(error.message, error.retry_after_s) if error.status == 429 else error.message
+        response = {**self._response, "status": "failed", "error": _failed_error(error.status, error.code, message)}
+        return write_event({"type": "response.failed", "response": response, "sequence_number": (self.sequence if shown is None else shown) + 1}, "response.failed")
 
     def _look(self, block: bytes) -> bytes:
         """Every event of the block; text by its name alone, once one was read."""
@@ -8320,6 +8331,7 @@ class ResponsesPassage:
             if self._overhead and frame.startswith(_TEXT_DELTA_FRAME) and frame.endswith(b"}\n\n"):
                 self.n_content_bytes += max(1, len(frame) - self._overhead)
                 self.n_signs += 1
+                self.sequence += 1
                 out.append(frame)
                 continue
             event = read_frame(frame)
@@ -8355,7 +8367,10 @@ class ResponsesPassage:
         """What an event tells of the answer."""
         self._began = True
         if isinstance(value.get("sequence_number"), int):
-            self._sequence = value["sequence_number"]
+            self.sequence = value["sequence_number"]
+        if kind in ("response.created", "response.in_progress"):
+            told = _dict_in(value, "response")
+            self._response = {**self._response, **told, "model": self._echo or told.get("model")}
         delta = value.get("delta")
         if kind.endswith(".delta") and delta:
             n_bytes = len(delta.encode("utf-8", "replace")) if isinstance(delta, str) else 0
@@ -9835,7 +9850,7 @@ class HeldPassage:
     What came before a call does not wait with it, however the provider's bytes were cut: a chunk that may hold one is looked at frame by frame.
     """
 
-    __slots__ = ("content", "_passage", "_held")
+    __slots__ = ("content", "_passage", "_held", "_shown")
     MAX_BYTES = 1 << 20
     _FRAME = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 
@@ -9843,6 +9858,7 @@ class HeldPassage:
         self.content = False
         self._passage = passage
         self._held = b""
+        self._shown = 0         # number of the last event that left, where events have one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._passage, name)
@@ -9866,8 +9882,12 @@ class HeldPassage:
             self._held += out
             return b""
         out, self._held = self._held + out, b""
-        self.content = passage.content
+        self.content, self._shown = passage.content, getattr(passage, "sequence", 0)
         return out
+
+    def failed(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream of responses."""
+        return self._passage.failed(error, self._shown)
 
 
 class Translation:
@@ -12729,7 +12749,7 @@ class _Run:
         if self._job.client != "responses":
             return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
         if self._committed and self._passing:
-            return write_event({"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}, "error")
+            return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())
         return self._writer.error(error)
 

@@ -1001,6 +1001,22 @@ def test_a_passing_stream_may_bear_the_name_that_was_asked() -> None:
     assert [one["response"]["model"] for one in events if "model" in one.get("response", {})] == ["mine", "mine"]
 
 
+def test_a_passing_stream_that_breaks_off_ends_as_its_provider_would_have_told() -> None:
+    """Under the answer's own id, with the number after the last that was shown."""
+    told = a.GatewayError("The provider broke off.", 502, "upstream_failed")
+    early = a.ResponsesPassage()
+    bare = json.loads(a.read_frame(early.failed(told)).data)
+    assert bare["type"] == "response.failed" and bare["response"]["status"] == "failed" and bare["response"]["error"] == {"code": "upstream_failed", "message": told.message}
+    events = [{**json.loads(one.data), "sequence_number": number} for number, one in enumerate(a.EventReader().feed(WHOLE))]
+    for count in range(1, len(events)):
+        passage = a.ResponsesPassage()
+        passage.feed(b"".join(a.write_event(event, event["type"]) for event in events[:count]))
+        failed = json.loads(a.read_frame(passage.failed(told)).data)
+        assert failed["sequence_number"] == count and failed["response"]["id"] == events[0]["response"]["id"], count
+    waits = a.GatewayError("Too many requests.", 429, None, retry_after_s=7.0)
+    assert json.loads(a.read_frame(passage.failed(waits)).data)["response"]["error"] == {"code": "rate_limit_exceeded", "message": "Too many requests. Please try again in 7s."}
+
+
 def test_keep_alives_between_passing_events_do_not_disturb_their_numbers() -> None:
     passage = a.ResponsesPassage()
     assert passage.keep_alive() == b": keep-alive\n\n"
