@@ -12257,6 +12257,7 @@ class Job:
     client: ClientFormat = "chat"   #: the format the client speaks
     betas: str = ""                 #: its anthropic-beta header
     version: str = ""               #: its anthropic-version header
+    blanks: bool = False            #: it wants blanks while it waits for an answer that is not streamed
 
 
 @dataclass(slots=True)
@@ -12372,7 +12373,7 @@ class _Run:
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
         self._config, self._catalogue = relay.config, relay.catalogue
-        self._keeper = Alarm(self._keep_alive) if job.stream else None
+        self._keeper = Alarm(self._keep_alive) if job.stream or job.blanks else None
         self._attempts: list[Attempt] = []
         self._failures: list[UpstreamFailure] = []
         self._committed = False
@@ -12589,7 +12590,7 @@ class _Run:
                 sent = self._translate_whole(self._wire.read_answer(parsed, self._source()), route)
         self._n_content_bytes = len(body)
         self._commit(route)
-        self._sink.respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body if sent is None else dump_json(sent))
+        self._respond(200, [("content-type", "application/json"), *self._headers(answer, attempt)], body if sent is None else dump_json(sent))
 
     async def _read_whole(self, answer: Answer, route: Route) -> bytes:
         timeouts = route.provider.timeouts
@@ -12737,12 +12738,22 @@ class _Run:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
         self._outcome, self._status = "error", self._client.status(error)
-        if self._sink.head_sent:
+        if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
             return
-        self._sink.respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
-                           dump_json(self._client.envelope(error)))
+        self._respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
+                      dump_json(self._client.envelope(error)))
+
+    def _respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer; behind blanks its status and headers come too late."""
+        if self._keeper is not None:
+            self._keeper.rest()
+        if self._sink.head_sent:
+            self._sink.write(body)
+            self._sink.finish()
+        else:
+            self._sink.respond(status, headers, body)
 
     def _error_event(self, error: GatewayError) -> bytes:
         """The event that ends a broken stream in the client's format."""
@@ -12756,13 +12767,16 @@ class _Run:
     def _keep_alive(self) -> None:
         """Nothing has gone out for a while: say that we are still here."""
         if not self._sink.head_sent:
-            self._sink.start(200, [*EVENT_STREAM_HEADERS, ("x-aicarousel-request-id", self._job.id)])
+            kind = EVENT_STREAM_HEADERS if self._job.stream else [("content-type", "application/json")]
+            self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
         self._sink.write(self._sign_of_life())
         if self._keeper is not None:
             self._keeper.set(_KEEP_ALIVE_S)
 
     def _sign_of_life(self) -> bytes:
-        """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer."""
+        """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
+        if not self._job.stream:
+            return b" "
         if self._committed and self._carrier is not None:
             return self._carrier.keep_alive()
         if self._job.client not in ("messages", "responses"):
@@ -13126,7 +13140,7 @@ class Gateway:
                   body.get("stream") is True and client != "embeddings", request.received_at,
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
-                  header_value(request.headers.get("anthropic-version", ""))[:40])
+                  header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"))
 
     def _settle(self, settled: Settled) -> None:
         """One usage row and one log line per request."""

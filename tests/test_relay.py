@@ -17,7 +17,7 @@ import pytest
 import aicarousel
 from dialects import FORMATS, PATHS, Telling, ask, read_stream
 from fakes import (DONE, FAKE_KEY, FINISH, ROLE, TEXT, USAGE, Chunk, Client, Close, Connection, End, Head, Pause, Provider, Reply, Reset, Script, Silence, answer,
-                   chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream)
+                   chat_answer, chat_body, chat_chunk, chat_stream, content, frame, healthy, in_turn, opened, stream, unchunk)
 from house import KEY, House, entry
 
 Build = Callable[..., House]
@@ -116,6 +116,30 @@ def test_no_keep_alive_for_an_answer_that_is_not_streamed(build: Build, provider
         assert house.seen_by(client) == b""
         provider.release("head")
         check_answered(client.read_all())
+
+
+@pytest.mark.parametrize("end", ["served", "failed", "served at once"])
+def test_blanks_before_an_answer_that_is_not_streamed(build: Build, provider: Provider, end: str) -> None:
+    """Only for a client that asks for them; the status is 200 from the first blank on."""
+    script = {"served": [Pause("head"), *answer(chat_answer())], "failed": [Pause("head"), *answer({"error": {"message": "Wrong.", "type": "invalid_request_error"}}, 400)],
+              "served at once": answer(chat_answer())}[end]
+    house = build(slow=script)
+    with house.connect() as client:
+        client.send(house.request_bytes("POST", "/v1/chat/completions", chat_body("slow/m"), {"x-aicarousel-keep-alive": "1"}))
+        if end != "served at once":
+            provider.wait_paused("head")
+            house.pass_time(4.0)
+            assert house.seen_by(client) == b""
+            for blanks, wait_s in ((b" ", 1.0), (b"  ", 15.0)):
+                house.pass_time(wait_s)
+                head, _, body = house.seen_by(client).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200") and b"application/json" in head and unchunk(body).data == blanks
+            provider.release("head")
+        reply = client.read_all()
+    assert reply.status == 200 and reply.complete and reply.headers["content-type"] == "application/json"
+    assert reply.json["error"]["message"] == "Wrong." if end == "failed" else reply.text == TEXT
+    [row] = house.wait_rows(1)
+    assert (row["status"], row["outcome"]) == ((400, "error") if end == "failed" else (200, "ok"))
 
 
 def test_head_sent_early_then_every_route_fails(build: Build, provider: Provider) -> None:
