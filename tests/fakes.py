@@ -795,7 +795,7 @@ class Gateway:
 
     def command(self, *words: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Runs `python aicarousel.py <words> --home HOME` to its end."""
-        return subprocess.run([sys.executable, str(self.program), *words, "--home", str(self.home)],
+        return subprocess.run([*invocation(self.program), *words, "--home", str(self.home)],
                               env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
 
     def create_key(self, name: str = "test") -> str:
@@ -925,10 +925,18 @@ def chat_body(model: str | None = None, text: str = "Hi", **fields: Any) -> Json
     return {**({"model": model} if model is not None else {}), "messages": [{"role": "user", "content": text}], **fields}
 
 
+_COMPILED = tempfile.TemporaryDirectory(prefix="aicarousel-compiled-")
+
+
+def invocation(program: Path) -> list[str]:
+    """How a command of the program is run many times: as a module, so that it is compiled once. Serving, and what README shows, is run as a script."""
+    return [sys.executable, "-m", "aicarousel"] if program == ROOT / "aicarousel.py" else [sys.executable, str(program)]
+
+
 def clean_environment(folder: Path) -> dict[str, str]:
     """This process's environment without keys, proxies and settings of the gateway, and with home folders inside `folder`."""
-    kept = {name: value for name, value in os.environ.items() if not _SECRET_NAME.search(name)}
-    return kept | {"HOME": str(folder), "PYTHONUSERBASE": site.getuserbase(), "XDG_CONFIG_HOME": str(folder / "config"), "XDG_DATA_HOME": str(folder / "data")}
+    kept = {name: value for name, value in os.environ.items() if not _SECRET_NAME.search(name) and name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"HOME": str(folder), "PYTHONUSERBASE": site.getuserbase(), "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": _COMPILED.name, "XDG_CONFIG_HOME": str(folder / "config"), "XDG_DATA_HOME": str(folder / "data")}
 
 
 def write_private(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import aicarousel
-from fakes import FAKE_KEY, HANG_S, ROOT, Gateway, Head, Provider, answer, chat_answer, chat_stream, clean_environment, healthy, pieces, stream, write_private
+from fakes import FAKE_KEY, HANG_S, ROOT, Gateway, Head, Provider, answer, chat_answer, chat_stream, clean_environment, healthy, invocation, pieces, stream, write_private
 
 Json = dict[str, Any]
 PROGRAM = ROOT / "aicarousel.py"
@@ -39,7 +39,7 @@ class Place:
     def run(self, *words: str, program: Path = PROGRAM, home: bool = True, environment: Mapping[str, str] | None = None) -> Ran[str]:
         """Runs the program to its end."""
         where = ["--home", str(self.home)] if home else []
-        return subprocess.run([sys.executable, str(program), *words, *where], env=self.environment | dict(environment or {}), cwd=self.folder,
+        return subprocess.run([*invocation(program), *words, *where], env=self.environment | dict(environment or {}), cwd=self.folder,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
 
     def write_models(self, text: str | Json) -> Path:
@@ -189,7 +189,7 @@ def without_h11(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, di
     package = tmp_path / "planted" / "h11"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('raise ImportError("no h11")\n' if request.param == "missing" else '__version__ = "0.14.0"\n')
-    return request.param, {"PYTHONPATH": str(package.parent)}
+    return request.param, {"PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"}
 
 
 def test_serve_says_how_to_get_h11(place: Place, without_h11: tuple[str, dict[str, str]]) -> None:

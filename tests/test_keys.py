@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fakes import FAKE_KEY, HANG_S, Gateway, Provider, chat_body, healthy, read_reply
+from fakes import FAKE_KEY, HANG_S, Gateway, Provider, chat_body, healthy, invocation, read_reply
 
 KEY = re.compile(r"sk-[0-9a-f]{64}")
 Start = Callable[..., Gateway]
@@ -44,7 +44,7 @@ def status(gateway: Gateway, key: str) -> int:
 
 def run(gateway: Gateway, *words: str, home: bool = True) -> subprocess.CompletedProcess[str]:
     """A command that must fail by itself, also one that would serve."""
-    return subprocess.run([sys.executable, str(gateway.program), *words, *(["--home", str(gateway.home)] if home else [])], env=gateway.environment, cwd=gateway.folder,
+    return subprocess.run([*invocation(gateway.program), *words, *(["--home", str(gateway.home)] if home else [])], env=gateway.environment, cwd=gateway.folder,
                           capture_output=True, text=True, timeout=HANG_S, stdin=subprocess.DEVNULL)
 
 

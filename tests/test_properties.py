@@ -325,7 +325,7 @@ def delta_streams(draw: Any) -> list[Json]:
     return [*deltas, *([a.usage_delta(draw(counts))] if draw(st.booleans()) else []), a.stop_delta(end, "END" if end == "sequence" else None)]
 
 
-@examples(300)
+@examples(100)
 @given(delta_streams(), st.sampled_from(FORMATS))
 def test_P1_what_is_written_is_what_the_vendors_sdk_understands(deltas: list[Json], client: str) -> None:
     assert a.check_deltas(deltas) == []
@@ -348,7 +348,7 @@ def test_P1_what_is_written_is_what_the_vendors_sdk_understands(deltas: list[Jso
     assert heard["calls"] == calls
 
 
-@examples(200)
+@examples(120)
 @given(answers(), manners, framings, st.sampled_from(FORMATS), st.sampled_from(FORMATS), st.data())
 def test_P2_where_a_stream_is_cut_says_nothing(blocks: list[Any], manner: Json, framing: Json, wire: str, client: str, data: Any) -> None:
     stream = b"".join(as_bytes(FRAMES[wire](blocks, **manner)[0], **framing))
@@ -376,7 +376,7 @@ def test_P2_at_every_byte(wire: str, client: str) -> None:
         assert relayed([stream[:place], stream[place:]], wire, client)[0] == whole, place
 
 
-@examples(200)
+@examples(120)
 @given(answers(ordered=True), st.booleans(), st.sampled_from(FORMATS), st.sampled_from(FORMATS))
 def test_P3_a_whole_answer_is_its_stream_folded(blocks: list[Any], usage: bool, wire: str, client: str) -> None:
     streamed = HEARD[client](events_of(relayed(as_bytes(FRAMES[wire](blocks, usage=usage)[0]), wire, client)[0]))
@@ -390,7 +390,7 @@ def test_P3_a_whole_answer_is_its_stream_folded(blocks: list[Any], usage: bool, 
     assert told is not None and told.estimated is not usage
 
 
-@examples(120)
+@examples(70)
 @given(answers(), manners, st.sampled_from(FORMATS), st.sampled_from(FORMATS))
 def test_P9_a_stream_that_breaks_off_never_looks_whole(blocks: list[Any], manner: Json, wire: str, client: str) -> None:
     """After each frame before the finish, and inside the frame behind it."""
@@ -404,7 +404,7 @@ def test_P9_a_stream_that_breaks_off_never_looks_whole(blocks: list[Any], manner
             assert not re.search(rb"message_stop|message_delta|\[DONE\]\n|finish_reason\": ?\"|response\.(completed|incomplete)\"", out)
 
 
-@examples(150)
+@examples(90)
 @given(counts, st.sampled_from(FORMATS))
 def test_P11_totals(usage: Json, client: str) -> None:
     told = a.write_usage(client, usage)
@@ -563,7 +563,7 @@ def texts_of(body: Json, wire: str) -> list[str]:
 
 # ---------------------------------------------------------------- P4 to P8, P10: requests
 
-@examples(150)
+@examples(90)
 @given(conversations(), clients)
 @example([("user", ""), ("system", "\u0430"), ("user", "\u0431")], "messages")
 @example([("user", ""), ("system", "\u0430")], "messages")
@@ -574,7 +574,7 @@ def test_P4_what_was_written_is_written_again_the_same(items: list[Any], client:
     assert a.dump_json(sent(once, client, profile)) == a.dump_json(once)
 
 
-@examples(100)
+@examples(60)
 @given(conversations(damaged=False), clients)
 def test_P4_a_sound_history_keeps_what_its_own_family_made(items: list[Any], client: str) -> None:
     profile = VENDORS[client]
@@ -614,7 +614,7 @@ def pairing_faults(turns: list[Json]) -> list[Any]:
     return faults + ([("ids", every)] if len(set(every)) != len(every) or "" in every else [])
 
 
-@examples(300)
+@examples(100)
 @given(turn_lists)
 def test_P5_P7_mending_pairs_once_and_for_all(turns: list[Json]) -> None:
     before = copy.deepcopy(turns)
@@ -623,7 +623,7 @@ def test_P5_P7_mending_pairs_once_and_for_all(turns: list[Json]) -> None:
     assert all(turn["parts"] for turn in mended) and all(one["role"] != two["role"] for one, two in zip(mended, mended[1:]))
 
 
-@examples(150)
+@examples(90)
 @given(st.text(), st.sampled_from(["anthropic", "openai64", "mistral9", ""]))
 def test_P5_ids_are_fitted_once(call_id: str, rule: str) -> None:
     fitted = a.fit_id(call_id, rule)
@@ -638,7 +638,7 @@ schemas = st.deferred(lambda: st.fixed_dictionaries({}, optional={
     "additionalProperties": schemas | st.booleans(), "description": st.text(max_size=3)}))
 
 
-@examples(150)
+@examples(50)
 @given(schemas, targets, st.sampled_from([a.gemini_schema, a.closed_schema]))
 def test_P5_schemas_are_cleaned_once(schema: Json, profile: a.Profile, clean: Callable[[Json], Json]) -> None:
     before = copy.deepcopy(schema)
@@ -648,7 +648,7 @@ def test_P5_schemas_are_cleaned_once(schema: Json, profile: a.Profile, clean: Ca
     assert a.clean_schema(a.clean_schema(parameters, profile), profile) == a.clean_schema(parameters, profile)
 
 
-@examples(150)
+@examples(90)
 @given(turn_lists, targets, clients)
 def test_P5_P6_P7_preparing_is_pure_stable_and_pairs(turns: list[Json], profile: a.Profile, client: str) -> None:
     request = {**a.new_hub(client, "m", False), "turns": turns, "tools": [{"name": "f", "kind": "function"}, {"name": "g", "kind": "function"}]}
@@ -664,7 +664,7 @@ def test_P5_P6_P7_preparing_is_pure_stable_and_pairs(turns: list[Json], profile:
     assert {name: again.get(name) for name in ("turns", "tools", "system")} == {name: ready.get(name) for name in ("turns", "tools", "system")}
 
 
-@examples(400)
+@examples(140)
 @given(conversations(), clients, targets)
 def test_P6_P7_P8_P10_what_a_provider_is_sent(items: list[Any], client: str, profile: a.Profile) -> None:
     body = BODIES[client](items)
@@ -694,7 +694,7 @@ def test_P6_P7_P8_P10_what_a_provider_is_sent(items: list[Any], client: str, pro
     assert not any(data in told for data in foreign), profile.family
 
 
-@examples(150)
+@examples(90)
 @given(st.sampled_from(sorted(OWN)), st.lists(st.tuples(st.integers(0, 80), st.sampled_from("aZ9-_=.~ ")), min_size=1, max_size=3), targets, st.sampled_from(["messages", "responses"]))
 def test_P10_a_damaged_envelope_is_foreign(family: str, blows: list[Any], profile: a.Profile, client: str) -> None:
     envelope = a.seal_envelope(sealed(family))
@@ -798,7 +798,7 @@ RICH: dict[str, Json] = {
 REASONED = chat_body([("user", "\u0436"), ("think", "t", "anthropic"), ("say", "x")])
 
 
-@examples(600)
+@examples(210)
 @given(clients.flatmap(lambda client: st.tuples(st.just(client), spoiled(st.one_of(conversations().map(BODIES[client]), st.just(RICH[client]))))), targets)
 @example(("chat", changed_at(REASONED, ("messages", 1, "reasoning_details", 0, "text"), [None])), a.Profile())
 @example(("chat", changed_at(REASONED, ("messages", 1, "reasoning_details", 0, "format"), [None])), a.Profile())
@@ -813,7 +813,7 @@ def test_P12_no_body_breaks_reader_or_writer(row: tuple[str, Any], profile: a.Pr
     assert all(isinstance(name, str) for name in dropped)
 
 
-@examples(150)
+@examples(90)
 @given(clients, targets, st.sampled_from(["novel_field", "x", "Some.Field"]), st.sampled_from([1, "on", True, [1], {"a": 1}]))
 def test_P12_unknown_fields_are_told(client: str, profile: a.Profile, name: str, value: Any) -> None:
     hub = a.FORMATS[client].read_request({**BODIES[client]([("user", "\u0436")]), name: value})
@@ -821,7 +821,7 @@ def test_P12_unknown_fields_are_told(client: str, profile: a.Profile, name: str,
     assert name in dropped or made.get(name) == value and profile.format == client
 
 
-@examples(400)
+@examples(140)
 @given(clients.flatmap(lambda wire: st.tuples(st.just(wire), spoiled(st.tuples(answers(), manners).map(lambda row: [one for one in FRAMES[wire](row[0], **row[1])[0] if one != "[DONE]"])))), clients)
 def test_P12_no_event_breaks_a_stream(row: tuple[str, Any], client: str) -> None:
     wire, events = row
@@ -834,7 +834,7 @@ def test_P12_no_event_breaks_a_stream(row: tuple[str, Any], client: str) -> None
         check_grammar(events_of(out), client)
 
 
-@examples(300)
+@examples(100)
 @given(clients.flatmap(lambda wire: st.tuples(st.just(wire), spoiled(answers(ordered=True).map(lambda blocks: WHOLES[wire](blocks, usage=True))))), clients)
 def test_P12_no_whole_answer_breaks_its_reader(row: tuple[str, Any], client: str) -> None:
     wire, body = row
@@ -847,7 +847,7 @@ def test_P12_no_whole_answer_breaks_its_reader(row: tuple[str, Any], client: str
         a.dump_json(a.translate_answer(deltas, asked_by(client), client, lambda: 25)[0])
 
 
-@examples(200)
+@examples(120)
 @given(clients, st.lists(st.one_of(st.binary(max_size=12), st.sampled_from([b"data: ", b"\n\n", b"\r\n", b"event: error\n", b'{"type":"error"}', b"[DONE]", b"{}", b"[]", b"null", b'"x"', b'{"choices":[{}]}'])), max_size=12), clients)
 def test_P12_no_bytes_break_a_stream(wire: str, chunks: list[bytes], client: str) -> None:
     out, way = relayed(chunks, wire, client)
