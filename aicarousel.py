@@ -5243,6 +5243,11 @@ class Serialiser:
         """Whether the call under `key` has its name."""
         return key in self._slots and bool(self._slots[key].name)
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far, in the hub's keys; another object after each count."""
+        return self._usage
+
     def usage(self, usage: Json) -> None:
         """What the provider counted; given out at the end."""
         self._usage = merge_usage(self._usage, usage)
@@ -5709,14 +5714,14 @@ def _error_in_json(raw: bytes) -> Any:
 
 
 def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
         return "not_json", None
     choices = [choice for choice in body["choices"] if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
     if len(choices) != len(body["choices"]):
         return "not_json", None
     if not any(_has_content(choice["message"]) or str(choice.get("finish_reason")) in _SILENT_STOPS for choice in choices):
-        return "empty_answer", None
+        return "empty_answer", chat_usage(body)
     return "", chat_usage(body)
 
 
@@ -6482,6 +6487,11 @@ class ChatStreamReader:
         self._refused = self._cited = False
         self._sources: list[Any] = []            # citations that stand outside the text
         self._ended = False
+
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
 
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event."""
@@ -7803,6 +7813,11 @@ class ResponsesStreamReader:
         self._said = self._refused = False
         self._thinker: _SeenItem | None = None      # the item whose thinking came last, while nothing else has come since
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
+
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event."""
         if self.done or event.data.strip() == "[DONE]":
@@ -8353,11 +8368,11 @@ def _is_content_item(item: Any) -> bool:
 
 
 def judge_responses_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Responses answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Responses answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("output"), list):
         return "not_json", None
     if body.get("status") in (None, "completed") and not any(map(_is_content_item, body["output"])):
-        return "empty_answer", None
+        return "empty_answer", responses_usage(body)
     return "", responses_usage(body)
 
 
@@ -9020,6 +9035,11 @@ class MessagesStreamReader:
         self._n_blocks = self._n_chars = 0
         self._ended = False
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
+
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event; events that are not known give none."""
         text = event.data.strip()
@@ -9477,11 +9497,11 @@ _DELTA_REST = re.compile(rb'(?:[^"\\]|\\.)*"[ }]*}\n\n\Z')
 
 
 def judge_messages_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Messages answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Messages answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("content"), list) or not all(isinstance(block, dict) for block in body["content"]):
         return "not_json", None
     if not any(map(_shows, body["content"])) and str(body.get("stop_reason")) not in _SILENT_ENDS:
-        return "empty_answer", None
+        return "empty_answer", messages_usage(body)
     return "", messages_usage(body)
 
 
@@ -9980,14 +10000,15 @@ class Translation:
     The writer is the request's own, since keep-alives may have gone through it; it is touched only once there is content, and then for good.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "kept",
+    __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
                  "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
         self.content = False
         self.done = False
         self.finish: str | None = None
-        self.usage: Usage | None = None
+        self._usage: Usage | None = None
+        self._counted: Json = reader.counted
         self.error: Any = None
         self.broken = ""
         self.n_content_bytes = 0
@@ -10001,6 +10022,14 @@ class Translation:
         self._pending: list[Json] = []
         self._writing = False
         self._reads_runs = hasattr(reader, "feed_run")
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the provider has counted so far, with estimates for what it lacks at the end; None while there is nothing."""
+        if self.finish is None and self._reader.counted is not self._counted:
+            self._counted = self._reader.counted
+            self._usage = _usage_of(self._counted) if any(self._counted.values()) else None
+        return self._usage
 
     def feed(self, chunk: bytes) -> bytes:
         """What of `chunk`, and of what was kept before it, may go to the client now."""
@@ -10074,7 +10103,7 @@ class Translation:
         if kind in _SHOWN_DELTAS:
             self.content = True
         elif kind == "usage":
-            self.usage = _usage_of(delta)
+            self._usage = _usage_of(delta)
         elif kind == "stop":
             self.finish = delta["reason"]
             self.content = self.content or self.finish in _SILENT_REASONS
@@ -13107,7 +13136,7 @@ class _Run:
         """A whole answer where a stream was asked for: told as a stream of one."""
         route = attempt.route
         parsed = self._parse_answer(await self._read_whole(answer, route), route)
-        why, _ = self._wire.judge_answer(parsed)
+        why, self._usage = self._wire.judge_answer(parsed)
         if why:
             raise self._bad_answer(route, why, "")
         self._passing = False
@@ -13217,6 +13246,9 @@ class _Run:
         if self._usage is None:
             served = self._committed
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
+        elif self._committed and self._outcome != "ok" and self._n_content_bytes // _BYTES_PER_TOKEN > self._usage.output:
+            # Messages tells of one token at its start, and of the others when they have all come.
+            self._usage = replace(self._usage, output=self._n_content_bytes // _BYTES_PER_TOKEN, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at), self._discarded))
