@@ -267,11 +267,13 @@ def ask_as_told(house: House, provider: Provider, number: int) -> None:
     fate = "oops" if fate == "alone" else fate
     with house.connect() as connection:
         connection.send(house.request_bytes("POST", PATHS[client], request_body(client, f"{wire}/m", f"#{number} {fate} {wire}#", stream=streamed), headers))
-        if fate == "early":
-            while f"early{number}" not in provider.paused and not select.select([connection.socket], [], [], 0.002)[0]:
-                pass                # another provider may serve it, while this one is left out
-        elif fate == "told":
-            connection.read_until(b"Hello")
+        if fate in ("early", "told"):
+            if fate == "told":
+                connection.read_until(b"Hello")
+            # Another provider may serve it, while this one is left out: such an answer is read to its end, as its provider says that all of it was served.
+            while f"{fate}{number}" not in provider.paused and not connection.ended:
+                if select.select([connection.socket], [], [], 0.002)[0]:
+                    connection.read_until(lambda raw, n_before=len(connection.raw): len(raw) > n_before)
         else:
             assert connection.read_all().status in (200, 429, 500, 502, 503)
 
