@@ -13246,9 +13246,11 @@ class _Run:
         if self._usage is None:
             served = self._committed
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
-        elif self._committed and self._outcome != "ok" and self._n_content_bytes // _BYTES_PER_TOKEN > self._usage.output:
+        elif self._outcome != "ok" and self._wire is FORMATS["messages"] and self._carrier is not None and self._carrier.finish is None:
             # Messages tells of one token at its start, and of the others when they have all come.
-            self._usage = replace(self._usage, output=self._n_content_bytes // _BYTES_PER_TOKEN, estimated=True)
+            n_output = self._n_content_bytes // _BYTES_PER_TOKEN
+            if n_output > self._usage.output:
+                self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at), self._discarded))
