@@ -5648,8 +5648,10 @@ def chat_usage(body: Json) -> Usage | None:
         return None
     prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
     cached = prompt.get("cached_tokens") if isinstance(prompt, dict) else None
-    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached or usage.get("prompt_cache_hit_tokens")),
-                 _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None))
+    n_in, n_out, n_reasoning = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None)
+    if n_reasoning and _count(usage.get("total_tokens")) == n_in + n_out + n_reasoning:      # xAI leaves reasoning out of completion_tokens, as read_usage knows
+        n_out += n_reasoning
+    return Usage(n_in, n_out, _count(cached or usage.get("prompt_cache_hit_tokens")), _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), n_reasoning)
 
 
 def _count(value: Any) -> int:

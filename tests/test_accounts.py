@@ -186,6 +186,16 @@ def test_a_row_has_disjoint_tokens_cost_and_price(build: Build, client: str, wir
     assert row["cost_usd"] == pytest.approx((1000 * 2 + 600 * 0.2 + 50 * 2.5 + 30 * 10) / 1e6) and row["price"] == "2/10/0.2/2.5 models.json"
 
 
+@pytest.mark.parametrize("client", WIRES)
+def test_reasoning_that_is_left_out_of_the_output_is_counted(build: Build, client: str) -> None:
+    """As xAI counts: passed through and translated."""
+    usage = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 125, "completion_tokens_details": {"reasoning_tokens": 100}}
+    house = build(a=answer(chat_answer(usage=usage)))
+    assert house.post(PATHS[client], request_body(client, "a/m")).status == 200
+    [row] = served(house, 1)
+    assert (row["input"], row["output"], row["reasoning"]) == (20, 105, 100)
+
+
 def test_an_answer_that_was_counted_and_thrown_away_is_a_row_of_its_own(build: Build) -> None:
     told = Counted("chat", SERVED)
     house = build(a=answer(told.whole("")), b=healthy(), entries={"a": {"models": [{"id": "m", "price": FULL_PRICE}]}})
