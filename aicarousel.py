@@ -707,7 +707,8 @@ CUSTOM_PRESET = Preset("Custom provider", name="custom")
 # Prices.
 #
 # USD per million tokens, as public catalogues gave them on PRICES_AS_OF; a price in models.json goes before.  What is free is 0, what is not known is
-# None and stays unknown.  DeepSeek's are those of its peak hours, Gemini's those of before 2027, free plans of paid models count as paid: what is told is at most too much.
+# None and stays unknown.  Where a price depends on more than tokens there is one: DeepSeek's of its peak hours (else half), Gemini's of before 2027-01-01
+# (then double), Anthropic's cache writes of five minutes (an hour costs more); free plans of paid models count as paid.
 
 _PRICES: Mapping[tuple[str, str], Price] = {(name, model.id): model.price for name, preset in PRESETS.items() for model in preset.models if model.price is not None}
 _NO_PRICE = Price(0.0, 0.0, as_of=PRICES_AS_OF)
