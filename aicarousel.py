@@ -26,13 +26,13 @@ Contents
     14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
     15  World               time, chance, the network, alarms
     16  HTTP                heads by h11, bodies by hand
-    17  Store               SQLite: gateway keys, usage, migrations
+    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations
     18  Transport           the providers' side: connections, TLS, proxies, deadlines
     19  Server              the clients' side: accept, keep-alive, limits, drain
     20  Relay               attempts, commit, pump, keep-alives, cancellation
-    21  Pages               the front page, the list of models
+    21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
-    25  Command line        serve, key, status, call, db, config
+    25  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -134,10 +134,15 @@ Kind = Literal["request", "fit", "model", "credential", "payment", "rate", "serv
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """USD per million tokens; None where unknown."""
+    """USD per million tokens; None where unknown.  Tokens of a cache whose price is not stated cost what fresh ones do."""
     input: float | None = None
     output: float | None = None
     cache_read: float | None = None
+    cache_write: float | None = None
+    as_of: str = ""                 #: the day a preset's price was read, "" for one of models.json
+    long_over: int | None = None    #: a prompt of more tokens makes the whole request dearer, by these factors; unknown ones make it unknown
+    long_input: float | None = None
+    long_output: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,9 +411,18 @@ class Preset:
     name: str = ""                           #: its key in PRESETS
 
 
-def _known_model(model_id: str, context: int, max_output: int, can: str, price: tuple[float | None, ...] = (), limits: Limits | None = None) -> Model:
-    """A model of a preset.  `can`: letters of t(ools), v(ision), r(easoning); `price`: USD per million in, out, cache read."""
-    return Model(model_id, None, context, max_output, "v" in can, "t" in can, "r" in can, Price(*price) if price else None, limits)
+#: The day the prices of the presets were read.
+PRICES_AS_OF = "2026-11-21"
+
+
+def _known_model(model_id: str, context: int, max_output: int, can: str, price: tuple[float | None, ...] = (), limits: Limits | None = None, *,
+                 long: tuple[Any, ...] = ()) -> Model:
+    """A model of a preset.  `can`: letters of t(ools), v(ision), r(easoning); `price`: USD per million in, out, cache read, cache write.
+
+    long: more prompt tokens than this cost more, and by which factors on what goes in and out, where they are known.
+    """
+    known = Price(*price, **dict(zip(("long_over", "long_input", "long_output"), long)), as_of=PRICES_AS_OF) if price else None
+    return Model(model_id, None, context, max_output, "v" in can, "t" in can, "r" in can, known, limits)
 
 
 def _retired(when_by_names: Mapping[str, str]) -> dict[str, str]:
@@ -417,6 +431,7 @@ def _retired(when_by_names: Mapping[str, str]) -> dict[str, str]:
 
 
 _FREE = (0.0, 0.0)
+_OPENAI_LONG = (272_000, 2.0, 1.5)
 _LITE_DAY = Limits(rpm=15, rpd=500, tpm=250_000)
 _ONE_TOKEN = ("POST", "/chat/completions")   # where the model list answers any key, or none
 
@@ -517,24 +532,24 @@ _ROWS: Mapping[str, Preset] = {
         default="gpt-6-luna", bucket="model", first_byte_s=180.0, idle_s=180.0, max_field="max_completion_tokens", system_role="",
         other_urls={"responses": "https://api.openai.com/v1"},
         models=(
-            _known_model("gpt-6-luna", 1050000, 128000, "tvr", (0.1, 0.5, 0.01)),
-            _known_model("gpt-5.6-luna", 1050000, 128000, "tvr", (0.2, 1.2, 0.02)),
-            _known_model("gpt-6.1-terra", 1050000, 128000, "tvr", (1.0, 5.0, 0.05)),
-            _known_model("gpt-6.1-sol", 1050000, 128000, "tvr", (2.0, 10.0, 0.1)),
+            _known_model("gpt-6-luna", 1050000, 128000, "tvr", (0.1, 0.5, 0.01), long=_OPENAI_LONG),
+            _known_model("gpt-5.6-luna", 1050000, 128000, "tvr", (0.2, 1.2, 0.02), long=_OPENAI_LONG),
+            _known_model("gpt-6.1-terra", 1050000, 128000, "tvr", (1.0, 5.0, 0.05), long=_OPENAI_LONG),
+            _known_model("gpt-6.1-sol", 1050000, 128000, "tvr", (2.0, 10.0, 0.1), long=_OPENAI_LONG),
         ),
         retired=_retired({
             "gpt-3.5-turbo gpt-4 gpt-4-turbo gpt-4.1-nano o1 o3-mini o4-mini": "2026-10-23", "gpt-5-codex gpt-5-chat-latest": "2026-07-23",
             "gpt-5 gpt-5-mini gpt-5-nano gpt-5-pro": "2026-12-11", "gpt-5.4-nano": "2027-04-01",
         })),
-    "anthropic": Preset(                     # ANTHROPIC_AUTH_TOKEN is left out: clients of this gateway keep their gateway key in it
+    "anthropic": Preset(                     # a cache write of five minutes costs a quarter more than fresh input.  ANTHROPIC_AUTH_TOKEN is left out: clients of this gateway keep their gateway key in it
         "Anthropic Claude API", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",), "https://platform.claude.com/settings/keys",
         format="messages", default="claude-haiku-5-5", bucket="model", first_byte_s=120.0,
         auth_header="x-api-key", auth_scheme="", headers=(("anthropic-version", "2023-06-01"),),
         models=(
-            _known_model("claude-haiku-5-5", 1000000, 128000, "tvr", (0.1, 0.5, 0.01)),
-            _known_model("claude-sonnet-5-5", 1000000, 128000, "tvr", (2.0, 10.0, 0.1)),
-            _known_model("claude-opus-5-5", 1000000, 128000, "tvr", (4.0, 20.0, 0.2)),
-            _known_model("claude-haiku-4-5", 200000, 64000, "tvr", (1.0, 5.0, 0.1)),
+            _known_model("claude-haiku-5-5", 1000000, 128000, "tvr", (0.1, 0.5, 0.01, 0.125), long=(100_000, 5.0, 5.0)),
+            _known_model("claude-sonnet-5-5", 1000000, 128000, "tvr", (2.0, 10.0, 0.1, 2.5)),
+            _known_model("claude-opus-5-5", 1000000, 128000, "tvr", (4.0, 20.0, 0.2, 5.0)),
+            _known_model("claude-haiku-4-5", 200000, 64000, "tvr", (1.0, 5.0, 0.1, 1.25)),
         ),
         retired=_retired({"claude-3-*": "2025-2026", "claude-sonnet-4-5": "2026-11-30", "claude-mythos-preview": "2026-06-09"})),
     "github-copilot": Preset(                # GITHUB_TOKEN is left out: every build machine has one, and it is not meant for this
@@ -543,7 +558,7 @@ _ROWS: Mapping[str, Preset] = {
         other_urls={"messages": "https://api.githubcopilot.com/v1", "responses": "https://api.githubcopilot.com"},
         headers=(("openai-intent", "conversation-edits"),),
         models=(
-            _known_model("gpt-6-luna", 922000, 128000, "tvr", (0.1, 0.5, 0.01)),
+            _known_model("gpt-6-luna", 922000, 128000, "tvr", (0.1, 0.5, 0.01), long=(272_000,)),
             _known_model("claude-haiku-5.5", 128000, 16000, "tvr", (0.1, 0.5, 0.01)),
             _known_model("gemini-3.8-flash", 200000, 64000, "tvr", (0.75, 3.75, 0.075)),
             _known_model("mai-code-1.1-flash", 128000, 128000, "tvr", (0.2, 1.2, 0.02)),
@@ -578,8 +593,8 @@ _ROWS: Mapping[str, Preset] = {
         default="grok-4.3", idle_s=180.0, rejects=("store", "logit_bias"), max_field="max_completion_tokens",
         other_urls={"responses": "https://api.x.ai/v1"},
         models=(
-            _known_model("grok-4.3", 1000000, 30000, "tvr", (1.25, 2.5, 0.2)),
-            _known_model("grok-4.7", 500000, 500000, "tvr", (2.0, 6.0, 0.5)),
+            _known_model("grok-4.3", 1000000, 30000, "tvr", (1.25, 2.5, 0.2), long=(199_999,)),
+            _known_model("grok-4.7", 500000, 500000, "tvr", (2.0, 6.0, 0.5), long=(199_999,)),
         ),
         retired=_retired({"grok-3 grok-4-0709 grok-4-fast-* grok-4-1-fast-* grok-code-fast-1": "2026-05-15"})),
     "together": Preset(
@@ -688,6 +703,67 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({name: replace(row, name=name) 
 
 #: What is assumed of a provider that has no row.
 CUSTOM_PRESET = Preset("Custom provider", name="custom")
+
+# Prices.
+#
+# USD per million tokens, as public catalogues gave them on PRICES_AS_OF; a price in models.json goes before.  What is free is 0, what is not known is
+# None and stays unknown.  Where a price depends on more than tokens there is one: DeepSeek's of its peak hours (else half), Gemini's of before 2027-01-01
+# (then double), Anthropic's cache writes of five minutes (an hour costs more); free plans of paid models count as paid.
+
+_PRICES: Mapping[tuple[str, str], Price] = {(name, model.id): model.price for name, preset in PRESETS.items() for model in preset.models if model.price is not None}
+_NO_PRICE = Price(0.0, 0.0, as_of=PRICES_AS_OF)
+
+
+def price_for(provider: Provider, model: Model) -> Price | None:
+    """What a model costs at a provider: by models.json, by its preset, nothing on one's own machine; None where nobody said."""
+    if model.price is not None:
+        return model.price
+    if provider.preset.bucket == "machine" or (provider.preset.name == "openrouter" and model.id.endswith(":free")):
+        return _NO_PRICE
+    return _PRICES.get((provider.preset.name, model.id))
+
+
+class TokenClasses(NamedTuple):
+    """The tokens of an answer, each in one class alone; reasoning is a part of `output`."""
+    input: int
+    cached: int
+    cache_write: int
+    output: int
+
+
+def token_classes(usage: Usage) -> TokenClasses:
+    """`usage` without overlaps; a provider that claims more of the cache than its prompt holds is believed up to the prompt."""
+    cached = min(usage.cached, usage.input)
+    written = min(usage.cache_write, usage.input - cached)
+    return TokenClasses(usage.input - cached - written, cached, written, usage.output)
+
+
+def cost_usd(tokens: TokenClasses, price: Price | None) -> float | None:
+    """What `tokens` cost; 0.0 for none, None where the price of any of them is unknown."""
+    if not any(tokens):
+        return 0.0
+    if price is None:
+        return None
+    fresh, long = price.input, price.long_over is not None and tokens.input + tokens.cached + tokens.cache_write > price.long_over
+    inward, outward = (price.long_input, price.long_output) if long else (1.0, 1.0)
+    total = 0.0
+    for count, rate, factor in ((tokens.input, fresh, inward), (tokens.cached, fresh if price.cache_read is None else price.cache_read, inward),
+                                (tokens.cache_write, fresh if price.cache_write is None else price.cache_write, inward), (tokens.output, price.output, outward)):
+        if count:
+            if rate is None or factor is None:
+                return None
+            total += count * rate * factor
+    return total / 1e6
+
+
+@functools.lru_cache(maxsize=1024)
+def price_text(price: Price | None) -> str:
+    """A price as a usage row keeps it, "" for none: in/out/cache read/cache write, and where from."""
+    if price is None:
+        return ""
+    rates = "/".join("-" if rate is None else f"{rate:g}" for rate in (price.input, price.output, price.cache_read, price.cache_write))
+    return f"{rates} {price.as_of or 'models.json'}" + (f" (dearer over {price.long_over})" if price.long_over is not None else "")
+
 
 #: The models.json a newcomer starts with: what can be had without paying, widest free allowance first, own machine last.
 DEFAULT_MODELS: Mapping[str, Json] = MappingProxyType({
@@ -1051,7 +1127,8 @@ _COUNT = _want_whole(1)
 _DOLLARS = _want_number(0, 100_000, "USD per million tokens")
 _SECONDS = _want_number(0.001, 86_400, "seconds")
 
-_PRICE_FIELDS = {"input": _Field("input", _DOLLARS), "output": _Field("output", _DOLLARS), "cacheRead": _Field("cache_read", _DOLLARS)}
+_PRICE_FIELDS = {"input": _Field("input", _DOLLARS), "output": _Field("output", _DOLLARS), "cacheRead": _Field("cache_read", _DOLLARS),
+                 "cacheWrite": _Field("cache_write", _DOLLARS)}
 _LIMITS = _want_record(Limits, {name: _Field(name, _COUNT) for name in ("rpm", "rpd", "tpm", "tpd")})
 
 _MODEL_FIELDS = {
@@ -2502,6 +2579,34 @@ def same_model(choice: Choice) -> Choice:
         raise unknown_model("Name the model, as provider/model or as a model that is listed: another one's answer would not compare.")
     groups = tuple(tuple(tuple(route for route in routes if first and route.model.id == first.model.id) for routes in group) for group in choice.groups)
     return replace(choice, groups=tuple(tuple(routes for routes in group if routes) for group in groups if any(group)))
+
+
+def may_use(route: Route, globs: Sequence[str]) -> bool:
+    """Whether a key that may use the models of `globs` may use this route: by its model's id or alias, alone or behind the provider's name."""
+    names = (route.model.id, f"{route.provider.name}/{route.model.id}", *((route.model.alias,) if route.model.alias else ()))
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
+
+
+def allow_groups(groups: Sequence[Group], globs: Sequence[str]) -> tuple[Group, ...]:
+    """`groups` without the routes that `globs` do not cover, and without what is empty then."""
+    found = (tuple(kept for routes in group if (kept := tuple(route for route in routes if may_use(route, globs)))) for group in groups)
+    return tuple(group for group in found if group)
+
+
+def allow_catalogue(catalogue: Catalogue, globs: Sequence[str]) -> Catalogue:
+    """The catalogue of a key that may use the models of `globs` alone: what a request falls back to."""
+    return replace(catalogue, whole=allow_groups(catalogue.whole, globs), models={name: allow_groups(groups, globs) for name, groups in catalogue.models.items()})
+
+
+def allow_choice(choice: Choice, name: str | None, globs: Sequence[str]) -> Choice:
+    """What is left of a choice for such a key; a name that `globs` cover themselves, such as an alias, keeps all it stands for.  Raises GatewayError 403 for nothing."""
+    if name and any(fnmatch.fnmatchcase(name, glob) for glob in globs):
+        return choice
+    groups = allow_groups(choice.groups, globs)
+    if not groups:
+        raise GatewayError(f"This key may not use {f'the model {name[:200]!r}' if name else 'any model that takes part'}; it may use: {', '.join(globs)[:500]}.",
+                           403, "model_not_allowed", "invalid_request_error", "model")
+    return replace(choice, groups=groups)
 
 
 def _resolve_alias(catalogue: Catalogue, name: str, targets: Sequence[str]) -> Choice:
@@ -5139,6 +5244,11 @@ class Serialiser:
         """Whether the call under `key` has its name."""
         return key in self._slots and bool(self._slots[key].name)
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far, in the hub's keys; another object after each count."""
+        return self._usage
+
     def usage(self, usage: Json) -> None:
         """What the provider counted; given out at the end."""
         self._usage = merge_usage(self._usage, usage)
@@ -5539,8 +5649,10 @@ def chat_usage(body: Json) -> Usage | None:
         return None
     prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
     cached = prompt.get("cached_tokens") if isinstance(prompt, dict) else None
-    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached or usage.get("prompt_cache_hit_tokens")),
-                 _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None))
+    n_in, n_out, n_reasoning = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None)
+    if n_reasoning and _count(usage.get("total_tokens")) == n_in + n_out + n_reasoning:      # xAI leaves reasoning out of completion_tokens, as read_usage knows
+        n_out += n_reasoning
+    return Usage(n_in, n_out, _count(cached or usage.get("prompt_cache_hit_tokens")), _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), n_reasoning)
 
 
 def _count(value: Any) -> int:
@@ -5605,14 +5717,14 @@ def _error_in_json(raw: bytes) -> Any:
 
 
 def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
         return "not_json", None
     choices = [choice for choice in body["choices"] if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
     if len(choices) != len(body["choices"]):
         return "not_json", None
     if not any(_has_content(choice["message"]) or str(choice.get("finish_reason")) in _SILENT_STOPS for choice in choices):
-        return "empty_answer", None
+        return "empty_answer", chat_usage(body)
     return "", chat_usage(body)
 
 
@@ -6378,6 +6490,11 @@ class ChatStreamReader:
         self._refused = self._cited = False
         self._sources: list[Any] = []            # citations that stand outside the text
         self._ended = False
+
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
 
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event."""
@@ -7699,6 +7816,11 @@ class ResponsesStreamReader:
         self._said = self._refused = False
         self._thinker: _SeenItem | None = None      # the item whose thinking came last, while nothing else has come since
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
+
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event."""
         if self.done or event.data.strip() == "[DONE]":
@@ -8253,11 +8375,11 @@ def _is_content_item(item: Any) -> bool:
 
 
 def judge_responses_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Responses answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Responses answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("output"), list):
         return "not_json", None
     if body.get("status") in (None, "completed") and not any(map(_is_content_item, body["output"])):
-        return "empty_answer", None
+        return "empty_answer", responses_usage(body)
     return "", responses_usage(body)
 
 
@@ -8931,6 +9053,11 @@ class MessagesStreamReader:
         self._n_blocks = self._n_chars = 0
         self._ended = False
 
+    @property
+    def counted(self) -> Json:
+        """What the provider has counted so far."""
+        return self._out.counted
+
     def feed(self, event: Event) -> list[Json]:
         """The deltas of one event; events that are not known give none."""
         text = event.data.strip()
@@ -9388,11 +9515,11 @@ _DELTA_REST = re.compile(rb'(?:[^"\\]|\\.)*"[ }]*}\n\n\Z')
 
 
 def judge_messages_answer(body: Any) -> tuple[str, Usage | None]:
-    """Whether a whole body is a Messages answer: ("", usage) when it is, else why not (not_json, empty_answer)."""
+    """Whether a whole body is a Messages answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("content"), list) or not all(isinstance(block, dict) for block in body["content"]):
         return "not_json", None
     if not any(map(_shows, body["content"])) and str(body.get("stop_reason")) not in _SILENT_ENDS:
-        return "empty_answer", None
+        return "empty_answer", messages_usage(body)
     return "", messages_usage(body)
 
 
@@ -9896,14 +10023,15 @@ class Translation:
     The writer is the request's own, since keep-alives may have gone through it; it is touched only once there is content, and then for good.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "kept",
+    __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
                  "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
         self.content = False
         self.done = False
         self.finish: str | None = None
-        self.usage: Usage | None = None
+        self._usage: Usage | None = None
+        self._counted: Json = reader.counted
         self.error: Any = None
         self.broken = ""
         self.n_content_bytes = 0
@@ -9917,6 +10045,14 @@ class Translation:
         self._pending: list[Json] = []
         self._writing = False
         self._reads_runs = hasattr(reader, "feed_run")
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the provider has counted so far, with estimates for what it lacks at the end; None while there is nothing."""
+        if self.finish is None and self._reader.counted is not self._counted:
+            self._counted = self._reader.counted
+            self._usage = _usage_of(self._counted) if any(self._counted.values()) else None
+        return self._usage
 
     def feed(self, chunk: bytes) -> bytes:
         """What of `chunk`, and of what was kept before it, may go to the client now."""
@@ -9990,7 +10126,7 @@ class Translation:
         if kind in _SHOWN_DELTAS:
             self.content = True
         elif kind == "usage":
-            self.usage = _usage_of(delta)
+            self._usage = _usage_of(delta)
         elif kind == "stop":
             self.finish = delta["reason"]
             self.content = self.content or self.finish in _SILENT_REASONS
@@ -10736,9 +10872,9 @@ REASON_PHRASES: Mapping[int, str] = {
 
 
 ##############################################################################
-# 17. Store                                                 I/O | uses 2
+# 17. Store                                                 I/O | uses 1-2
 ##############################################################################
-# One SQLite file: gateway keys and a row per request.  Routing never depends on it being healthy.  Keys are written
+# One SQLite file: gateway keys with their limits, and a row per request.  Routing never depends on it being healthy.  Keys are written
 # durably (synchronous=FULL) before anyone sees them; usage goes through one thread, so that no request waits for a disk.
 # Two traps.  Never os.open() and close the database, its -wal or its -shm: that drops the locks of every other connection
 # of this process (sqlite.org/howtocorrupt.html, 2.2).  Never shorten keys.epoch: a server has it mapped and would get SIGBUS.
@@ -10784,6 +10920,17 @@ _MIGRATIONS: tuple[_Migration, ...] = (
             attempts INTEGER NOT NULL, streamed INTEGER NOT NULL)""",
         "CREATE INDEX idx_usage_at ON usage(at_utc)",
     ), ("DROP TABLE usage",)),
+    # Classes of tokens no longer overlap: `input` was all of the prompt.  Going down keeps the limits: a key must not lose them unseen.
+    _Migration("accounts", (
+        """CREATE TABLE IF NOT EXISTS key_limits (
+            key_id INTEGER PRIMARY KEY, admin INTEGER NOT NULL DEFAULT 0, expires_at INTEGER, rpm INTEGER, tpm INTEGER, concurrency INTEGER,
+            usd_per_day REAL, usd_per_month REAL, models TEXT NOT NULL DEFAULT '')""",
+        "ALTER TABLE usage ADD COLUMN price TEXT NOT NULL DEFAULT ''",
+        "UPDATE usage SET input = max(0, input - cached - cache_write) WHERE cached > 0 OR cache_write > 0",
+    ), (
+        "UPDATE usage SET input = input + cached + cache_write WHERE cached > 0 OR cache_write > 0",
+        "ALTER TABLE usage DROP COLUMN price",
+    )),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -10987,6 +11134,17 @@ def backup(path: Path) -> Path:
 # its commit; a server has the file mapped and compares 8 bytes per request, which costs no system call.
 
 @dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What one key may use; None where nothing is set."""
+    rpm: int | None = None             #: requests in any minute
+    tpm: int | None = None             #: tokens in any minute
+    concurrency: int | None = None     #: requests at a time
+    usd_per_day: float | None = None   #: local days and months, as `stats` has them
+    usd_per_month: float | None = None
+    models: tuple[str, ...] = ()       #: globs; () for all
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayKey:
     """What is known of one key; the key itself is nowhere."""
     id: int                    #: 0 for one given by API_KEYS
@@ -10996,9 +11154,13 @@ class GatewayKey:
     last_used_utc: str         #: "" when never
     active: bool
     n_used: int                #: requests that ended, however they ended
+    admin: bool = False        #: may call /admin
+    expires_at: int | None = None     #: seconds since 1970, None for never
+    limits: KeyLimits | None = None   #: None where none is set
 
 
 _KEY_COLUMNS = "id, key_prefix, name, created_at, last_used_at, is_active, usage_count"
+_LIMIT_COLUMNS = ("admin", "expires_at", *KeyLimits.__dataclass_fields__)
 
 
 def _hash_of(key: str) -> str:
@@ -11012,8 +11174,18 @@ def _iso_utc(stored: str | None) -> str:
 
 
 def _key_from(row: Sequence[Any]) -> GatewayKey:
-    number, prefix, name, created, last_used, active, n_used = row
-    return GatewayKey(number, prefix, name or "", _iso_utc(created), _iso_utc(last_used), bool(active), n_used or 0)
+    number, prefix, name, created, last_used, active, n_used, admin, expires_at, *numbers, models = row
+    limits = KeyLimits(*numbers, tuple((models or "").split(",") if models else ()))
+    return GatewayKey(number, prefix, name or "", _iso_utc(created), _iso_utc(last_used), bool(active), n_used or 0,
+                      bool(admin), expires_at, None if limits == KeyLimits() else limits)
+
+
+def _select_keys(connection: sqlite3.Connection, where: str, *values: Any) -> list[tuple[str, GatewayKey]]:
+    """(hash, key) of the keys for which `where` holds, oldest first; of a schema before limits, too."""
+    known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'key_limits'").fetchone()
+    limits, joined = (", ".join(_LIMIT_COLUMNS), "LEFT JOIN key_limits ON key_id = id") if known else (", ".join("NULL" for _ in _LIMIT_COLUMNS), "")
+    rows = connection.execute(f"SELECT key_hash, {_KEY_COLUMNS}, {limits} FROM api_keys {joined} WHERE {where} ORDER BY id", values).fetchall()
+    return [(row[0], _key_from(row[1:])) for row in rows]
 
 
 def _open_epoch(path: Path) -> int:
@@ -11058,11 +11230,31 @@ def _checked_key(key: str) -> str:
     return key
 
 
-def create_key(path: Path, name: str, *, length: int = 64, key: str | None = None) -> tuple[str, GatewayKey]:
+def _checked_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of key_limits as they are stored; the names are those of _LIMIT_COLUMNS, None takes a limit away.  Raises ConfigError."""
+    for name, value in limits.items():
+        if name in ("rpm", "tpm", "concurrency") and value is not None and not 1 <= value <= _MAX_COUNT:
+            raise ConfigError(f"key {name}", str(value), "a number from 1, or none for no limit")
+        if name.startswith("usd_") and value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"key {name}", str(value), "US dollars, more than 0, or none for no limit")
+        for glob in value or () if name == "models" else ():
+            if not glob or not glob.isprintable() or "," in glob:
+                raise ConfigError("key models", ascii(glob), "names or globs of models, as a comma list, or none for all")
+    return {name: ",".join(value or ()) if name == "models" else value for name, value in limits.items()}
+
+
+def _store_limits(connection: sqlite3.Connection, key_id: int, limits: Mapping[str, Any]) -> None:
+    connection.execute("INSERT OR IGNORE INTO key_limits (key_id) VALUES (?)", (key_id,))
+    for name, value in limits.items():
+        connection.execute(f"UPDATE key_limits SET {name} = ? WHERE key_id = ?", (value, key_id))
+
+
+def create_key(path: Path, name: str, *, length: int = 64, key: str | None = None, limits: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, GatewayKey]:
     """A new gateway key and its row; durable and valid in running servers before this returns.
 
-    length: hex characters after "sk-".  key: a secret to store instead of a drawn one.
+    length: hex characters after "sk-".  key: a secret to store instead of a drawn one.  limits: as set_limits takes them.
     """
+    stored = _checked_limits(limits)
     if not 32 <= length <= 128:
         raise ConfigError("key length", str(length), "32 to 128 hex characters")
     if not name.isprintable():
@@ -11073,14 +11265,30 @@ def create_key(path: Path, name: str, *, length: int = 64, key: str | None = Non
             raise ConfigError("gateway key", "one that exists already", "a new one")
         number = connection.execute(
             "INSERT INTO api_keys (key_hash, key_prefix, name) VALUES (?, ?, ?)", (_hash_of(secret), f"{secret[:7]}...", name)).lastrowid
-        row = connection.execute(f"SELECT {_KEY_COLUMNS} FROM api_keys WHERE id = ?", (number,)).fetchone()
-    return secret, _key_from(row)
+        if stored:
+            _store_limits(connection, int(number or 0), stored)
+        [(_, row)] = _select_keys(connection, "id = ?", number)
+    return secret, row
+
+
+def set_limits(path: Path, key_id: int, limits: Mapping[str, Any]) -> GatewayKey | None:
+    """The key with some of its limits changed, None when there is no such key; in force in running servers before this returns.
+
+    limits: names of KeyLimits, `expires_at` and `admin` -> value, None for no limit.  Raises ConfigError for one that cannot be.
+    """
+    stored = _checked_limits(limits)
+    with _changing_keys(path) as connection:
+        found = _select_keys(connection, "id = ?", min(key_id, _MAX_COUNT))
+        if not found:
+            return None
+        _store_limits(connection, key_id, stored)
+        return _select_keys(connection, "id = ?", key_id)[0][1]
 
 
 def list_keys(path: Path) -> list[GatewayKey]:
     """All keys, revoked ones too, oldest first."""
     with _readable_database(path) as connection:
-        return [_key_from(row) for row in connection.execute(f"SELECT {_KEY_COLUMNS} FROM api_keys ORDER BY id")]
+        return [key for _, key in _select_keys(connection, "1")]
 
 
 def revoke_key(path: Path, key_id: int) -> bool:
@@ -11092,6 +11300,7 @@ def revoke_key(path: Path, key_id: int) -> bool:
 def delete_key(path: Path, key_id: int) -> bool:
     """Whether there was such a key; it is gone, its usage rows stay."""
     with _changing_keys(path) as connection:
+        connection.execute("DELETE FROM key_limits WHERE key_id = ?", (min(key_id, _MAX_COUNT),))
         return connection.execute("DELETE FROM api_keys WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
 
 
@@ -11100,8 +11309,7 @@ def _read_active_keys(path: Path) -> dict[str, tuple[str, GatewayKey]]:
     if not path.exists():
         return {}
     with contextlib.closing(_open_for_reading(path, _RING_BUSY_S)) as connection:
-        rows = connection.execute(f"SELECT key_hash, {_KEY_COLUMNS} FROM api_keys WHERE is_active").fetchall()
-    return {row[0]: (row[0], _key_from(row[1:])) for row in rows}
+        return {digest: (digest, key) for digest, key in _select_keys(connection, "is_active")}
 
 
 class KeyRing:
@@ -11201,9 +11409,9 @@ class KeyRing:
 # Usage
 
 class UsageRow(NamedTuple):
-    """One request that ended, served or not.  Field names are the columns of the table `usage`."""
-    request_id: str
-    at_utc: str                #: ISO 8601, when the request came
+    """One request that ended, served or not; or an attempt whose answer was paid for and thrown away.  Field names are the columns of the table `usage`."""
+    request_id: str            #: of a thrown away attempt with its number behind it
+    at_utc: str                #: ISO 8601, when it ended
     key_id: int                #: GatewayKey.id, 0 for none
     key_name: str
     client_format: str
@@ -11212,19 +11420,20 @@ class UsageRow(NamedTuple):
     credential: str            #: its id
     wire_model: str
     route: str                 #: its id
-    input: int
+    input: int                 #: tokens of the prompt that are in neither of the next two but one: no token is counted twice
     output: int
-    cached: int
+    cached: int                #: read from the provider's cache
     cache_write: int
-    reasoning: int
+    reasoning: int             #: a part of output
     cost_usd: float | None     #: None where no price is known
     estimated: bool            #: the counts are guesses
     status: int
-    outcome: str               #: ok, error, client_closed...
+    outcome: str               #: ok, error, client_closed; discarded for an attempt
     first_ms: int | None       #: until the first content, None when there was none
     total_ms: int
-    attempts: int
+    attempts: int              #: of the whole request; 0 for an attempt
     streamed: bool
+    price: str                 #: the price that was applied and where from, "" for none
 
 
 _INSERT_USAGE = f"INSERT OR IGNORE INTO usage ({', '.join(UsageRow._fields)}) VALUES ({', '.join('?' * len(UsageRow._fields))})"
@@ -11253,6 +11462,8 @@ def _insert_usage(connection: sqlite3.Connection, rows: Collection[UsageRow]) ->
         new_rows = [row for row in rows if connection.execute(_INSERT_USAGE, [_as_column(value) for value in row]).rowcount > 0]
     used: dict[int, tuple[int, str]] = {}
     for row in new_rows:
+        if row.outcome == "discarded":
+            continue
         n_requests, last = used.get(row.key_id, (0, ""))
         used[row.key_id] = n_requests + 1, max(last, row.at_utc)
     connection.executemany(
@@ -11268,7 +11479,7 @@ class UsageWriter:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._clock = path, clock
+        self.path, self._clock = path, clock
         self._queue: queue.SimpleQueue[UsageRow | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
@@ -11309,7 +11520,7 @@ class UsageWriter:
                 self._take(self._queue.get())
             self._settle()
         if self._rows:
-            _STORE_LOG.warning("usage.lost path=%s rows=%d", self._path, len(self._rows))
+            _STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
     def _take(self, item: UsageRow | threading.Event | None) -> None:
@@ -11333,7 +11544,7 @@ class UsageWriter:
     def _write(self) -> bool:
         try:
             if self._connection is None:
-                self._connection = open_database(self._path, busy_s=_WRITER_BUSY_S)
+                self._connection = open_database(self.path, busy_s=_WRITER_BUSY_S)
             with _transaction(self._connection):
                 _insert_usage(self._connection, self._rows)
         except (sqlite3.Error, ConfigError) as error:
@@ -11352,18 +11563,264 @@ class UsageWriter:
         now = self._clock()
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
-            _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self._path, error, len(self._rows), self.n_dropped)
+            _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
 
 
 def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
     """Counts for `status`: keys, and requests and tokens of one UTC day (`2026-01-31`, default today) and of all days."""
     with _readable_database(path) as connection:
         active, revoked = connection.execute("SELECT coalesce(sum(is_active), 0), coalesce(sum(NOT is_active), 0) FROM api_keys").fetchone()
-        n_ever = connection.execute("SELECT count(*) FROM usage").fetchone()[0]
+        n_ever = connection.execute("SELECT count(*) FROM usage WHERE outcome <> 'discarded'").fetchone()[0]
         n_today, n_input, n_output = connection.execute(
-            "SELECT count(*), coalesce(sum(input), 0), coalesce(sum(output), 0) FROM usage"
+            "SELECT coalesce(sum(outcome <> 'discarded'), 0), coalesce(sum(input + cached + cache_write), 0), coalesce(sum(output), 0) FROM usage"
             " WHERE at_utc >= date(coalesce(?, 'now')) AND at_utc < date(coalesce(?, 'now'), '+1 day')", (day_utc, day_utc)).fetchone()
     return {"keys_active": active, "keys_revoked": revoked, "requests": n_ever, "requests_today": n_today, "input_today": n_input, "output_today": n_output}
+
+
+# Statistics
+
+#: What requests can be grouped by, as SQL over the usage table.
+_GROUPS: Mapping[str, str] = {
+    "key": "CASE WHEN key_id THEN printf('%s #%d', key_name, key_id) ELSE key_name END",
+    "model": "wire_model",
+    "provider": "provider",
+    "day": "date(at_utc, 'localtime')",
+}
+GROUP_NAMES: tuple[str, ...] = tuple(_GROUPS)
+
+_USED = "input + cached + cache_write + output > 0"
+#: What is told of each group, as SQL; sums of nothing are null, which becomes 0.
+_FIGURES: Mapping[str, str] = {
+    "requests": "sum(outcome <> 'discarded')",
+    "ok": "sum(outcome = 'ok')",
+    "failed": "sum(outcome = 'error')",
+    "client_closed": "sum(outcome = 'client_closed')",
+    "attempts": "sum(attempts)",
+    **{name: f"sum({name})" for name in ("input", "cached", "cache_write", "output", "reasoning")},
+    "estimated_requests": "sum(estimated)",
+    "estimated_input": "sum(estimated * (input + cached + cache_write))",
+    "estimated_output": "sum(estimated * output)",
+    "unpriced_requests": f"sum(cost_usd IS NULL AND {_USED})",
+    "cost_usd": "sum(cost_usd)",
+}
+
+
+def local_midnight(utc_s: float, *, days_ago: int = 0) -> float:
+    """When a local day began, in seconds since 1970."""
+    today = datetime.fromtimestamp(utc_s).replace(hour=0, minute=0, second=0, microsecond=0)
+    return (today - timedelta(days=days_ago)).timestamp()
+
+
+def _utc_text(utc_s: float) -> str:
+    """An instant as it compares with the column at_utc."""
+    return datetime.fromtimestamp(utc_s, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _figures_of(values: Sequence[Any]) -> Json:
+    """A row of figures.  cost_usd is the sum of what is known, None where nothing but unknown prices was used."""
+    figures = {name: value or 0 for name, value in zip(_FIGURES, values)}
+    figures["cost_usd"] = None if figures["unpriced_requests"] and not figures["cost_usd"] else round(float(figures["cost_usd"]), 9)
+    return figures
+
+
+def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provider: str | None = None, model: str | None = None, heatmap: bool = False) -> Json:
+    """What was used since an instant: {"since", "total": figures, "by", "groups": [{**group, **figures}], "hours"?: 7 x 24 requests, Monday first, local time}.
+
+    by: names of GROUP_NAMES.  model: as the client asked or as the provider calls it.  Figures are those of _FIGURES.
+    """
+    conditions, values = ["at_utc >= ?"], [_utc_text(since_utc_s)]
+    if provider is not None:
+        conditions.append("provider = ?")
+        values.append(provider)
+    if model is not None:
+        conditions.append("? IN (model, wire_model)")
+        values.append(model)
+    source, figures = f"FROM usage WHERE {' AND '.join(conditions)}", ", ".join(_FIGURES.values())
+    stats: Json = {"since": f"{_utc_text(since_utc_s)}Z"}
+    with _readable_database(path) as connection:
+        connection.execute("BEGIN")       # one view for all of it
+        stats["total"] = _figures_of(connection.execute(f"SELECT {figures} {source}", values).fetchone())
+        stats["by"] = list(by)
+        stats["groups"] = []
+        if by:
+            names, places = ", ".join(_GROUPS[name] for name in by), ", ".join(str(number + 1) for number in range(len(by)))
+            for row in connection.execute(f"SELECT {names}, {figures} {source} GROUP BY {places} ORDER BY {places}", values):
+                stats["groups"].append({**dict(zip(by, row)), **_figures_of(row[len(by):])})
+        if heatmap:
+            stats["hours"] = [[0] * 24 for _ in range(7)]
+            for weekday, hour, count in connection.execute(
+                    f"SELECT (strftime('%w', at_utc, 'localtime') + 6) % 7, CAST(strftime('%H', at_utc, 'localtime') AS INTEGER), sum(outcome <> 'discarded')"
+                    f" {source} GROUP BY 1, 2", values):
+                stats["hours"][weekday][hour] = count
+    return stats
+
+
+# What keys may use
+#
+# Decided before anything goes upstream, in memory: no request waits for a disk.  What a request may use at most is reserved together with the
+# decision, on the one thread of the event loop, and settled with what it did use.  A limit is open while less than it is used or reserved,
+# so parallel requests go over it by one estimate at most.
+
+_WINDOW_S = 60
+_HELD_RETRY_S = 5.0        #: when to come back where only reservations stand in the way: they end with their requests
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one key uses.  `seconds` holds [second, requests, tokens] of the last minute, oldest first; the sums are theirs."""
+    seconds: deque[list[int]] = field(default_factory=deque)
+    n_requests: int = 0
+    n_tokens: int = 0
+    n_running: int = 0
+    held_usd: float = 0.0
+    day_usd: float = 0.0
+    month_usd: float = 0.0
+
+
+@dataclass(slots=True)
+class KeyHold:
+    """What is reserved for one request, until it is settled."""
+    account: _Account
+    second: list[int]
+    n_tokens: int
+    usd: float
+    settled: bool = False
+
+
+def spent_by_key(path: Path, day_utc_s: float, month_utc_s: float) -> dict[int, tuple[float, float]]:
+    """Key id -> known cost in USD since two instants, the second one earlier; none when there is no database.  Raises sqlite3.Error and ConfigError."""
+    if not path.exists():
+        return {}
+    with _readable_database(path) as connection:
+        rows = connection.execute("SELECT key_id, sum(CASE WHEN at_utc >= ? THEN cost_usd END), sum(cost_usd) FROM usage WHERE at_utc >= ? GROUP BY key_id",
+                                  (_utc_text(day_utc_s), _utc_text(month_utc_s))).fetchall()
+    return {number: (day or 0.0, month or 0.0) for number, day, month in rows}
+
+
+class Accounts:
+    """What each key uses and has spent.  Owner: the gateway; for the event loop's thread alone.
+
+    Spend is read from the usage table once, here; where that fails it is logged and counting begins at nothing.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float], utc: Callable[[], float]) -> None:
+        self._clock, self._utc = clock, utc
+        self._accounts: dict[int, _Account] = {}
+        self._day_ends_at = self._month_ends_at = float("-inf")
+        day_at, month_at = self._turn_over(utc())
+        try:
+            for key_id, (day_usd, month_usd) in spent_by_key(path, day_at, month_at).items():
+                self._accounts[key_id] = _Account(day_usd=day_usd, month_usd=month_usd)
+        except (sqlite3.Error, ConfigError) as error:
+            _STORE_LOG.warning("spend.failed path=%s error=%s", path, error)
+
+    def _turn_over(self, utc_s: float) -> tuple[float, float]:
+        """Begin a new day, and a new month where it is one; the instants they began at."""
+        day_at = local_midnight(utc_s)
+        first = datetime.fromtimestamp(day_at).replace(day=1)
+        new_month = utc_s >= self._month_ends_at
+        self._day_ends_at = (datetime.fromtimestamp(day_at) + timedelta(days=1)).timestamp()
+        self._month_ends_at = (first + timedelta(days=32)).replace(day=1).timestamp()
+        for account in self._accounts.values():
+            account.day_usd = 0.0
+            account.month_usd = 0.0 if new_month else account.month_usd
+        return day_at, first.timestamp()
+
+    def _account(self, key_id: int) -> _Account:
+        return self._accounts.get(key_id) or self._accounts.setdefault(key_id, _Account())
+
+    def charge(self, key_id: int, usd: float) -> None:
+        """A request of a key cost this much."""
+        if self._utc() >= self._day_ends_at:
+            self._turn_over(self._utc())
+        account = self._account(key_id)
+        account.day_usd += usd
+        account.month_usd += usd
+
+    def admit(self, key: GatewayKey, n_tokens: int = 0, usd: float = 0.0) -> KeyHold:
+        """Reserve for one request of a key with limits: it is counted, and what it may use is held.  Raises GatewayError 429 with the time to come back."""
+        limits, account, now = key.limits or KeyLimits(), self._account(key.id), self._clock()
+        _forget_old(account, now)
+        refusal = self._refusal(limits, account, now)
+        if refusal is not None:
+            raise refusal
+        if not account.seconds or account.seconds[-1][0] != int(now):
+            account.seconds.append([int(now), 0, 0])
+        second = account.seconds[-1]
+        second[1] += 1
+        second[2] += n_tokens
+        account.n_requests += 1
+        account.n_tokens += n_tokens
+        account.n_running += 1
+        account.held_usd += usd
+        return KeyHold(account, second, n_tokens, usd)
+
+    def settle(self, hold: KeyHold, n_tokens: int) -> None:
+        """The request of `hold` has ended and used this many tokens; what it cost is charged apart.  A second time does nothing."""
+        if hold.settled:
+            return
+        hold.settled, account = True, hold.account
+        account.n_running -= 1
+        account.held_usd = max(0.0, account.held_usd - hold.usd) if account.n_running else 0.0
+        _forget_old(account, self._clock())
+        if hold.second[0] >= 0:             # its second is still in the window
+            hold.second[2] += n_tokens - hold.n_tokens
+            account.n_tokens += n_tokens - hold.n_tokens
+
+    def headers(self, key: GatewayKey) -> Headers:
+        """x-ratelimit-*: what is left of a key's requests and tokens per minute, and when all of it is back."""
+        limits, account, now = key.limits or KeyLimits(), self._account(key.id), self._clock()
+        _forget_old(account, now)
+        whole_s = max(0, account.seconds[-1][0] + _WINDOW_S + 1 - int(now)) if account.seconds else 0
+        found: Headers = []
+        for name, limit, n_used in (("requests", limits.rpm, account.n_requests), ("tokens", limits.tpm, account.n_tokens)):
+            if limit is not None:
+                found += [(f"x-ratelimit-limit-{name}", str(limit)), (f"x-ratelimit-remaining-{name}", str(max(0, limit - n_used))),
+                          (f"x-ratelimit-reset-{name}", f"{whole_s}s")]
+        return found
+
+    def _refusal(self, limits: KeyLimits, account: _Account, now: float) -> GatewayError | None:
+        """Why nothing more may be asked with a key now, None when something may."""
+        if limits.concurrency is not None and account.n_running >= limits.concurrency:
+            return no_route(f"This key may ask {limits.concurrency} at a time, and does.", status=429, retry_after_s=1.0)
+        if limits.rpm is not None and account.n_requests >= limits.rpm:
+            return no_route(f"This key has used its {limits.rpm} requests per minute.", status=429, retry_after_s=_freed_after_s(account, 1, limits.rpm, now))
+        if limits.tpm is not None and account.n_tokens >= limits.tpm:
+            return no_route(f"This key has used its {limits.tpm} tokens per minute.", status=429, retry_after_s=_freed_after_s(account, 2, limits.tpm, now))
+        if limits.usd_per_day is None and limits.usd_per_month is None:
+            return None
+        utc_s = self._utc()
+        if utc_s >= self._day_ends_at:
+            self._turn_over(utc_s)
+        for limit, spent_usd, span, ends_at in ((limits.usd_per_day, account.day_usd, "day", self._day_ends_at),
+                                                (limits.usd_per_month, account.month_usd, "month", self._month_ends_at)):
+            if limit is not None and spent_usd + account.held_usd >= limit:
+                spent = spent_usd >= limit
+                error = no_route(f"This key has {'spent' if spent else 'spent or reserved'} its ${limit:g} of this {span}.", status=429,
+                                 retry_after_s=ends_at - utc_s if spent else _HELD_RETRY_S)
+                if spent:
+                    error.code = error.type = "insufficient_quota"
+                return error
+        return None
+
+
+def _forget_old(account: _Account, now: float) -> None:
+    """Let go of what was used more than a minute ago; a second counts until all of it is that old."""
+    while account.seconds and account.seconds[0][0] + _WINDOW_S + 1 <= now:
+        second = account.seconds.popleft()
+        account.n_requests -= second[1]
+        account.n_tokens -= second[2]
+        second[0] = -1
+
+
+def _freed_after_s(account: _Account, place: int, limit: int, now: float) -> float:
+    """How long until less than `limit` requests (place 1) or tokens (place 2) are left of the last minute."""
+    left = account.n_requests if place == 1 else account.n_tokens
+    for second in account.seconds:
+        left -= second[place]
+        if left < limit:
+            return max(1.0, second[0] + _WINDOW_S + 1 - now)
+    return float(_WINDOW_S)
 
 
 ##############################################################################
@@ -12258,6 +12715,8 @@ class Job:
     betas: str = ""                 #: its anthropic-beta header
     version: str = ""               #: its anthropic-version header
     blanks: bool = False            #: it wants blanks while it waits for an answer that is not streamed
+    models: tuple[str, ...] = ()    #: globs of the models its key may use, () for all
+    hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
 
 
 @dataclass(slots=True)
@@ -12270,6 +12729,7 @@ class Settled:
     usage: Usage
     first_ms: int
     total_ms: int
+    discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
     def route(self) -> Route | None:
@@ -12291,11 +12751,31 @@ class Relay:
         self.calibration = Calibration()
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
+        self._allowed: dict[tuple[str, ...], Catalogue] = {}
 
     def configure(self, config: Config) -> None:
         """Route by `config` from now on; requests under way finish on what they began with."""
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
+        self._allowed = {}
+
+    def choose(self, job: Job) -> tuple[Choice, Catalogue]:
+        """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
+        choice = resolve(self.catalogue, job.model)
+        if not job.models:
+            return choice, self.catalogue
+        allowed = self._allowed.get(job.models)
+        if allowed is None:
+            if len(self._allowed) >= _MAX_TARGETS:
+                self._allowed.clear()
+            allowed = self._allowed[job.models] = allow_catalogue(self.catalogue, job.models)
+        return allow_choice(choice, job.model, job.models), allowed
+
+    def within_reach(self, job: Job) -> Iterator[Route]:
+        """Every route that may come to serve the job, some more than once. Raises GatewayError 403 and 404."""
+        choice, catalogue = self.choose(job)
+        falls_back = choice.explicit and job.may_fall_back and self.config.carousel.fallback != "none"
+        return (route for groups in (choice.groups, catalogue.whole if falls_back else ()) for group in groups for routes in group for route in routes)
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
@@ -12307,8 +12787,8 @@ class Relay:
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
         """
         hub = FORMATS["messages"].read_request(job.body)
-        choice = resolve(self.catalogue, job.model)
-        routes = plan(self.catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
+        choice, catalogue = self.choose(job)
+        routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
         route = routes[0]
@@ -12366,18 +12846,20 @@ class Relay:
 class _Run:
     """The work on one job."""
 
-    __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
+    __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
-        self._config, self._catalogue = relay.config, relay.catalogue
+        self._config = relay.config
+        self._catalogue: Catalogue
         self._keeper = Alarm(self._keep_alive) if job.stream or job.blanks else None
         self._attempts: list[Attempt] = []
         self._failures: list[UpstreamFailure] = []
         self._committed = False
         self._usage: Usage | None = None
+        self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
         self._outcome, self._status = "error", 500
@@ -12427,7 +12909,7 @@ class _Run:
 
     async def _serve(self) -> None:
         """Try the routes of the plan in order until one serves. Raises GatewayError when none does."""
-        self._choice = resolve(self._catalogue, self._job.model)
+        self._choice, self._catalogue = self._relay.choose(self._job)
         if self._job.client == "embeddings":
             self._choice = same_model(self._choice)
         waiting = deque((await self._plan()).routes)
@@ -12493,6 +12975,7 @@ class _Run:
             if answer is not None:
                 answer.abort()
             self._note(attempt, failure)
+            self._discard(attempt)
             return failure
         except BaseException:
             if answer is not None:
@@ -12504,6 +12987,13 @@ class _Run:
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
+
+    def _discard(self, attempt: Attempt) -> None:
+        """Before commit a failed attempt leaves nothing to the next one but what its provider has counted."""
+        if not self._committed:
+            if self._usage is not None and not self._usage.estimated and (self._usage.input or self._usage.output):
+                self._discarded.append((attempt, self._usage))
+            self._usage, self._n_content_bytes = None, 0
 
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
@@ -12670,7 +13160,7 @@ class _Run:
         """A whole answer where a stream was asked for: told as a stream of one."""
         route = attempt.route
         parsed = self._parse_answer(await self._read_whole(answer, route), route)
-        why, _ = self._wire.judge_answer(parsed)
+        why, self._usage = self._wire.judge_answer(parsed)
         if why:
             raise self._bad_answer(route, why, "")
         self._passing = False
@@ -12732,7 +13222,8 @@ class _Run:
             headers.append(("x-aicarousel-dropped", ",".join(self._dropped)))
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
-        return headers + [(name, value) for name, value in answer.headers if name in _RELAYED_HEADERS or name.startswith(_RELAYED_PREFIXES)]
+        prefixes = _RELAYED_PREFIXES if self._job.hold is None else ()      # limits of the key are told under the same names
+        return headers + [(name, value) for name, value in answer.headers if name in _RELAYED_HEADERS or name.startswith(prefixes)]
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
@@ -12792,9 +13283,14 @@ class _Run:
         if self._usage is None:
             served = self._committed
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
+        elif self._outcome != "ok" and self._wire is FORMATS["messages"] and self._carrier is not None and self._carrier.finish is None:
+            # Messages tells of one token at its start, and of the others when they have all come.
+            n_output = self._n_content_bytes // _BYTES_PER_TOKEN
+            if n_output > self._usage.output:
+                self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
-        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at)))
+        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at), self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -12867,26 +13363,82 @@ def as_messages_model(row: Json) -> Json:
     return {**shown, **{name: row[name] for name in ("max_input_tokens", "max_tokens") if name in row}}
 
 
+# Statistics.
+
+_STATS_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("requests", "requests"), ("failed", "failed"), ("left", "client_closed"), ("input", "input"), ("cached", "cached"), ("written", "cache_write"), ("output", "output"))
+_SHADES = {True: " \u2591\u2592\u2593\u2588", False: " .+*#"}
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+def align_columns(rows: Sequence[Sequence[str]], n_left: int) -> list[str]:
+    """Lines of a table, the first `n_left` columns to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) if column < n_left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+def cost_text(figures: Json) -> str:
+    """A cost in dollars, with how many requests have no known price."""
+    unpriced = figures["unpriced_requests"]
+    if figures["cost_usd"] is None:
+        return "unknown"
+    return f"${figures['cost_usd']:.4f}" + (f" + {unpriced} unknown" if unpriced else "")
+
+
+def stats_lines(stats: Json) -> list[str]:
+    """What read_stats found as a table: a line per group, the total last."""
+    names = stats["by"]
+    rows = [[*names, *(title for title, _ in _STATS_COLUMNS), "cost"]] if names else [["", *(title for title, _ in _STATS_COLUMNS), "cost"]]
+    for figures in stats["groups"]:
+        rows.append([*(str(figures[name]) or "-" for name in names), *(str(figures[name]) for _, name in _STATS_COLUMNS), cost_text(figures)])
+    total = stats["total"]
+    rows.append(["total", *("" for _ in names[1:]), *(str(total[name]) for _, name in _STATS_COLUMNS), cost_text(total)])
+    lines = [f"since {stats['since']}", *align_columns(rows, max(1, len(names)))]
+    if total["estimated_requests"]:
+        lines.append(f"estimated: {total['estimated_input']} tokens in and {total['estimated_output']} out, of {total['estimated_requests']} requests whose providers did not count them")
+    return lines
+
+
+def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
+    """Requests by weekday and hour as a text map; the darker the more, read from a line below it. blocks: other than ASCII."""
+    shades, most = _SHADES[blocks], max(max(row) for row in hours)
+    steps = len(shades) - 1
+    lines = ["     " + " ".join(f"{hour:02}" for hour in range(24))]
+    for weekday, row in zip(_WEEKDAYS, hours):
+        lines.append(f"{weekday}  " + " ".join(2 * shades[-(-count * steps // most) if most else 0] for count in row) + f"  {sum(row)}")
+    # The least count of each shade: shade n begins above (n - 1)/steps of the most.
+    legend = [f"{2 * shades[step]} {(step - 1) * most // steps + 1}+" for step in range(1, steps + 1) if step == 1 or (step - 1) * most // steps > (step - 2) * most // steps]
+    return [*lines, "requests per hour, local time: " + "   ".join(legend) if most else "no requests"]
+
+
 ##############################################################################
 # 22. Endpoints                                             I/O | uses 1-5, 7-21
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
-# One more endpoint: a handler and a row in _ENDPOINTS; README and tests/test_docs.py name it.
+# One more endpoint: a handler and a row in _ENDPOINTS; README and tests/test_docs.py name it.  A row whose path begins with
+# /admin/ says `admin=True`: then only this machine gets in, and only with an admin key, whatever else is open.
 
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
+EXPIRED_KEY = "This API key has expired"
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
 _MIRROR = "/api/anthropic/"
+_RAW_BYTES_PER_TOKEN = 4        #: where nothing but its bytes is known of a prompt
+_USUAL_ANSWER = 4096            #: tokens reserved for an answer whose request sets no limit; few are longer
+_FLUSH_S = 2.0
+STATS_DAYS = 30
+STATS_BY = "provider,model"
 _ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]")
 
 
 class _Endpoint(NamedTuple):
-    """What answers a path: method -> handler name, and whether a gateway key is needed."""
+    """What answers a path: method -> handler name, and whether a gateway key is needed, or an admin key."""
     handlers: Mapping[str, str]
     needs_key: bool = True
+    admin: bool = False
 
 
 _ENDPOINTS: Mapping[str, _Endpoint] = {
@@ -12900,6 +13452,7 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/embeddings": _Endpoint({"POST": "embeddings"}),
     "/chat": _Endpoint({"POST": "plain_chat"}),
     "/health": _Endpoint({"GET": "health", "HEAD": "health"}, False),
+    "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -12915,6 +13468,7 @@ class Gateway:
         self.transport = Transport(world)
         self.relay = Relay(world, self.transport, self._settle, f"aicarousel/{__version__}")
         self.relay.configure(config)
+        self.accounts = Accounts(usage.path, world.clock, world.utc)
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -12949,7 +13503,9 @@ class Gateway:
             raise GatewayError(f"{request.path[:200]} takes {', '.join(endpoint.handlers)}, not {request.method[:20]}.", 405, "method_not_allowed", "invalid_request_error")
         if request.method == "POST":
             _check_content_type(request)
-        if endpoint.needs_key:
+        if endpoint.admin:
+            request.key = self._authenticate_admin(request)
+        elif endpoint.needs_key:
             request.key = self._authenticate(request)
         return getattr(self, handler)
 
@@ -12994,8 +13550,19 @@ class Gateway:
 
     def _authenticate(self, request: Request) -> GatewayKey | None:
         """The gateway key of a request, None where none is asked for. Raises GatewayError 401."""
-        if self.config.settings.no_auth:
-            return None
+        return None if self.config.settings.no_auth else self._find_key(request)
+
+    def _authenticate_admin(self, request: Request) -> GatewayKey:
+        """The admin key of a request of this machine; --no-auth opens nothing here. Raises GatewayError 401 and 403."""
+        key = self._find_key(request)
+        if not key.admin:
+            raise forbidden("This takes an admin key: python aicarousel.py key create --admin")
+        if not is_loopback(request.peer):
+            raise forbidden("Administration is for callers on this machine.")
+        return key
+
+    def _find_key(self, request: Request) -> GatewayKey:
+        """The gateway key that a request shows. Raises GatewayError 401."""
         shown = request.headers.get("authorization", "")
         shown = shown[7:].strip() if shown[:7].lower() == "bearer " else ""
         shown = shown or next((request.headers[name].strip() for name in _KEY_HEADERS if request.headers.get(name)), "")
@@ -13004,6 +13571,8 @@ class Gateway:
         key = self.keys.find(shown)
         if key is None:
             raise unauthorized(INVALID_KEY)
+        if key.expires_at is not None and self.world.utc() >= key.expires_at:
+            raise unauthorized(EXPIRED_KEY)
         return key
 
     def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
@@ -13101,11 +13670,43 @@ class Gateway:
         try:
             body = check_messages_request(parse_body(raw))
             exchange.cancel_when_gone()
-            n_tokens, estimated = await self.relay.count_tokens(self._job(request, raw, body, "messages"))
+            n_tokens, estimated = await self._count(request, self._job(request, raw, body, "messages"))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(messages_status(error), headers, answer)
         exchange.respond(200, [*_JSON, *([("x-aicarousel-estimated", "1")] if estimated else [])], dump_json({"input_tokens": n_tokens}))
+
+    async def _count(self, request: Request, job: Job) -> tuple[int, bool]:
+        """Relay.count_tokens under the limits of the key: it asks a provider, and uses no tokens. Raises GatewayError."""
+        if request.key is None or request.key.limits is None:
+            return await self.relay.count_tokens(job)
+        hold = self._hold(request, 0, 0.0)
+        try:
+            return await self.relay.count_tokens(job)
+        finally:
+            self.accounts.settle(hold, 0)
+
+    async def admin_stats(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/stats: what the command `stats` prints as JSON, up to the request that ended last."""
+        from urllib.parse import parse_qsl
+        try:
+            asked = dict(parse_qsl(request.query, keep_blank_values=True))
+            unknown = set(asked) - {"days", "by", "provider", "model", "heatmap"}
+            if unknown:
+                raise ConfigError("query", ", ".join(sorted(unknown))[:100], "days, by, provider, model, heatmap")
+            since_utc_s, by = stats_since(asked.get("days", str(STATS_DAYS)), self.world.utc()), stats_groups(asked.get("by", STATS_BY))
+            stats = await asyncio.get_running_loop().run_in_executor(None, lambda: self._read_stats(
+                since_utc_s, by, asked.get("provider"), asked.get("model"), asked.get("heatmap", "") not in ("", "0", "false")))
+        except ConfigError as error:
+            file_trouble = error.where == str(self.usage.path)
+            headers, body = self.explain(request, no_route("The usage table cannot be read.") if file_trouble else bad_request(str(error)))
+            return exchange.respond(503 if file_trouble else 400, headers, body)
+        exchange.respond(200, _JSON, dump_json(stats))
+
+    def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
+        """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
+        self.usage.flush(_FLUSH_S)
+        return read_stats(self.usage.path, since_utc_s=since_utc_s, by=by, provider=provider, model=model, heatmap=heatmap)
 
     async def _serve_format(self, request: Request, exchange: Exchange, client: ClientFormat) -> None:
         """A request in one of the three formats: parsed, checked, handed to the relay."""
@@ -13128,8 +13729,42 @@ class Gateway:
 
     async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: ClientFormat = "chat") -> None:
         """Hand a checked request to the relay; when the client leaves, the work on it is cancelled."""
+        job, key = self._job(request, raw, body, client), request.key
+        if key is not None and key.limits is not None:
+            try:
+                job.hold = self._reserve(request, job)
+            except GatewayError as error:
+                self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
+                headers, answer = self.explain(request, error)
+                return sink.respond(FORMATS[client].status(error), headers, answer)
         exchange.cancel_when_gone()
-        await self.relay.run(self._job(request, raw, body, client), sink)
+        await self.relay.run(job, sink)
+
+    def _reserve(self, request: Request, job: Job) -> KeyHold:
+        """Hold what a job of a key with limits may use at most, as far as can be told. Raises GatewayError 400, 403, 404 and 429."""
+        limits: KeyLimits = request.key.limits
+        if limits.models:
+            self.relay.choose(job)              # refused here, what may not be asked for counts against nothing
+        has_budget = limits.usd_per_day is not None or limits.usd_per_month is not None
+        if limits.tpm is None and not has_budget:
+            return self._hold(request, 0, 0.0)
+        n_in, n_out = expected_tokens(job)
+        usd = 0.0
+        if has_budget:
+            # Priced as written to a cache, the dearest class where it has a price, on the dearest route that may come to serve.
+            tokens = TokenClasses(0, 0, n_in, n_out)
+            costs = [cost for route in self.relay.within_reach(job) if (cost := cost_usd(tokens, price_for(route.provider, route.model))) is not None]
+            if not costs:
+                raise forbidden("This key has a budget, and no model it could be served by has a known price; models.json can state one.")
+            usd = max(costs)
+        return self._hold(request, n_in + n_out, usd)
+
+    def _hold(self, request: Request, n_tokens: int, usd: float) -> KeyHold:
+        """Reserve, and tell what is left, refused or not. Raises GatewayError 429."""
+        try:
+            return self.accounts.admit(request.key, n_tokens, usd)
+        finally:
+            request.answer_headers += self.accounts.headers(request.key)
 
     def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat) -> Job:
         """A checked request as the relay needs it."""
@@ -13140,20 +13775,64 @@ class Gateway:
                   body.get("stream") is True and client != "embeddings", request.received_at,
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
-                  header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"))
+                  header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"),
+                  key.limits.models if key and key.limits else ())
 
     def _settle(self, settled: Settled) -> None:
-        """One usage row and one log line per request."""
+        """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
         job, route, usage = settled.job, settled.route, settled.usage
         self._log.info("req=%s key=%s model=%s route=%s attempts=%d status=%d outcome=%s in=%d out=%d first_ms=%d total_ms=%d", job.id, log_text(job.key_name),
                        log_text(job.model or "-"), log_text(route.id) if route else "-", len(settled.attempts), settled.status, settled.outcome, usage.input, usage.output,
                        settled.first_ms, settled.total_ms)
-        self.usage.put(UsageRow(
-            request_id=job.id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
+        rows = [self._row(job, route, usage, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
+        rows += [self._row(job, attempt.route, counted, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
+                 for number, (attempt, counted) in enumerate(settled.discarded, 1)]
+        for row in rows:
+            self.usage.put(row)
+        unknown_usd = 0.0
+        if job.hold is not None:
+            self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
+            # What nobody has a price for costs a key with a budget what was reserved for it, as long as this process remembers.
+            unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
+        spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
+        if job.key_id and spent_usd:
+            self.accounts.charge(job.key_id, spent_usd)
+
+    def _row(self, job: Job, route: Route | None, usage: Usage, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int, n_attempts: int) -> UsageRow:
+        """A row of the usage table, with its cost."""
+        tokens, price = token_classes(usage), price_for(route.provider, route.model) if route else None
+        return UsageRow(
+            request_id=request_id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
             client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
-            wire_model=route.model.id if route else "", route=route.id if route else "", input=usage.input, output=usage.output, cached=usage.cached,
-            cache_write=usage.cache_write, reasoning=usage.reasoning, cost_usd=None, estimated=usage.estimated, status=settled.status, outcome=settled.outcome,
-            first_ms=settled.first_ms or None, total_ms=settled.total_ms, attempts=len(settled.attempts), streamed=job.stream))
+            wire_model=route.model.id if route else "", route=route.id if route else "", input=tokens.input, output=tokens.output, cached=tokens.cached,
+            cache_write=tokens.cache_write, reasoning=usage.reasoning, cost_usd=cost_usd(tokens, price), estimated=usage.estimated, status=status, outcome=outcome,
+            first_ms=first_ms, total_ms=total_ms, attempts=n_attempts, streamed=job.stream, price=price_text(price))
+
+
+def expected_tokens(job: Job) -> tuple[int, int]:
+    """(prompt, answer): what a request is expected to use at most; an answer without a limit of its own is taken for _USUAL_ANSWER. Raises GatewayError 400."""
+    if job.client == "embeddings":
+        return len(job.raw) // _RAW_BYTES_PER_TOKEN, 0
+    try:
+        hub = FORMATS[job.client].read_request(job.body)
+    except UpstreamFailure:                     # a body that has no other form than its own
+        return len(job.raw) // _RAW_BYTES_PER_TOKEN, job.body.get("max_tokens") or _USUAL_ANSWER
+    return estimate_tokens(hub, job.model or "aicarousel"), (hub.get("max_out") or _USUAL_ANSWER) * (job.body.get("n") or 1)
+
+
+def stats_since(days: str, utc_s: float) -> float:
+    """When the first of the last `days` local days began, today being the last. Raises ConfigError."""
+    if not (days.isascii() and days.isdigit() and 1 <= int(days[:6]) <= 36_600 and len(days) <= 6):
+        raise ConfigError("days", days[:40] or "nothing", "a number of days from 1 to 36600, today being one")
+    return local_midnight(utc_s, days_ago=int(days) - 1)
+
+
+def stats_groups(by: str) -> tuple[str, ...]:
+    """The groups of a comma list. Raises ConfigError."""
+    names = tuple(name.strip() for name in by.split(",") if name.strip())
+    if len(set(names)) != len(names) or not set(names) <= set(GROUP_NAMES):
+        raise ConfigError("by", by[:100], "a comma list of " + ", ".join(GROUP_NAMES) + ", each once")
+    return names
 
 
 class PlainTextSink:
@@ -13655,9 +14334,18 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 def _key_command(arguments: Any) -> int:
     path = find_home(arguments.home).database_path
+    limits = _limits_of(arguments) if arguments.action in ("create", "set") else {}
     open_database(path).close()
+    if arguments.action == "set":
+        if not limits:
+            raise ConfigError("key set", "nothing to set", "at least one of its options")
+        changed = set_limits(path, arguments.id, limits)
+        if changed is None:
+            print(json.dumps({"id": arguments.id, "done": False}) if arguments.json else f"there is no key {arguments.id}", file=sys.stdout if arguments.json else sys.stderr)
+            return 1
+        return _print_keys([changed], arguments.json)
     if arguments.action == "create":
-        key, row = create_key(path, arguments.name, length=arguments.length)
+        key, row = create_key(path, arguments.name, length=arguments.length, limits=limits)
         print(json.dumps({"id": row.id, "name": row.name, "key": key}) if arguments.json else f"{key}\n(id {row.id}, name {row.name}; it is shown only now)", flush=True)
         return 0
     if arguments.action == "list":
@@ -13669,16 +14357,57 @@ def _key_command(arguments: Any) -> int:
     return 0 if found else 1
 
 
-def _print_keys(rows: Sequence[GatewayKey], as_json: bool) -> int:
-    fields = ("id", "prefix", "name", "created", "last_used", "active", "usage")
-    table = [(row.id, row.prefix, row.name, row.created_utc, row.last_used_utc, row.active, row.n_used) for row in rows]
+def _limits_of(arguments: Any) -> dict[str, Any]:
+    """The limits that the command line set, as set_limits takes them; the word none takes one away."""
+    names = ("rpm", "tpm", "concurrency", "usd_per_day", "usd_per_month", "models")
+    limits = {name: None if value == "none" else value for name in names if (value := getattr(arguments, name)) is not None}
+    if limits.get("models"):
+        limits["models"] = tuple(glob.strip() for glob in limits["models"].split(","))
+    if arguments.expires is not None:
+        limits["expires_at"] = None if arguments.expires == "none" else _read_expiry(arguments.expires, time.time())
+    if getattr(arguments, "admin", False):
+        limits["admin"] = 1
+    return limits
+
+
+def _read_expiry(text: str, now_utc_s: float) -> int:
+    """The end of a key's life, in seconds since 1970: 30d or 12h from now, an ISO 8601 time, or the end of a day; local where no zone is named."""
+    match = re.fullmatch(r"([0-9]{1,6})([dh])", text)
+    try:
+        if match:
+            return int(now_utc_s) + int(match[1]) * {"d": 86_400, "h": 3_600}[match[2]]
+        moment = datetime.fromisoformat(text)
+        return int((moment + timedelta(days=1) if len(text) == 10 else moment).timestamp())
+    except (ValueError, OverflowError, OSError) as error:
+        raise ConfigError("--expires", ascii(text)[:60], "days or hours from now (30d, 12h), a day (2027-01-31) or a time (2027-01-31T18:00), or none") from error
+
+
+def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
+    """Keys with their limits; in the table, limits that are not set are left out."""
+    rows = [{"id": key.id, "prefix": key.prefix, "name": key.name, "created": key.created_utc, "last_used": key.last_used_utc, "active": key.active, "usage": key.n_used,
+             "admin": key.admin, "expires": datetime.fromtimestamp(key.expires_at, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if key.expires_at is not None else None,
+             "limits": _plain(key.limits or KeyLimits())} for key in keys]
     if as_json:
-        print(json.dumps([dict(zip(fields, values)) for values in table], indent=1))
+        print(json.dumps(rows, indent=1))
         return 0
-    cells = [fields, *(tuple("-" if value in (None, "") else "yes" if value is True else "no" if value is False else str(value) for value in values) for values in table)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(fields))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
+    for row in rows:
+        row["limits"] = " ".join(f"{name}={','.join(value) if isinstance(value, list) else f'{value:g}'}" for name, value in row["limits"].items() if value)
+    cells = [fields, *(tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows)]
+    print("\n".join(align_columns(cells, len(fields))))
+    return 0
+
+
+def _stats_command(arguments: Any) -> int:
+    """What was used, from the usage table; a running server writes it within a moment of each request's end."""
+    path = find_home(arguments.home).database_path
+    stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
+                       heatmap=arguments.heatmap)
+    if arguments.json:
+        print(json.dumps(stats, indent=1))
+        return 0
+    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print("\n".join([*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
     return 0
 
 
@@ -13856,10 +14585,41 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
+    "stats": _stats_command,
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
 }
+
+
+def _number_or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of numbers and of the word none."""
+    def read(text: str) -> Any:
+        return text if text == "none" else kind(text)
+    read.__name__ = kind.__name__       # what argparse calls it in its complaint
+    return read
+
+
+def _add_key_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The command `key` and its actions."""
+    actions = commands.add_parser("key", help="gateway keys").add_subparsers(dest="action", required=True, metavar="ACTION")
+    created = actions.add_parser("create", parents=[common, as_json], help="make a key and print it once")
+    created.add_argument("name", nargs="?", default="default")
+    created.add_argument("--length", type=int, default=64, help="hex characters behind sk- (32 to 128, default 64)")
+    created.add_argument("--admin", action="store_true", help="a key that may also call /admin")
+    changed = actions.add_parser("set", parents=[common, as_json], help="change a key's limits; the word none takes one away")
+    changed.add_argument("id", type=int)
+    for limited in (created, changed):
+        limited.add_argument("--rpm", type=_number_or_none(int), metavar="N", help="requests in any minute")
+        limited.add_argument("--tpm", type=_number_or_none(int), metavar="N", help="tokens in any minute")
+        limited.add_argument("--concurrency", type=_number_or_none(int), metavar="N", help="requests at a time")
+        limited.add_argument("--usd-per-day", type=_number_or_none(float), metavar="X", help="what it may cost in a local day")
+        limited.add_argument("--usd-per-month", type=_number_or_none(float), metavar="X", help="what it may cost in a local month")
+        limited.add_argument("--models", metavar="LIST", help="names or globs of the models it may use, comma list")
+        limited.add_argument("--expires", metavar="WHEN", help="30d, 12h, 2027-01-31, 2027-01-31T18:00")
+    actions.add_parser("list", parents=[common, as_json], help="show all keys")
+    for action, told in (("revoke", "refuse a key from now on"), ("delete", "remove a key")):
+        actions.add_parser(action, parents=[common, as_json], help=told).add_argument("id", type=int)
 
 
 def make_parser() -> Any:
@@ -13884,15 +14644,15 @@ def make_parser() -> Any:
     served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
-    actions = commands.add_parser("key", help="gateway keys").add_subparsers(dest="action", required=True, metavar="ACTION")
-    created = actions.add_parser("create", parents=[common, as_json], help="make a key and print it once")
-    created.add_argument("name", nargs="?", default="default")
-    created.add_argument("--length", type=int, default=64, help="hex characters behind sk- (32 to 128, default 64)")
-    actions.add_parser("list", parents=[common, as_json], help="show all keys")
-    for action, told in (("revoke", "refuse a key from now on"), ("delete", "remove a key")):
-        actions.add_parser(action, parents=[common, as_json], help=told).add_argument("id", type=int)
-
+    _add_key_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
+
+    counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
+    counted.add_argument("--days", default=str(STATS_DAYS), metavar="N", help=f"local days, today being the last (default {STATS_DAYS})")
+    counted.add_argument("--by", default=STATS_BY, metavar="LIST", help=f"comma list of {', '.join(GROUP_NAMES)} (default {STATS_BY})")
+    counted.add_argument("--provider", metavar="P", help="of one provider alone")
+    counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
+    counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
 
     called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
     called.add_argument("prompt")

@@ -91,6 +91,10 @@ ASKED_WRONGLY = [
     (["key", "revoke"], "required: id"),
     (["key", "revoke", "first"], "invalid int value"),
     (["key", "delete", "first"], "invalid int value"),
+    (["key", "set", "first", "--rpm", "1"], "invalid int value"),
+    (["key", "set", "1", "--rpm", "few"], "invalid int value"),
+    (["key", "create", "--usd-per-day", "much"], "invalid float value"),
+    (["key", "set", "1", "--admin"], "unrecognized arguments"),
     (["call"], "required: prompt"),
     (["call", "hi", "-t", "warm"], "invalid float value"),
     (["call", "hi", "--max-tok", "many"], "invalid int value"),
@@ -121,6 +125,24 @@ REFUSED = [
     (["key", "create", "--length", "31"], "key length: found 31; expected 32 to 128"),
     (["key", "create", "--length", "129"], "key length: found 129"),
     (["key", "create", "a\nb"], "key name"),
+    (["key", "create", "--rpm", "0"], "key rpm: found 0; expected a number from 1"),
+    (["key", "create", "--concurrency", "-1"], "key concurrency: found -1"),
+    (["key", "create", "--tpm", "9" * 30], "key tpm: found 999"),
+    (["key", "create", "--usd-per-day", "0"], "key usd_per_day: found 0.0; expected US dollars"),
+    (["key", "create", "--usd-per-month", "nan"], "key usd_per_month: found nan"),
+    (["key", "create", "--usd-per-month", "inf"], "key usd_per_month: found inf"),
+    (["key", "create", "--models", "a,,b"], "key models: found ''"),
+    (["key", "create", "--models", "a\nb"], "key models"),
+    (["key", "create", "--expires", "soon"], "--expires: found 'soon'; expected days or hours from now"),
+    (["key", "create", "--expires", "2027-13-01"], "--expires"),
+    (["key", "create", "--expires", "9999-12-31"], "--expires"),
+    (["key", "set", "1"], "key set: found nothing to set"),
+    (["stats"], "aicarousel.db: found no database"),
+    (["stats", "--days", "0"], "days: found 0; expected a number of days"),
+    (["stats", "--days", "x"], "days: found x"),
+    (["stats", "--days", ""], "days: found nothing"),
+    (["stats", "--by", "model,hour"], "by: found model,hour; expected a comma list of key, model, provider, day"),
+    (["stats", "--by", "day,day"], "by: found day,day"),
     (["db", "rollback"], "aicarousel.db: found no database"),
     (["call", "hi", "--server", "nonsense"], "--server"),
     (["call", "hi", "--server", "http://127.0.0.1:99999"], "--server"),
@@ -139,6 +161,8 @@ FAILED = [
     (["key", "revoke", "99"], "there is no key 99"),
     (["key", "delete", "99"], "there is no key 99"),
     (["key", "revoke", "-1"], "there is no key -1"),
+    (["key", "set", "99", "--rpm", "1"], "there is no key 99"),
+    (["key", "set", "9" * 30, "--rpm", "1"], "there is no key 999"),
     (["key", "delete", "9" * 30], "there is no key 999"),
 ]
 
@@ -149,7 +173,7 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["serve", "key create", "key list", "key revoke", "key delete", "status", "call", "db migrate", "db rollback", "config show"]
+COMMANDS = ["serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "call", "db migrate", "db rollback", "config show"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -536,9 +560,9 @@ def test_key_list_revoke_delete(place: Place) -> None:
     assert json.loads(place.run("key", "delete", "2", "--json").stdout) == {"id": 2, "done": True}
     rows = json.loads(place.run("key", "list", "--json").stdout)
     assert [(row["id"], row["name"], row["active"], row["usage"]) for row in rows] == [(1, "one", False, 0), (3, "default", True, 0)]
-    assert set(rows[0]) == {"id", "prefix", "name", "created", "last_used", "active", "usage"} and rows[0]["prefix"] == f"{keys[0][:7]}..."
+    assert set(rows[0]) == {"id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits"} and rows[0]["prefix"] == f"{keys[0][:7]}..."
     table = place.run("key", "list").stdout.splitlines()
-    assert table[0].split() == ["id", "prefix", "name", "created", "last_used", "active", "usage"] and len(table) == 3 and " no " in table[1]
+    assert table[0].split() == ["id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits"] and len(table) == 3 and " no " in table[1]
     assert not any(key in line for key in keys for line in table)
     missing = place.run("key", "delete", "2", "--json")
     assert missing.returncode == 1 and json.loads(missing.stdout) == {"id": 2, "done": False}

@@ -50,7 +50,7 @@ WHOLE = {
     "my-vllm": {
         "baseUrl": "http://127.0.0.1:8000/v1/", "preset": "groq", "format": "chat", "enabled": True, "default": "qwen3-coder", "enableFallback": False,
         "models": ["qwen3-coder", {"id": "big", "alias": "long", "context": 262144, "maxOutput": 32768, "vision": False, "tools": True, "reasoning": True,
-                                   "price": {"input": 0.25, "output": 1.0, "cacheRead": 0.03},
+                                   "price": {"input": 0.25, "output": 1.0, "cacheRead": 0.03, "cacheWrite": 0.3},
                                    "limits": {"rpm": 30, "rpd": 1000, "tpm": 60000, "tpd": 1000000}}],
         "keys": ["env:VLLM_KEY", {"key": "env:VLLM_KEY_B", "label": "team-b", "proxy": "http://127.0.0.1:3128", "headers": {"X-Team": "b"},
                                   "models": ["*"], "excludedModels": ["*-preview"], "prefix": "teamB/", "disabled": False}],
@@ -68,7 +68,7 @@ def test_every_optional_field_is_kept():
     big = provider.models[1]
     assert provider.base_url == "http://127.0.0.1:8000/v1" and provider.preset is aicarousel.PRESETS["groq"]
     assert (big.alias, big.context, big.max_output, big.vision, big.tools, big.reasoning) == ("long", 262144, 32768, False, True, True)
-    assert big.price == Price(0.25, 1.0, 0.03) and big.limits == Limits(30, 1000, 60000, 1000000)
+    assert big.price == Price(0.25, 1.0, 0.03, 0.3) and big.limits == Limits(30, 1000, 60000, 1000000)
     first, second = provider.credentials
     assert (first.id, first.secret, first.source, first.proxy) == ("my-vllm/1", "key-one", "env:VLLM_KEY", None)
     assert (second.id, second.label, second.proxy, second.headers) == ("my-vllm/2", "team-b", "http://127.0.0.1:3128", (("X-Team", "b"),))
@@ -85,7 +85,7 @@ def test_every_optional_field_is_kept():
 def test_a_listed_model_takes_what_the_preset_knows_but_not_the_limits_of_free_plans():
     config = load({"gemini": {"default": "gemini-3.8-flash", "enableFallback": True, "models": ["gemini-3.8-flash", {"id": "gemma-4-31b-it", "context": 5}]}})
     flash, gemma = one(config, "gemini").models
-    assert flash.context == 1048576 and flash.limits is None and flash.price == Price(0.75, 3.75, 0.075)
+    assert flash.context == 1048576 and flash.limits is None and flash.price == Price(0.75, 3.75, 0.075, as_of=aicarousel.PRICES_AS_OF)
     assert gemma.context == 5 and gemma.tools is True
 
 

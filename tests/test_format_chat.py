@@ -658,7 +658,7 @@ JUDGED: list[tuple[Any, str]] = [
 def test_a_whole_answer_is_judged(answer: Any, why: str) -> None:
     assert judge_chat_answer(answer) == (why, None)
     if isinstance(answer, dict):
-        assert judge_chat_answer({**answer, "usage": {"prompt_tokens": 9, "completion_tokens": 4}}) == (why, None if why else SHORT)
+        assert judge_chat_answer({**answer, "usage": {"prompt_tokens": 9, "completion_tokens": 4}}) == (why, SHORT if why in ("", "empty_answer") else None)
 
 
 def test_a_strange_finish_reason_is_an_empty_answer() -> None:

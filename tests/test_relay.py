@@ -387,7 +387,7 @@ def test_usage_row(build: Build, streamed: bool) -> None:
     row = house.wait_rows(1)[0]
     assert {name: row[name] for name in ("input", "output", "cached", "reasoning", "estimated", "outcome", "status", "attempts", "streamed", "model", "provider", "credential",
                                          "wire_model", "route", "key_name", "client_format")} == {
-        "input": 90, "output": 30, "cached": 64, "reasoning": 20, "estimated": 0, "outcome": "ok", "status": 200, "attempts": 1, "streamed": int(streamed), "model": "a/m",
+        "input": 26, "output": 30, "cached": 64, "reasoning": 20, "estimated": 0, "outcome": "ok", "status": 200, "attempts": 1, "streamed": int(streamed), "model": "a/m",
         "provider": "a", "credential": "a/1", "wire_model": "m", "route": "a/1:m", "key_name": "API_KEYS", "client_format": "chat"}
     assert row["request_id"] == reply.headers["x-aicarousel-request-id"] and 0 <= (row["first_ms"] or 0) <= row["total_ms"]
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", row["at_utc"])
