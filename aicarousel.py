@@ -725,8 +725,8 @@ class Carousel:
     tool_stream: str = "held"
     unknown_model: str = "carousel"
     echo_model: bool = False
-    content_fallback: bool = False
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
+    content_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -2226,7 +2226,7 @@ def _find_clamp(names: Iterable[str], message: str, sent: Mapping[str, Any]) -> 
 
 #: How providers tell the size of a context window, the prompt and the answer asked for, when they do not fit together.
 _WINDOW = re.compile(r"(?:context (?:length|window|size|limit)[^\d\n]{0,20}|prompt length is |input length is |limit of |> ?|maximum number of tokens allowed \(|\bn_ctx[^\d\n]{0,4}"
-                     r"|available context size \(|should be \[\d+, ?|exceeded model token limit: )(\d[\d,]{2,})", re.I)
+                     r"|available context size \(|should be \[\d+, ?|exceeded model token limit: )(\d[\d,]{2,})(?![\d,]| ?\+)", re.I)
 _PROMPT = re.compile(r"(\d[\d,]*) in the (?:messages|prompt|input)|request has (\d[\d,]*) input tokens|exceed context limit: (\d[\d,]*) \+", re.I)
 _LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
 _LEAST_ROOM = 256
@@ -2552,7 +2552,7 @@ class RoutingState:
     cooling: dict[str, Cooldown] = field(default_factory=dict)
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
     repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
-    windows: dict[str, int] = field(default_factory=dict)               #: model key -> tokens it holds, told when a request did not fit
+    windows: dict[str, tuple[int, float]] = field(default_factory=dict)     #: model key -> tokens it holds, told when a request did not fit, and until when (UTC) that is believed
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -2842,7 +2842,7 @@ def learn_repair(state: RoutingState, route: Route, failure: UpstreamFailure, se
     known = repairs_of(state, route, utc)
     cure = find_cure(failure, sent)
     name = cure.field if cure else failure.param or ""
-    if cure is None or any(old.how == "none" and old.field == name for old in known):
+    if cure is None or any(old.how == "none" and old.field == name or old.how == "rename" and (old.to, old.field) == (name, cure.to) for old in known):
         useless = {old.field for old in known if name in (old.field, old.to) and old.how != "none"}
         if useless:
             state.repairs[route.keys[2]] = tuple(replace(old, how="none") if old.field in useless else old for old in known)
@@ -2871,7 +2871,7 @@ def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -
             if kind == "repairs":
                 state.repairs[key] = tuple(Repair(**row) for row in value)
             elif kind == "window":
-                state.windows[key] = int(value)
+                state.windows[key] = int(value[0]), float(value[1])
 
 
 def still_listed(route: Route) -> str:
@@ -2887,11 +2887,11 @@ def is_withdrawn(state: RoutingState, route: Route, now: float) -> bool:
     return found is not None and found.kind == "model" and found.proven and found.until_at > now
 
 
-def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure) -> int | None:
+def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float) -> int | None:
     """Remember how much a model holds, when its provider told so; what configuration says is wrong both ways."""
     window = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
     if window is not None:
-        state.windows[route.keys[2]] = window
+        state.windows[route.keys[2]] = window, utc + LEARNED_S
     return window
 
 
@@ -10115,20 +10115,21 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
 class Needs:
     """What one request needs of a route that serves it; the costly parts are worked out when a route first makes them matter.
 
-    windows: model key -> tokens it holds, as learned.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
+    windows: RoutingState's.  utc: now.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_read_hub", "_ratio", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, int], read_hub: Callable[[], Json], ratio: Callable[[str], float], required: frozenset[str] = frozenset()) -> None:
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, tuple[int, float]], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+                 required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
         self.n_overflows = 0            #: models that have refused it as too long
         self.overflowed = 0             #: tokens that the largest of them holds
-        self._raw, self._windows, self._read_hub, self._ratio = raw, windows, read_hub, ratio
+        self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
         self._shows: bool | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
     @property
     def images(self) -> bool:
@@ -10139,7 +10140,8 @@ class Needs:
 
     def window(self, route: Route) -> int | None:
         """Tokens that the route's model holds, None where nobody knows."""
-        return self._windows.get(route.keys[2], route.model.context)
+        learned = self._windows.get(route.keys[2])
+        return learned[0] if learned is not None and learned[1] > self._utc else route.model.context
 
     def exceeds(self, window: int, model: str) -> bool:
         """Whether the prompt is too long for a window, by its estimate; most are so short that nothing has to be counted."""
@@ -10147,9 +10149,10 @@ class Needs:
 
     def n_tokens(self, model: str) -> int:
         """The prompt's tokens for a wire model, estimated."""
-        if model not in self._counts:
-            self._counts[model] = estimate_tokens(self._read_hub(), model, self._ratio(model))
-        return self._counts[model]
+        family = count_family(model.lower())
+        if family not in self._counts:
+            self._counts[family] = estimate_tokens(self._read_hub(), model)
+        return round(self._counts[family] * self._ratio(model))
 
     def note_overflow(self, window: int | None) -> None:
         """A model that holds so much has refused the request as too long."""
@@ -12809,7 +12812,7 @@ class _Run:
         self._choice: Choice
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
-        self._needs = Needs(job.raw, job.body, relay.state.windows, self._hub_request, relay.calibration.ratio,
+        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
                             frozenset(job.body) if job.wish is not None and job.wish.require_parameters else frozenset())
         self._passed_over: list[tuple[Route, str]] = []     # routes that could not serve this request, and why
         self._repaired = False                  # the refusal of this attempt has told how to ask again
@@ -12891,7 +12894,8 @@ class _Run:
             if failure is None or self._committed:
                 return
             self._failures.append(failure)
-        raise self._in_clients_words(answer_for(self._failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
+        failures = sorted(self._failures, key=lambda failure: failure.reason == "content_policy")       # what was said of the request itself counts
+        raise self._in_clients_words(answer_for(failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
@@ -12915,7 +12919,7 @@ class _Run:
         """A request too long is told in the words by which its client begins to compact."""
         if error.code == "context_length_exceeded" and self._job.client == "messages" and not _COMPACTS.search(error.message):
             tokens, window = overflow_numbers(error.message)
-            error.message = overflow_message("messages", tokens or self._needs.n_tokens(""), window, self._job.body.get("max_tokens"))
+            error.message = overflow_message("messages", tokens or self._needs.n_tokens("*"), window, self._job.body.get("max_tokens"))
         return error
 
     async def _plan(self) -> Plan:
@@ -13014,7 +13018,7 @@ class _Run:
         """Take from a refusal what it teaches of the model: how to ask it again, how much it holds."""
         relay, key = self._relay, route.keys[2]
         if failure.reason == "context_overflow":
-            if learn_window(relay.state, route, failure) is not None:
+            if learn_window(relay.state, route, failure, relay.world.utc()) is not None:
                 relay.keep("window", key, relay.state.windows[key])
             self._needs.note_overflow(self._needs.window(route))
             shorter = find_shrink(failure, json.loads(sent)) if sent and self._shrink is None else None
