@@ -10135,7 +10135,8 @@ class Needs:
     def images(self) -> bool:
         """Whether its last turn shows an image."""
         if self._shows is None:
-            self._shows = b"image" in self._raw and shows_image(self._read_hub())
+            hub = self._hub() if b"image" in self._raw else None
+            self._shows = hub is not None and shows_image(hub)
         return self._shows
 
     def window(self, route: Route) -> int | None:
@@ -10148,11 +10149,18 @@ class Needs:
         return len(self._raw) > _SAFE_BYTES_PER_TOKEN * window and self.n_tokens(model) > _DOUBT * window
 
     def n_tokens(self, model: str) -> int:
-        """The prompt's tokens for a wire model, estimated."""
+        """The prompt's tokens for a wire model, estimated; 0 where it is none that can be read."""
         family = count_family(model.lower())
         if family not in self._counts:
-            self._counts[family] = estimate_tokens(self._read_hub(), model)
+            hub = self._hub()
+            self._counts[family] = estimate_tokens(hub, model) if hub is not None else 0
         return round(self._counts[family] * self._ratio(model))
+
+    def _hub(self) -> Json | None:
+        """The request in the hub's form, None where only a provider's own endpoint understands it."""
+        with contextlib.suppress(UpstreamFailure):
+            return self._read_hub()
+        return None
 
     def note_overflow(self, window: int | None) -> None:
         """A model that holds so much has refused the request as too long."""

@@ -449,6 +449,8 @@ def test_text_to_complete_is_measured_and_texts_for_vectors_are_not(build: Build
     reply = house.post("/v1/completions", {"model": "a/m", "prompt": LONG})
     assert reply.status == 400 and reply.error["code"] == "context_length_exceeded" and provider.calls("a") == []
     assert house.post("/v1/embeddings", {"model": "a/m", "input": [WORDS] * 1000}).status == 200
+    tokens = house.post("/v1/completions", {"model": "a/m", "prompt": list(range(5000))})       # nobody here can read these
+    assert tokens.status == 400 and tokens.error["code"] == "unsupported"
 
 
 # ------------------------------------------------------------------ what a request wishes
