@@ -2568,7 +2568,7 @@ def build_catalogue(config: Config) -> Catalogue:
                 models.setdefault(name, []).append(_group_of(provider, (model,)))
         for credential in provider.credentials:
             for model in provider.models if credential.prefix else ():
-                if not _may_use(credential, model.id):
+                if not may_use(credential, model.id):
                     continue
                 models.setdefault(credential.prefix + model.id, []).append(((make_route(provider, credential, model),),))
     return Catalogue(tuple(whole), {provider.name: provider for provider in config.active}, {name: tuple(groups) for name, groups in models.items()},
@@ -2583,10 +2583,11 @@ def _chain_models(provider: Provider) -> tuple[Model, ...]:
 
 def _group_of(provider: Provider, models: Sequence[Model]) -> Group:
     """The routes of some models of a provider, one tuple of credentials per model."""
-    return tuple(tuple(make_route(provider, credential, model) for credential in provider.credentials if _may_use(credential, model.id)) for model in models)
+    return tuple(tuple(make_route(provider, credential, model) for credential in provider.credentials if may_use(credential, model.id)) for model in models)
 
 
-def _may_use(credential: Credential, model_id: str) -> bool:
+def may_use(credential: Credential, model_id: str) -> bool:
+    """Whether a credential is for this model, by its `models` and `excludedModels`."""
     if credential.models == ("*",) and not credential.excluded_models:
         return True
     return any(fnmatch.fnmatchcase(model_id, glob) for glob in credential.models) and not any(fnmatch.fnmatchcase(model_id, glob) for glob in credential.excluded_models)
@@ -13306,7 +13307,7 @@ def log_text(text: str) -> str:
 
 
 ##############################################################################
-# 21. Pages                                                 pure | uses 1-4
+# 21. Pages                                                 pure | uses 1-4, 7
 ##############################################################################
 # What is read by people and by tools rather than by models: the front page, the list of models.
 
@@ -13332,7 +13333,8 @@ def list_models(config: Config) -> list[Json]:
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models]
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+                 if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
 

@@ -187,7 +187,7 @@ REFUSED = [
     (entry(rules=[{"drop": ["messages"]}]), "x.rules[0].drop[0]", "messages", "other than model"),
     (entry(rules=[{"override": {"model": "y"}}]), "x.rules[0].override.model", "model", "other than model"),
     (entry(rules=[{"drop": ["messages.0"]}]), "x.rules[0].drop[0]", "messages.0", "other than model"),
-    (entry(rules=[{"default": {"a..b": 1}}]), "x.rules[0].default.a..b", "a..b", "with a dot before a name"),
+    (entry(rules=[{"default": {"a..b": 1}}]), 'x.rules[0].default["a..b"]', "a..b", "with a dot before a name"),
     (entry(rules=[{"overide": {}}]), "x.rules[0].overide", "unknown", 'did you mean "override"?'),
     ({**SEED, "carousel": []}, "carousel", "a list", "an object"),
     ({**SEED, "carousel": {"strategy": "random"}}, "carousel.strategy", 'string "random"', "one of: round-robin"),

@@ -587,6 +587,15 @@ def test_without_rules_a_passing_request_keeps_its_bytes(build: Build, provider:
     assert provider.calls("a")[0].body == raw.replace(b"a/m", b"m")
 
 
+# ------------------------------------------------------------------ models that no key may use
+
+def test_a_model_that_every_key_excludes_is_neither_listed_nor_asked(build: Build, provider: Provider) -> None:
+    keys = [{"key": "env:FAKE_KEY", "excludedModels": ["*-preview"]}]
+    house = build(a=healthy(), entries={"a": {"models": ["m", "m-preview", "m-2"], "keys": keys}}, carousel={"fallback": "none"})
+    assert [row["id"] for row in house.get("/v1/models").json["data"]] == ["aicarousel", "a/m", "a/m-2"]
+    assert house.chat("a/m-preview").status >= 400 and provider.calls("a") == [] and house.chat("a/m-2").text == TEXT
+
+
 # ------------------------------------------------------------------ refused for what it says
 
 BLOCKED = refusal("The response was filtered due to the prompt triggering our content management policy.", "prompt", "content_filter")
