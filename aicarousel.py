@@ -2157,10 +2157,10 @@ _INSTEAD = re.compile(r"\b(?:use|try|specify|replaced by|renamed to|in favou?r o
 _ESSENTIAL_FIELDS = frozenset({"model", "messages", "stream", "tools", "tool_choice", "response_format", "functions", "input", "prompt", "system", "n"})
 _BOUNDED_FIELD = re.compile(r"(?<![\w.])(max_completion_tokens|max_output_tokens|max_tokens|temperature|top_p|top_k|top_logprobs|n|presence_penalty|frequency_penalty"
                             r"|repetition_penalty|min_p|seed)(?!\w)")
-_TOLD = r"[ :`'\"(=]*(-?\d[\d,]*(?:\.\d+)?)"
+_TOLD = r"[ :`'\"(=]{0,5}(-?\d[\d,]{0,15}(?:\.\d{1,12})?)"
 _RANGE = re.compile(rf"[\[(]{_TOLD}`? ?(?:,|-) ?{_TOLD}`? ?[\])]|\bbetween{_TOLD}`? (?:and|to){_TOLD}|\b(?:range|from){_TOLD}(?: ?\.\. ?| to | ?- ?){_TOLD}", re.I)
 _MOST = re.compile(rf"(?:<=|\u2264|\bat most|\bless than or equal to|(?:not|n't)(?: be)? (?:more|greater|larger|higher|bigger) than|\bexceeds?|\bup to"
-                   rf"|\bmax(?:imum)?(?: (?:allowed|permitted|supported))?(?: (?:value|number|limit))? (?:is|of)){_TOLD}|> ?(\d[\d,]*), which is the maximum", re.I)
+                   rf"|\bmax(?:imum)?(?: (?:allowed|permitted|supported))?(?: (?:value|number|limit))? (?:is|of)){_TOLD}|> ?(\d[\d,]{{0,15}}), which is the maximum", re.I)
 _LEAST = re.compile(rf"(?:>=|\u2265|\bat least|\bgreater than or equal to|(?:not|n't)(?: be)? (?:less|smaller|lower|fewer) than"
                     rf"|\bmin(?:imum)?(?: (?:allowed|permitted|supported))?(?: value)? (?:is|of)){_TOLD}", re.I)
 _VALUE_REFUSED = re.compile(r"unsupported value|does not support [\"'`]?[\w.-]+[\"'`]? with this model", re.I)
@@ -2226,8 +2226,8 @@ def _find_clamp(names: Iterable[str], message: str, sent: Mapping[str, Any]) -> 
 
 #: How providers tell the size of a context window, the prompt and the answer asked for, when they do not fit together.
 _WINDOW = re.compile(r"(?:context (?:length|window|size|limit)[^\d\n]{0,20}|prompt length is |input length is |limit of |> ?|maximum number of tokens allowed \(|\bn_ctx[^\d\n]{0,4}"
-                     r"|available context size \(|should be \[\d+, ?|exceeded model token limit: )(\d[\d,]{2,})(?![\d,]| ?\+)", re.I)
-_PROMPT = re.compile(r"(\d[\d,]*) in the (?:messages|prompt|input)|request has (\d[\d,]*) input tokens|exceed context limit: (\d[\d,]*) \+", re.I)
+                     r"|available context size \(|should be \[\d{1,9}, ?|exceeded model token limit: )(\d[\d,]{2,15})(?![\d,]| ?\+)", re.I)
+_PROMPT = re.compile(r"\b(\d[\d,]{0,15}) in the (?:messages|prompt|input)|request has (\d[\d,]{0,15}) input tokens|exceed context limit: (\d[\d,]{0,15}) \+", re.I)
 _LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
 _LEAST_ROOM = 256
 

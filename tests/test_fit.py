@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import aicarousel as ac
 from dialects import FORMATS, PATHS, SCHEMA, Telling, ask, read_stream
@@ -126,6 +128,41 @@ def test_the_window_that_an_overflow_tells(words: str, window: int | None) -> No
 def test_a_shorter_answer_that_fits(words: str, sent: Json, room: int | None) -> None:
     found = ac.find_shrink(judged(words), sent)
     assert (found and found.to) == room
+
+
+SAID = st.lists(st.sampled_from(["max_tokens", "'temperature'", "n", "seed", "is", "not supported", "Unsupported parameter:", "Unsupported value:", "use", "must be", "at most", "between", "and", "<=",
+                                 "[", "]", ",", ">", ", which is the maximum", "maximum context length is", "tokens", "in the messages", "range:", "..", "logit_bias[", "a.b.", "\u2264"])
+                | st.integers().map(str) | st.floats().map(str) | st.text(max_size=5), max_size=25).map(" ".join)
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+                        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "b", "summary"]), inner, max_size=2), max_leaves=5)
+FIELDS = st.sampled_from(["max_tokens", "max_completion_tokens", "temperature", "n", "seed", "logit_bias", "a", "model"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(SAID, st.none() | FIELDS | st.text(max_size=8), st.dictionaries(FIELDS, ANYTHING, max_size=5), st.sampled_from([400, 413, 422]))
+def test_whatever_a_refusal_says_a_cure_changes_one_field_and_never_the_essence(words: str, param: str | None, sent: Json, status: int) -> None:
+    failure = judged(words, param, status)
+    assert failure.reason in ac.REASONS
+    ac.told_window(failure.detail)
+    for cure in (ac.find_cure(failure, sent), ac.find_shrink(failure, sent)):
+        made, told = ac.edit_body(sent, ac.Edits((), (cure,) if cure else ()))
+        assert len(told) == (cure is not None) and made.get("model") == sent.get("model")
+        assert all(made.get(name) == value for name, value in sent.items() if not cure or name != cure.field.partition(".")[0])
+        assert cure is None or json.loads(json.dumps(ac.repair_row(cure))) == ac.repair_row(cure)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fixed_dictionaries({}, optional={"models": ANYTHING, "provider": ANYTHING | st.dictionaries(
+    st.sampled_from(["order", "only", "ignore", "allow_fallbacks", "require_parameters", "sort"]), ANYTHING | st.lists(st.sampled_from(["a", "b", "c"])), max_size=4)}))
+def test_a_wish_of_any_shape_is_taken_or_refused(body: Json) -> None:
+    try:
+        rest, wish = ac.take_wish(body)
+        if wish is not None:
+            ac.choose(catalogue_of({"a": entry("m", keys=["env:KEY_1"])}), None, wish)
+            ac.wish_for_openrouter(wish, "a")
+        assert not {"models", "provider"} & rest.keys()
+    except ac.GatewayError as error:
+        assert error.status in (400, 404)
 
 
 # ------------------------------------------------------------------ edits
