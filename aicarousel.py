@@ -267,6 +267,7 @@ class Attempt:
     reason: str = ""                #: "" when it served
     detail: str = ""                #: the provider's words, secrets removed
     ms: int = 0
+    changed: tuple[str, ...] = ()   #: fields left out or changed for this route, as the client is told
 
     def public(self) -> Json:
         """What errors may tell of this attempt: no key, no URL."""
@@ -12704,6 +12705,7 @@ class Settled:
     usage: Usage
     first_ms: int
     total_ms: int
+    passed_over: list[tuple[Route, str]]    #: routes that could not serve it, and why: a word of misfit()
 
     @property
     def route(self) -> Route | None:
@@ -12967,6 +12969,7 @@ class _Run:
         body, self._repaired = b"", False
         try:
             body = self._request_body(route)
+            attempt.changed = self._dropped
             origin, message = relay.message(route, self._job, body, self._wire.path)
             self._sent_at = relay.world.clock()
             self._n_asked += 1
@@ -13038,7 +13041,8 @@ class _Run:
             self._repaired = cure is not None
             if relay.state.repairs.get(key) is not before:
                 relay.keep("repairs", key, [repair_row(repair) for repair in relay.state.repairs[key]])
-                self._log.warning("repair req=%s route=%s %s", self._job.id, route.id, log_text(f"{cure.how} {cure.field} {'' if cure.to is None else cure.to}" if cure else "did not help"))
+                self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
+                                  log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
     def _hub_request(self) -> Json:
         """The client's request in the hub's form. Raises GatewayError 400."""
@@ -13289,7 +13293,8 @@ class _Run:
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
-        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at)))
+        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
+                                    self._passed_over))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)

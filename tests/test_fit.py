@@ -274,6 +274,7 @@ def test_a_refused_field_is_repaired_once_and_remembered(build: Build, provider:
     bodies = [request.json for request in provider.calls("a")]
     assert len(bodies) == 4 and bodies[0].items() >= wrong.items() and all(body.items() >= sent.items() and repaired not in body for body in bodies[1:])
     assert provider.calls("b") == [] and not house.gateway.relay.state.cooling
+    assert [line for line in house.lines if "repair." in line][0].partition(" req=")[0] == "WARNING repair.learned"
 
 
 @pytest.mark.parametrize("wire", FORMATS)
@@ -455,6 +456,15 @@ def test_tools_go_to_a_model_with_hands(build: Build, provider: Provider, client
     assert house.post(PATHS[client], ask(client, "aicarousel", tool_choice=none)).headers["x-aicarousel-provider"] == "a"
     alone = house.post(PATHS[client], ask(client, "a/m", stream=False), headers={"x-aicarousel-no-fallback": "1"})
     assert alone.status == 400 and "a/m calls no tools" in alone.json["error"]["message"]
+
+
+def test_what_was_passed_over_and_changed_is_kept_to_be_told(build: Build) -> None:
+    house = build(a=healthy(), b=healthy(), entries={"a": can(tools=False), "b": {"rules": [{"override": {"seed": 1}}]}}, carousel={"strategy": "priority"})
+    settled: list[ac.Settled] = []
+    house.gateway.relay.settle = settled.append
+    assert house.post(PATHS["chat"], ask("chat", "aicarousel")).status == 200
+    house.settle()
+    assert [(route.id, why) for route, why in settled[0].passed_over] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
 
 
 def needs(body: Json, **more: Any) -> ac.Needs:
