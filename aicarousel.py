@@ -192,6 +192,13 @@ class Repair:
     until_utc: float = 0.0
 
 
+class Window(NamedTuple):
+    """How much a model holds, as its provider told when a request did not fit."""
+    n_tokens: int
+    until_utc: float
+    shared: bool                    #: the answer that was asked for counted too
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
     """One secret for one provider; `id` is what may be logged."""
@@ -2230,6 +2237,7 @@ _WINDOW = re.compile(r"(?:context (?:length|window|size|limit)[^\d\n]{0,20}|prom
                      r"|available context size \(|should be \[\d{1,9}, ?|exceeded model token limit: )(\d[\d,]{2,15})(?![\d,]| ?\+)", re.I)
 _PROMPT = re.compile(r"\b(\d[\d,]{0,15}) in the (?:messages|prompt|input)|request has (\d[\d,]{0,15}) input tokens|exceed context limit: (\d[\d,]{0,15}) \+", re.I)
 _LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
+#: Tokens of an answer that are worth asking for.
 _LEAST_ROOM = 256
 
 
@@ -2247,6 +2255,11 @@ def find_shrink(failure: UpstreamFailure, sent: Mapping[str, Any]) -> Repair | N
         return None
     room = window - int(next(group for group in prompt.groups() if group).replace(",", ""))
     return Repair(name, "most", room) if _LEAST_ROOM <= room < sent[name] else None
+
+
+def shorten(room: int) -> tuple[Repair, ...]:
+    """Edits that let an answer be no longer than `room` tokens, whatever its provider calls that."""
+    return tuple(Repair(name, "most", max(room, _LEAST_ROOM)) for name in sorted(_TWINS[0]))
 
 
 # When it ends --------------------------------------------------------------------------------------------------------
@@ -2553,7 +2566,7 @@ class RoutingState:
     cooling: dict[str, Cooldown] = field(default_factory=dict)
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
     repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
-    windows: dict[str, tuple[int, float]] = field(default_factory=dict)     #: model key -> tokens it holds, told when a request did not fit, and until when (UTC) that is believed
+    windows: dict[str, Window] = field(default_factory=dict)            #: model key -> what it holds
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -2873,7 +2886,8 @@ def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -
             if kind == "repairs":
                 state.repairs[key] = tuple(Repair(**row) for row in value)
             elif kind == "window":
-                state.windows[key] = int(value[0]), float(value[1])
+                n_tokens, until_utc, shared = value
+                state.windows[key] = Window(int(n_tokens), float(until_utc), bool(shared))
 
 
 def still_listed(route: Route) -> str:
@@ -2889,11 +2903,12 @@ def is_withdrawn(state: RoutingState, route: Route, now: float) -> bool:
     return found is not None and found.kind == "model" and found.proven and found.until_at > now
 
 
-def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float) -> int | None:
+def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float, *, shared: bool) -> Window | None:
     """Remember how much a model holds, when its provider told so; what configuration says is wrong both ways."""
-    window = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
-    if window is not None:
-        state.windows[route.keys[2]] = window, utc + LEARNED_S
+    told = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
+    if told is None:
+        return None
+    state.windows[route.keys[2]] = window = Window(told, utc + LEARNED_S, shared)
     return window
 
 
@@ -10121,15 +10136,16 @@ class Needs:
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_n_wanted", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, tuple[int, float]], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, Window], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
         self.n_overflows = 0            #: models that have refused it as too long
         self.overflowed = 0             #: tokens that the largest of them holds
         self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
+        self._n_wanted = next((value for name in _MAX_FIELDS if type(value := body.get(name)) is int), 0)
         self._shows: bool | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
@@ -10144,7 +10160,14 @@ class Needs:
     def window(self, route: Route) -> int | None:
         """Tokens that the route's model holds, None where nobody knows."""
         learned = self._windows.get(route.keys[2])
-        return learned[0] if learned is not None and learned[1] > self._utc else route.model.context
+        return learned.n_tokens if learned is not None and learned.until_utc > self._utc else route.model.context
+
+    def room(self, route: Route) -> int | None:
+        """Tokens that are left for the answer, where the prompt is known to take them away and may leave too few."""
+        learned = self._windows.get(route.keys[2])
+        if learned is None or not learned.shared or learned.until_utc <= self._utc or len(self._raw) // _SAFE_BYTES_PER_TOKEN + self._n_wanted <= learned.n_tokens:
+            return None
+        return learned.n_tokens - self.n_tokens(route.model.id)
 
     def exceeds(self, window: int, model: str) -> bool:
         """Whether the prompt is too long for a window, by its estimate; most are so short that nothing has to be counted."""
@@ -10170,6 +10193,8 @@ class Needs:
         self.overflowed = max(self.overflowed, window or 0)
 
 
+#: What clients call the longest answer they want.
+_MAX_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 #: Fewer bytes per token than this no prompt has.
 _SAFE_BYTES_PER_TOKEN = 2
 #: How far an estimate may be over before it is believed: to be refused by a provider costs less than to refuse what would have fitted.
@@ -13021,6 +13046,8 @@ class _Run:
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
         if self._shrink is not None and self._shrink[0] is route:
             repairs += self._shrink[1],
+        elif state.windows and (room := self._needs.room(route)) is not None:
+            repairs += shorten(room)
         rules = tuple(rule for rule in provider.rules if fnmatch.fnmatchcase(route.model.id, rule.models)) if self._wire.path in _RULED_PATHS else ()
         if wish is not None and wish.provider is not None and provider.preset.name == "openrouter":
             rules += PayloadRule("*", {}, {"provider": wish_for_openrouter(wish, provider.name)}, ()),
@@ -13030,11 +13057,12 @@ class _Run:
         """Take from a refusal what it teaches of the model: how to ask it again, how much it holds."""
         relay, key = self._relay, route.keys[2]
         if failure.reason == "context_overflow":
-            if learn_window(relay.state, route, failure, relay.world.utc()) is not None:
-                relay.keep("window", key, relay.state.windows[key])
+            shorter = find_shrink(failure, json.loads(sent)) if sent else None
+            window = learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None)
+            if window is not None:
+                relay.keep("window", key, window)
             self._needs.note_overflow(self._needs.window(route))
-            shorter = find_shrink(failure, json.loads(sent)) if sent and self._shrink is None else None
-            self._shrink = (route, shorter) if shorter is not None else self._shrink
+            self._shrink = (route, shorter) if shorter is not None and self._shrink is None else self._shrink
         elif failure.kind == "parameter" and sent:
             before = relay.state.repairs.get(key)
             cure = learn_repair(relay.state, route, failure, json.loads(sent), relay.world.utc())

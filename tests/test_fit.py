@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import aicarousel as ac
 from dialects import FORMATS, PATHS, SCHEMA, Telling, ask, read_stream
-from fakes import TEXT, Json, Provider, Reply, Request, answer, chat_answer, chat_body, healthy, stream
+from fakes import TEXT, Json, Provider, Reply, Request, answer, chat_body, healthy, in_turn, stream
 from house import House
 from test_policy import catalogue_of, entry, shown
 
@@ -236,7 +236,7 @@ def test_two_names_that_are_refused_in_turn_are_tried_once() -> None:
 def test_of_names_that_clients_make_up_nothing_is_remembered() -> None:
     state, catalogue = ac.RoutingState(), catalogue_of({"a": entry("m", keys=["env:KEY_1"])})
     route = ac.resolve(catalogue, "a/made-up").groups[0][0][0]
-    assert ac.learn_repair(state, route, UNKNOWN, {"seed": 1}, 0.0) is None and ac.learn_window(state, route, judged("maximum context length is 8192 tokens"), 0.0) is None
+    assert ac.learn_repair(state, route, UNKNOWN, {"seed": 1}, 0.0) is None and ac.learn_window(state, route, judged("maximum context length is 8192 tokens"), 0.0, shared=False) is None
     assert not state.repairs and not state.windows
 
 
@@ -250,11 +250,11 @@ def test_repairs_of_one_model_are_bounded() -> None:
 def test_what_was_learned_survives_and_foreign_rows_are_passed_over() -> None:
     state, route = ac.RoutingState(), one_route()
     ac.learn_repair(state, route, UNKNOWN, {"seed": 1}, 0.0)
-    rows = [("repairs", route.keys[2], json.dumps([ac.repair_row(repair) for repair in state.repairs[route.keys[2]]])), ("window", route.keys[2], "[8192, 5.0]"),
-            ("repairs", "x", "not json"), ("repairs", "y", '[{"odd": 1}]'), ("repairs", "z", "7"), ("window", "x", '"a"'), ("window", "y", "7"), ("other", "x", "1")]
+    rows = [("repairs", route.keys[2], json.dumps([ac.repair_row(repair) for repair in state.repairs[route.keys[2]]])), ("window", route.keys[2], "[8192, 5.0, true]"),
+            ("repairs", "x", "not json"), ("repairs", "y", '[{"odd": 1}]'), ("repairs", "z", "7"), ("window", "x", '"a"'), ("window", "y", "7"), ("window", "z", "[1]"), ("other", "x", "1")]
     back = ac.RoutingState()
     ac.restore_learned(back, rows)
-    assert back.repairs == state.repairs and back.windows == {route.keys[2]: (8192, 5.0)}
+    assert back.repairs == state.repairs and back.windows == {route.keys[2]: ac.Window(8192, 5.0, True)}
 
 
 # ------------------------------------------------------------------ repairs, over the wire
@@ -412,10 +412,14 @@ def test_a_messages_client_hears_an_overflow_in_its_own_words(build: Build) -> N
 
 def test_an_answer_is_made_shorter_where_nothing_larger_is_left(build: Build, provider: Provider) -> None:
     words = "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (1000 in the messages, 8000 in the completion)."
-    house = build(a=refusing(lambda body: body["max_tokens"] > 7192, refusal(words, "messages", "context_length_exceeded")))
+    house = build(a=in_turn(refusal(words, "messages", "context_length_exceeded"), healthy(), healthy(), healthy()))
     reply = house.chat("a/m", max_tokens=8000)
     assert reply.text == TEXT and dropped(reply) == ["max_tokens=7192"] and not house.gateway.relay.state.repairs
     assert [request.json["max_tokens"] for request in provider.calls("a")] == [8000, 7192]
+    for wanted, least, most in ((1000, 1000, 1000), (8192, 8100, 8191)):       # from now on it is known that the prompt takes from the answer
+        assert house.chat("a/m", max_tokens=wanted).text == TEXT
+        assert least <= provider.calls("a")[-1].json["max_tokens"] <= most
+    assert len(provider.calls("a")) == 4
 
 
 def test_an_answer_made_shorter_in_vain_ends_in_the_overflow(build: Build, provider: Provider) -> None:
@@ -484,7 +488,7 @@ def test_plain_requests_are_neither_read_nor_counted() -> None:
 
 def test_a_window_that_was_learned_is_believed_for_seven_days() -> None:
     state, route = ac.RoutingState(), one_route()
-    assert ac.learn_window(state, route, judged("This model's maximum context length is 8192 tokens."), 100.0) == 8192
+    assert ac.learn_window(state, route, judged("This model's maximum context length is 8192 tokens."), 100.0, shared=False) == (8192, 100.0 + 7 * DAY_S, False)
     for utc, window in ((100.0 + 7 * DAY_S - 1, 8192), (100.0 + 7 * DAY_S, None)):
         assert ac.Needs(b"", {}, state.windows, utc, dict, lambda model: 1.0).window(route) == window
 
