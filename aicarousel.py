@@ -2908,7 +2908,8 @@ def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, ut
     told = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
     if told is None:
         return None
-    state.windows[route.keys[2]] = window = Window(told, utc + LEARNED_S, shared)
+    before = state.windows.get(route.keys[2])
+    state.windows[route.keys[2]] = window = Window(told, utc + LEARNED_S, shared or before is not None and before.shared)
     return window
 
 
