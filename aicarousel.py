@@ -10183,8 +10183,8 @@ class Needs:
         return round(self._counts[family] * self._ratio(model))
 
     def _hub(self) -> Json | None:
-        """The request in the hub's form, None where only a provider's own endpoint understands it."""
-        with contextlib.suppress(UpstreamFailure):
+        """The request in the hub's form, None where only a provider of its own format understands it."""
+        with contextlib.suppress(UpstreamFailure, GatewayError):
             return self._read_hub()
         return None
 
@@ -12770,8 +12770,8 @@ class Relay:
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
         """
         hub = FORMATS["messages"].read_request(job.body)
-        choice = resolve(self.catalogue, job.model)
-        routes = plan(self.catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
+        catalogue, choice = (self.catalogue, resolve(self.catalogue, job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
+        routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
         route = routes[0]

@@ -471,6 +471,14 @@ def test_what_was_passed_over_and_changed_is_kept_to_be_told(build: Build) -> No
     assert [(route.id, why) for route, why in settled[0].passed_over] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
 
 
+def test_a_request_that_cannot_be_read_is_not_measured() -> None:
+    route = ac.resolve(catalogue_of({"a": entry({"id": "m", "context": 300, "vision": False}, keys=["env:KEY_1"])}), "a").groups[0][0][0]
+
+    def read() -> Json:
+        raise ac.bad_request("odd")
+    assert ac.misfit(route, ac.Needs(b"image" * 1000, {}, {}, 0.0, read, lambda model: 1.0)) == ""
+
+
 def needs(body: Json, **more: Any) -> ac.Needs:
     """What a Chat request needs; counting its tokens fails the test."""
     raw = json.dumps(body).encode()
@@ -607,6 +615,7 @@ def test_wishes_in_a_count_of_tokens(build: Build) -> None:
     house = build(a=healthy())
     assert house.post("/v1/messages/count_tokens", body).json["input_tokens"] > 0
     assert house.post("/v1/messages/count_tokens", {**body, "models": 1}).status == 400
+    assert house.post("/v1/messages/count_tokens", {**body, "provider": {"ignore": ["a"]}}).status == 404
 
 
 # ------------------------------------------------------------------ payload rules
