@@ -2233,7 +2233,7 @@ def _find_clamp(names: Iterable[str], message: str, sent: Mapping[str, Any]) -> 
 
 
 #: How providers tell the size of a context window, the prompt and the answer asked for, when they do not fit together.
-_WINDOW = re.compile(r"(?:context (?:length|window|size|limit)[^\d\n]{0,20}|prompt length is |input length is |limit of |> ?|maximum number of tokens allowed \(|\bn_ctx[^\d\n]{0,4}"
+_WINDOW = re.compile(r"(?:context (?:length|window|size|limit)(?! by )[^\d\n]{0,20}|prompt length is |input length is |limit of |> ?|maximum number of tokens allowed \(|\bn_ctx[^\d\n]{0,4}"
                      r"|available context size \(|should be \[\d{1,9}, ?|exceeded model token limit: )(\d[\d,]{2,15})(?![\d,]| ?\+)", re.I)
 _PROMPT = re.compile(r"\b(\d[\d,]{0,15}) in the (?:messages|prompt|input)|request has (\d[\d,]{0,15}) input tokens|exceed context limit: (\d[\d,]{0,15}) \+", re.I)
 _LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
@@ -2468,6 +2468,12 @@ def answer_for(failures: Sequence[UpstreamFailure], attempts: Sequence[Attempt])
                         "model" if answer.status == 404 else None, _retry_after_s(answer, failures), rows)
 
 
+def withdrawn(told: Iterable[tuple[str, str]]) -> GatewayError:
+    """What the client is told when every provider has said before that it has no such model; told: provider/model, and the words in which it did."""
+    rows = dict.fromkeys(f"{name}: {_URL.sub('(link)', words) or 'withdrawn'}" for name, words in told)
+    return unknown_model(f"No provider has this model any more. {'; '.join(list(rows)[:_LISTED_MAX])}")
+
+
 def _refusal(failure: UpstreamFailure, rows: list[Json]) -> GatewayError:
     """The provider's own complaint about the request, with its status if that is one for the client."""
     status = failure.status if 400 <= failure.status < 500 and failure.status != 401 else 400
@@ -2558,6 +2564,7 @@ class Cooldown:
     strikes: int
     proven: bool
     probing: bool = False
+    detail: str = ""                #: the provider's words
 
 
 @dataclass(slots=True)
@@ -2934,7 +2941,7 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven)
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
     return cooldown
 
 
@@ -12955,7 +12962,8 @@ class _Run:
     def _in_clients_words(self, error: GatewayError) -> GatewayError:
         """A request too long is told in the words by which its client begins to compact."""
         if error.code == "context_length_exceeded" and self._job.client == "messages" and not _COMPACTS.search(error.message):
-            tokens, window = overflow_numbers(error.message)
+            window = told_window(error.message)
+            tokens = overflow_numbers(error.message)[0] if window else None         # what other numbers mean nobody knows
             error.message = overflow_message("messages", tokens or self._needs.n_tokens("*"), window, self._job.body.get("max_tokens"))
         return error
 
@@ -12970,8 +12978,7 @@ class _Run:
             if found.routes:
                 return found
             if found.skipped and all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
-                raise unknown_model("Withdrawn by its provider: " + "; ".join(f"{route.provider.name}/{route.model.id}" + (f", nearest still listed: {other}" if other else "")
-                                                                              for route, _ in found.skipped[:6] for other in (still_listed(route),)) + ".")
+                raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
             if found.free_at is None:
                 raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
                                                             or "none has a usable key") + ".")

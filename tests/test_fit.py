@@ -111,6 +111,7 @@ def test_what_other_failures_say_cures_nothing() -> None:
     ("input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000, decrease input length or `max_tokens` and try again", 200000),
     ("Input length (265330) exceeds model's maximum context length (262144).", 262144),
     ("context_length_exceeded", None),
+    ("prompt too long; exceeded max context length by 1119046 tokens (ref: 96164522-08b2-4cbf-886e-e5a38961a688)", None),
     ("maximum context length is 7 tokens", None),
 ])
 def test_the_window_that_an_overflow_tells(words: str, window: int | None) -> None:
@@ -335,7 +336,7 @@ def test_a_withdrawn_model_is_out_alone_and_the_nearest_is_named(build: Build, p
                   entries={"a": {"models": models, "default": "kimi-k2-old", "keys": ["env:FAKE_KEY"]}}, carousel={"fallback": "none"})
     first, second = house.chat("a/kimi-k2-old"), house.chat("a/kimi-k2-old")
     for reply in (first, second):
-        assert reply.status == 404 and reply.error["code"] == "model_not_found" and "kimi-k2-new" in reply.error["message"], reply.raw
+        assert reply.status == 404 and reply.error["code"] == "model_not_found" and "kimi-k2-new" in reply.error["message"] and "has been decommissioned" in reply.error["message"], reply.raw
     assert house.chat("a/kimi-k2-new").text == TEXT and len(provider.calls("a")) == 2
     assert list(house.gateway.relay.state.cooling) == ["model a:kimi-k2-old"] and house.gateway.relay.state.cooling["model a:kimi-k2-old"].proven
     assert any("kimi-k2-new" in line for line in house.lines if "attempt.failed" in line)
@@ -408,6 +409,8 @@ def test_a_messages_client_hears_an_overflow_in_its_own_words(build: Build) -> N
     house = build(a=OVERFLOW)
     reply = house.post(PATHS["messages"], ask("messages", "a/m", "Hi", stream=False))
     assert reply.status == 400 and reply.json["error"]["message"] == "prompt is too long: 9000 tokens > 4096 maximum"
+    house = build(b=refusal("prompt too long; exceeded max context length by 1119046 tokens (ref: 96164522-08b2)"))
+    assert house.post(PATHS["messages"], ask("messages", "b/m", "Hi", stream=False)).json["error"]["message"].startswith("prompt is too long: 1")
 
 
 def test_an_answer_is_made_shorter_where_nothing_larger_is_left(build: Build, provider: Provider) -> None:
