@@ -188,6 +188,23 @@ class PayloadRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """An edit of requests to one model that a refusal of its provider asked for.  `none`: it was tried and did not help."""
+    field: str                      #: as the provider calls it; a dot stands before a name inside an object
+    how: Literal["rename", "most", "least", "drop", "none"]
+    to: str | float | None = None   #: the other name, or the bound
+    value: str | None = None        #: drop: the value that was refused, as compact JSON; None for any
+    until_utc: float = 0.0
+
+
+class Window(NamedTuple):
+    """How much a model holds, as its provider told when a request did not fit."""
+    n_tokens: int
+    until_utc: float
+    shared: bool                    #: the answer that was asked for counted too
+
+
+@dataclass(frozen=True, slots=True)
 class Credential:
     """One secret for one provider; `id` is what may be logged."""
     id: str                                  #: provider/number, e.g. groq/2
@@ -262,6 +279,7 @@ class Attempt:
     reason: str = ""                #: "" when it served
     detail: str = ""                #: the provider's words, secrets removed
     ms: int = 0
+    changed: tuple[str, ...] = ()   #: fields left out or changed for this route, as the client is told
 
     def public(self) -> Json:
         """What errors may tell of this attempt: no key, no URL."""
@@ -792,6 +810,7 @@ class Carousel:
     unknown_model: str = "carousel"
     echo_model: bool = False
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
+    content_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -1083,8 +1102,8 @@ def _want_edits(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_editable(value: Any, place: _Place) -> str:
-    if value in ("model", "messages", "stream"):
-        raise place.refuse(_shown(value), "a request field other than model, messages and stream")
+    if isinstance(value, str) and (value.partition(".")[0] in ("model", "messages", "stream") or not all(value.split("."))):
+        raise place.refuse(_shown(value), "a request field other than model, messages and stream, with a dot before a name inside an object")
     return _want_text(value, place)
 
 
@@ -1197,6 +1216,7 @@ _CAROUSEL_FIELDS = {
     "toolStream": _Field("tool_stream", _want_word("held", "live")),
     "unknownModel": _Field("unknown_model", _want_word("carousel", "reject")),
     "echoModel": _Field("echo_model", _want_flag),
+    "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
 }
 
@@ -1731,6 +1751,7 @@ REASONS: Mapping[str, Reason] = MappingProxyType({
     "endpoint_unsupported":   Reason("model",      "model", 600.0),
     "capability_missing":     Reason("fit",        ""),
     "bad_param":              Reason("parameter",  ""),
+    "bad_value":              Reason("parameter",  ""),
     "bad_request":            Reason("request",    ""),
     "context_overflow":       Reason("fit",        ""),
     "payload_too_large":      Reason("fit",        ""),
@@ -2023,6 +2044,8 @@ _CAPACITY = _Words(
 _LIMIT_REQUESTED = re.compile(r"Limit:? (\d{1,12}),(?: Used:? \d{1,12},)? Requested:? (\d{1,12})", re.I)
 _PERMISSION = _Words(r"\bmodel\b|subscription|upgrade|\bplan\b|policy|permissions?_error|model_permission")
 _RETIRED = _Words(r"decommissioned|end of life|deprecated|retired|no longer (?:available|supported)|shut ?down")
+#: Words for a model that is not there; with "access" in them they may be about the key.
+_UNKNOWN = _Words(r"\A(?![\s\S]*access)[\s\S]*(?:model_not_found|unknown model|no such model|not a valid model|\bmodel\b[^.\n]{0,80}(?:does not exist|not found))")
 #: Providers whose 503 means that something broke, not that they are full.
 _BROKEN_AT_503 = "cerebras groq huggingface github-copilot ollama-cloud".split()
 
@@ -2105,14 +2128,16 @@ def _judge(preset_name: str, bucket: str, status: int, headers: Mapping[str, str
     param = facts.param
     if reason == "bad_param":
         param = _named_field(facts) or param
+    elif reason == "bad_value":
+        param = param or _named_bounded(facts.message)[0]
     failure = _fail(reason, bucket, status, detail=facts.message, scope=scope, code=facts.code, param=param)
-    return _time(failure, headers, facts, utc)
+    return _time(failure, bucket, headers, facts, utc)
 
 
-def _time(failure: UpstreamFailure, headers: Mapping[str, str], facts: _Facts, utc: float) -> UpstreamFailure:
+def _time(failure: UpstreamFailure, bucket: str, headers: Mapping[str, str], facts: _Facts, utc: float) -> UpstreamFailure:
     """`failure` with the time that its provider named, where a time can mean an end of it."""
-    if failure.reason == "model_gone" and (failure.status == 410 or _RETIRED.search(facts.words)):
-        failure.cool_s = FAILURE_RULES["model"].cap_s      # said, not guessed from a 404: no need to look again soon
+    if failure.reason == "model_gone" and bucket != "machine" and (failure.status == 410 or _RETIRED.search(facts.words) or _UNKNOWN.search(facts.words)):
+        failure.cool_s, failure.proven = _DAY_S, True      # said, not guessed from a 404; on a machine of one's own it may be there the next minute
     if not failure.scope or failure.kind not in ("rate", "payment", "server"):
         return failure
     if failure.kind != "rate":       # the windows say nothing about an overload or an empty purse
@@ -2175,6 +2200,8 @@ def _by_status(preset_name: str, status: int, facts: _Facts) -> str:
         return "permission_model"
     if status in (400, 422) and _named_field(facts):
         return "bad_param"
+    if status in (400, 422) and _named_bounded(facts.message) and _bounds_of(facts.message) != (None, None):
+        return "bad_value"
     if status == 503 and preset_name in _BROKEN_AT_503:
         return "server_error"
     if preset_name in ("fireworks", "nvidia") and status in (500, 504):
@@ -2200,6 +2227,116 @@ def _named_field(facts: _Facts) -> str | None:
     if name is None and facts.param and _REFUSED.search(facts.words):
         name = facts.param
     return name if name and re.split(r"[.\[]", name)[0] not in _CORE_FIELDS else None
+
+
+# What would be taken instead -----------------------------------------------------------------------------------------
+
+#: Names for the same thing: one may stand for the other where the provider asks for it.
+_TWINS: tuple[frozenset[str], ...] = (
+    frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens"}),
+    frozenset({"stop", "stop_sequences"}),
+    frozenset({"seed", "random_seed"}),
+)
+_INSTEAD = re.compile(r"\b(?:use|try|specify|replaced by|renamed to|in favou?r of|did you mean)[: ]+[\"'`]?(\w{3,40})", re.I)
+#: Fields whose loss would change what is asked for.
+_ESSENTIAL_FIELDS = frozenset({"model", "messages", "stream", "tools", "tool_choice", "response_format", "functions", "input", "prompt", "system", "n"})
+_BOUNDED_FIELD = re.compile(r"(?<![\w.])(max_completion_tokens|max_output_tokens|max_tokens|temperature|top_p|top_k|top_logprobs|n|presence_penalty|frequency_penalty"
+                            r"|repetition_penalty|min_p|seed)(?!\w)")
+_TOLD = r"[ :`'\"(=]{0,5}(-?\d[\d,]{0,15}(?:\.\d{1,12})?)"
+_RANGE = re.compile(rf"[\[(]{_TOLD}`? ?(?:,|-) ?{_TOLD}`? ?[\])]|\bbetween{_TOLD}`? (?:and|to){_TOLD}|\b(?:range|from){_TOLD}(?: ?\.\. ?| to | ?- ?){_TOLD}", re.I)
+_MOST = re.compile(rf"(?:<=|\u2264|\bat most|\bless than or equal to|(?:not|n't)(?: be)? (?:more|greater|larger|higher|bigger) than|\bexceeds?|\bup to"
+                   rf"|\bmax(?:imum)?(?: (?:allowed|permitted|supported))?(?: (?:value|number|limit))? (?:is|of)){_TOLD}|> ?(\d[\d,]{{0,15}}), which is the maximum", re.I)
+_LEAST = re.compile(rf"(?:>=|\u2265|\bat least|\bgreater than or equal to|(?:not|n't)(?: be)? (?:less|smaller|lower|fewer) than"
+                    rf"|\bmin(?:imum)?(?: (?:allowed|permitted|supported))?(?: value)? (?:is|of)){_TOLD}", re.I)
+_VALUE_REFUSED = re.compile(r"unsupported value|does not support [\"'`]?[\w.-]+[\"'`]? with this model", re.I)
+_ONLY_DEFAULT = re.compile(r"only the default", re.I)
+
+
+def _number(text: str) -> float:
+    value = float(text.replace(",", "").rstrip("."))
+    return int(value) if value.is_integer() else value
+
+
+def _named_bounded(message: str) -> list[str]:
+    """The fields with a range that a message names."""
+    return _BOUNDED_FIELD.findall(message)
+
+
+def _bounds_of(message: str) -> tuple[float | None, float | None]:
+    """The least and the most that a message says a value may be; None where it does not."""
+    found = _RANGE.search(message)
+    if found:
+        low, high = (_number(group) for group in found.groups() if group)
+        return low, high
+    least, most = _LEAST.search(message), _MOST.search(message)
+    return _number(least[1]) if least else None, _number(most[1] or most[2]) if most else None
+
+
+def find_cure(failure: UpstreamFailure, sent: Mapping[str, Any]) -> Repair | None:
+    """The least edit of the request `sent` that its refusal asks for: another name, a value inside the range, else leaving the field out.
+
+    None where nothing is known to help, or where it would change what is asked for.  The repair has no end yet.
+    """
+    if failure.kind != "parameter":
+        return None
+    named = failure.param or ""
+    name = re.split(r"[.\[]", named)[0]
+    if failure.reason == "bad_value":
+        return _find_clamp([name, *_named_bounded(failure.detail)], failure.detail, sent)
+    twins = next((twins for twins in _TWINS if name in twins), frozenset())
+    other = next((word for word in _INSTEAD.findall(failure.detail) if word in twins and word != name), None)
+    if other and name in sent and other not in sent:
+        return Repair(name, "rename", other)
+    if name in _ESSENTIAL_FIELDS or name not in sent:
+        return None
+    inner, value = named.partition(".")[2], sent[name]
+    if inner and "[" not in named and isinstance(value, dict) and inner in value:
+        return Repair(named, "drop")
+    whole = not _VALUE_REFUSED.search(failure.detail) or _ONLY_DEFAULT.search(failure.detail) or isinstance(value, (dict, list))
+    return Repair(name, "drop", None, None if whole else json.dumps(value))
+
+
+def _find_clamp(names: Iterable[str], message: str, sent: Mapping[str, Any]) -> Repair | None:
+    """The first of the fields whose value is outside of what the message allows, with the bound it is to be set to."""
+    least, most = _bounds_of(message)
+    for name in names:
+        value = sent.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if most is not None and value > most:
+                return Repair(name, "most", most)
+            if least is not None and value < least:
+                return Repair(name, "least", least)
+    return None
+
+
+#: How providers tell the size of a context window, the prompt and the answer asked for, when they do not fit together.
+_WINDOW = re.compile(r"(?:context (?:length|window|size|limit)(?! by )[^\d\n]{0,20}|prompt length is |input length is |limit of |> ?|maximum number of tokens allowed \(|\bn_ctx[^\d\n]{0,4}"
+                     r"|available context size \(|should be \[\d{1,9}, ?|exceeded model token limit: )(\d[\d,]{2,15})(?![\d,]| ?\+)", re.I)
+_PROMPT = re.compile(r"\b(\d[\d,]{0,15}) in the (?:messages|prompt|input)|request has (\d[\d,]{0,15}) input tokens|exceed context limit: (\d[\d,]{0,15}) \+", re.I)
+_LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
+#: Tokens of an answer that are worth asking for.
+_LEAST_ROOM = 256
+
+
+def told_window(message: str) -> int | None:
+    """Tokens that a model holds, as its provider told when a request did not fit; None where it did not tell."""
+    found = [int(number.replace(",", "")) for number in _WINDOW.findall(message[:_MESSAGE_MAX])]
+    return next((number for number in found if _LEAST_WINDOW <= number <= _MOST_WINDOW), None)
+
+
+def find_shrink(failure: UpstreamFailure, sent: Mapping[str, Any]) -> Repair | None:
+    """A shorter answer with which the request `sent` fits after all, where the provider told prompt and window and there is room; None where not."""
+    prompt, window = _PROMPT.search(failure.detail), told_window(failure.detail)
+    name = next((name for name in sorted(_TWINS[0]) if isinstance(sent.get(name), int)), "")
+    if failure.reason != "context_overflow" or prompt is None or window is None or not name:
+        return None
+    room = window - int(next(group for group in prompt.groups() if group).replace(",", ""))
+    return Repair(name, "most", room) if _LEAST_ROOM <= room < sent[name] else None
+
+
+def shorten(room: int) -> tuple[Repair, ...]:
+    """Edits that let an answer be no longer than `room` tokens, whatever its provider calls that."""
+    return tuple(Repair(name, "most", max(room, _LEAST_ROOM)) for name in sorted(_TWINS[0]))
 
 
 # When it ends --------------------------------------------------------------------------------------------------------
@@ -2408,6 +2545,12 @@ def answer_for(failures: Sequence[UpstreamFailure], attempts: Sequence[Attempt])
                         "model" if answer.status == 404 else None, _retry_after_s(answer, failures), rows)
 
 
+def withdrawn(told: Iterable[tuple[str, str]]) -> GatewayError:
+    """What the client is told when every provider has said before that it has no such model; told: provider/model, and the words in which it did."""
+    rows = dict.fromkeys(f"{name}: {_URL.sub('(link)', words) or 'withdrawn'}" for name, words in told)
+    return unknown_model(f"No provider has this model any more. {'; '.join(list(rows)[:_LISTED_MAX])}")
+
+
 def _refusal(failure: UpstreamFailure, rows: list[Json]) -> GatewayError:
     """The provider's own complaint about the request, with its status if that is one for the client."""
     status = failure.status if 400 <= failure.status < 500 and failure.status != 401 else 400
@@ -2498,6 +2641,7 @@ class Cooldown:
     strikes: int
     proven: bool
     probing: bool = False
+    detail: str = ""                #: the provider's words
 
 
 @dataclass(slots=True)
@@ -2505,7 +2649,8 @@ class RoutingState:
     """What routing remembers between requests; owned by the relay, lives as long as the process."""
     cooling: dict[str, Cooldown] = field(default_factory=dict)
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
-    refused: dict[str, frozenset[str]] = field(default_factory=dict)    #: model key -> request fields it has refused
+    repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
+    windows: dict[str, Window] = field(default_factory=dict)            #: model key -> what it holds
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -2521,7 +2666,7 @@ def build_catalogue(config: Config) -> Catalogue:
                 models.setdefault(name, []).append(_group_of(provider, (model,)))
         for credential in provider.credentials:
             for model in provider.models if credential.prefix else ():
-                if not _may_use(credential, model.id):
+                if not may_use(credential, model.id):
                     continue
                 models.setdefault(credential.prefix + model.id, []).append(((make_route(provider, credential, model),),))
     return Catalogue(tuple(whole), {provider.name: provider for provider in config.active}, {name: tuple(groups) for name, groups in models.items()},
@@ -2536,10 +2681,11 @@ def _chain_models(provider: Provider) -> tuple[Model, ...]:
 
 def _group_of(provider: Provider, models: Sequence[Model]) -> Group:
     """The routes of some models of a provider, one tuple of credentials per model."""
-    return tuple(tuple(make_route(provider, credential, model) for credential in provider.credentials if _may_use(credential, model.id)) for model in models)
+    return tuple(tuple(make_route(provider, credential, model) for credential in provider.credentials if may_use(credential, model.id)) for model in models)
 
 
-def _may_use(credential: Credential, model_id: str) -> bool:
+def may_use(credential: Credential, model_id: str) -> bool:
+    """Whether a credential is for this model, by its `models` and `excludedModels`."""
     if credential.models == ("*",) and not credential.excluded_models:
         return True
     return any(fnmatch.fnmatchcase(model_id, glob) for glob in credential.models) and not any(fnmatch.fnmatchcase(model_id, glob) for glob in credential.excluded_models)
@@ -2555,7 +2701,7 @@ def resolve(catalogue: Catalogue, name: str | None, *, may_be_alias: bool = True
     for mark in "/:":
         head, found, rest = name.partition(mark)
         if found and rest and head in catalogue.providers:
-            return Choice(name, (_named_group(catalogue.providers[head], rest),), False, True)
+            return Choice(name, (_globbed_group(catalogue.providers[head], rest) if "*" in rest else _named_group(catalogue.providers[head], rest),), False, True)
     if name in catalogue.providers:
         provider = catalogue.providers[name]
         return Choice(name, (_group_of(provider, _chain_models(provider)),), False, True)
@@ -2572,6 +2718,79 @@ def resolve(catalogue: Catalogue, name: str | None, *, may_be_alias: bool = True
     return Choice("*", catalogue.whole, True, False)
 
 
+class Wish(NamedTuple):
+    """How a client wants one request routed: the fields `models` and `provider` of its body."""
+    models: tuple[str, ...] = ()                #: instead of where its model would fall back to
+    order: tuple[str, ...] = ()                 #: providers that come first
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    allow_fallbacks: bool = True                #: false: no provider but those of `order`, or the first
+    require_parameters: bool = False            #: no provider that refuses a field of the request
+    provider: Json | None = None                #: as it was sent, for OpenRouter
+
+
+_MAX_WISHES = 50
+
+
+def take_wish(body: Json) -> tuple[Json, Wish | None]:
+    """A request without what it says of its routing, and that. Raises GatewayError 400 for what is neither names nor flags."""
+    if "models" not in body and "provider" not in body:
+        return body, None
+    models, provider = body.get("models"), body.get("provider")
+    if isinstance(models, str):
+        models = [name.strip() for name in models.split(",")]
+    if provider is not None and not isinstance(provider, dict):
+        raise bad_request("provider must be an object.", param="provider", code="invalid_type")
+    asked = provider or {}
+    for name in ("allow_fallbacks", "require_parameters"):
+        if not isinstance(asked.get(name, True), (bool, type(None))):
+            raise bad_request(f"provider.{name} must be a boolean.", param=f"provider.{name}", code="invalid_type")
+    wish = Wish(_wished_names(models, "models"), *(_wished_names(asked.get(name), f"provider.{name}") for name in ("order", "only", "ignore")),
+                asked.get("allow_fallbacks") is not False, asked.get("require_parameters") is True, provider)
+    return {name: value for name, value in body.items() if name not in ("models", "provider")}, wish
+
+
+def _wished_names(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > _MAX_WISHES or not all(isinstance(name, str) and name for name in value):
+        raise bad_request(f"{where} must be a list of at most {_MAX_WISHES} names.", param=where, code="invalid_type")
+    return tuple(value)
+
+
+def choose(catalogue: Catalogue, name: str | None, wish: Wish) -> tuple[Catalogue, Choice]:
+    """What a model name stands for under a wish, and the catalogue that is left to fall back in. Raises GatewayError 404 when nothing is left."""
+    listed = [choice for word in (name, *wish.models) if word and word not in CAROUSEL_NAMES and (choice := resolve(catalogue, word)).explicit] if wish.models else []
+    choice = Choice("models", tuple(group for each in listed for group in each.groups), False, True) if listed else resolve(catalogue, name)
+    if wish.only or wish.ignore or (wish.order and not wish.allow_fallbacks):
+        choice = replace(choice, groups=_allowed(choice.groups, wish, catalogue))
+        models = {model: _allowed(groups, wish, catalogue) for model, groups in catalogue.models.items()}
+        catalogue = replace(catalogue, whole=_allowed(catalogue.whole, wish, catalogue), models=models)
+    if wish.order:
+        places = {word.lower(): place for place, word in reversed(tuple(enumerate(wish.order)))}
+        groups = sorted(choice.groups, key=lambda group: places.get(provider_of(group).lower(), len(places) + _MAX_WISHES))
+        choice = replace(choice, groups=tuple(groups), rotates=False)
+    if not any(routes for group in choice.groups for routes in group):
+        raise GatewayError("No provider that this request allows serves its model.", 404, "no_allowed_provider", "invalid_request_error", "provider")
+    return catalogue, choice
+
+
+def _allowed(groups: Iterable[Group], wish: Wish, catalogue: Catalogue) -> tuple[Group, ...]:
+    """Those of a wish's providers. Names that are none of ours are OpenRouter's own providers: it may be asked to keep to them."""
+    def stands_in(group: Group, names: tuple[str, ...]) -> bool:
+        provider, lower = next(routes[0].provider for routes in group if routes), [name.lower() for name in names]
+        return provider.name.lower() in lower or provider.preset.name == "openrouter" and any(name not in catalogue.providers for name in lower)
+    kept = (group for group in groups if any(group) and not provider_of(group).lower() in map(str.lower, wish.ignore))
+    strict = wish.order if wish.order and not wish.allow_fallbacks else ()
+    return tuple(group for group in kept if all(stands_in(group, names) for names in (wish.only, strict) if names))
+
+
+def wish_for_openrouter(wish: Wish, name: str) -> Json:
+    """The field `provider` as OpenRouter may have it: without the name that it goes by here."""
+    asked = {field: [word for word in value if word != name] if field in ("order", "only", "ignore") and value else value for field, value in (wish.provider or {}).items()}
+    return {field: value for field, value in asked.items() if value != []}
+
+
 def same_model(choice: Choice) -> Choice:
     """Only the routes to the first model of `choice`. Raises GatewayError 404 when the client named none."""
     first = next((route for group in choice.groups for routes in group for route in routes), None)
@@ -2581,7 +2800,7 @@ def same_model(choice: Choice) -> Choice:
     return replace(choice, groups=tuple(tuple(routes for routes in group if routes) for group in groups if any(group)))
 
 
-def may_use(route: Route, globs: Sequence[str]) -> bool:
+def is_allowed(route: Route, globs: Sequence[str]) -> bool:
     """Whether a key that may use the models of `globs` may use this route: by its model's id or alias, alone or behind the provider's name."""
     names = (route.model.id, f"{route.provider.name}/{route.model.id}", *((route.model.alias,) if route.model.alias else ()))
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
@@ -2589,7 +2808,7 @@ def may_use(route: Route, globs: Sequence[str]) -> bool:
 
 def allow_groups(groups: Sequence[Group], globs: Sequence[str]) -> tuple[Group, ...]:
     """`groups` without the routes that `globs` do not cover, and without what is empty then."""
-    found = (tuple(kept for routes in group if (kept := tuple(route for route in routes if may_use(route, globs)))) for group in groups)
+    found = (tuple(kept for routes in group if (kept := tuple(route for route in routes if is_allowed(route, globs)))) for group in groups)
     return tuple(group for group in found if group)
 
 
@@ -2621,6 +2840,14 @@ def _named_group(provider: Provider, wire_model: str) -> Group:
     """The routes to a model that need not be listed."""
     model = next((model for model in provider.models if wire_model in (model.id, model.alias)), Model(wire_model))
     return _group_of(provider, (model,))
+
+
+def _globbed_group(provider: Provider, glob: str) -> Group:
+    """The routes to the listed models that a glob covers, the default first. Raises GatewayError 404 when it covers none."""
+    models = sorted((model for model in provider.models if fnmatch.fnmatchcase(model.id, glob)), key=lambda model: model.id != provider.default)
+    if not models:
+        raise unknown_model(f"{provider.name} lists no model like {glob[:200]!r}.")
+    return _group_of(provider, models)
 
 
 def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str) -> Plan:
@@ -2727,18 +2954,75 @@ def clear(state: RoutingState, route: Route) -> None:
         state.cooling.pop(key, None)
 
 
-def learn_refused(state: RoutingState, route: Route, failure: UpstreamFailure, body: Mapping[str, Any]) -> bool:
-    """Remember the one optional field that a provider refused; whether the same request without it is worth another try."""
-    name = re.split(r"[.\[]", failure.param or "")[0]
-    known = state.refused.get(route.keys[2], frozenset())
-    if failure.kind != "parameter" or name in known or name in _ESSENTIAL_FIELDS or name not in body or not is_listed(route):
-        return False
-    state.refused[route.keys[2]] = known | {name}
-    return True
+#: How long what was learned of a model is remembered.
+LEARNED_S = 7 * 86400.0
+_MAX_REPAIRS = 16               #: of one model: no honest provider refuses more
 
 
-#: Fields whose loss would change what is asked for.
-_ESSENTIAL_FIELDS = frozenset({"model", "messages", "stream", "tools", "tool_choice", "response_format", "functions", "input", "prompt", "system", "n"})
+def learn_repair(state: RoutingState, route: Route, failure: UpstreamFailure, sent: Mapping[str, Any], utc: float) -> Repair | None:
+    """Remember what makes `route`'s model take a request that it refused; None when nothing new does, so that asking again is in vain.
+
+    sent: the body as it went out, with the repairs known so far.  What was tried for a field and did not help is not tried again.
+    """
+    if failure.kind != "parameter" or not is_listed(route):
+        return None
+    known = repairs_of(state, route, utc)
+    cure = find_cure(failure, sent)
+    name = cure.field if cure else failure.param or ""
+    if cure is None or any(old.how == "none" and old.field == name or old.how == "rename" and (old.to, old.field) == (name, cure.to) for old in known):
+        useless = {old.field for old in known if name in (old.field, old.to) and old.how != "none"}
+        if useless:
+            state.repairs[route.keys[2]] = tuple(replace(old, how="none") if old.field in useless else old for old in known)
+        return None
+    cure = replace(cure, until_utc=utc + LEARNED_S)
+    others = tuple(old for old in known if (old.field, old.how, old.value) != (cure.field, cure.how, cure.value))
+    state.repairs[route.keys[2]] = (*others, cure)[-_MAX_REPAIRS:]
+    return cure
+
+
+def repairs_of(state: RoutingState, route: Route, utc: float) -> tuple[Repair, ...]:
+    """What is remembered of `route`'s model and has not run out; also what did not help."""
+    return tuple(repair for repair in state.repairs.get(route.keys[2], ()) if repair.until_utc > utc)
+
+
+def repair_row(repair: Repair) -> Json:
+    """A repair as it is stored and shown."""
+    return {"field": repair.field, "how": repair.how, "to": repair.to, "value": repair.value, "until_utc": repair.until_utc}
+
+
+def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Put back what was stored: kind, model key, JSON. Rows that another version wrote otherwise are passed over."""
+    for kind, key, text in rows:
+        with contextlib.suppress(ValueError, TypeError):
+            value = json.loads(text)
+            if kind == "repairs":
+                state.repairs[key] = tuple(Repair(**row) for row in value)
+            elif kind == "window":
+                n_tokens, until_utc, shared = value
+                state.windows[key] = Window(int(n_tokens), float(until_utc), bool(shared))
+
+
+def still_listed(route: Route) -> str:
+    """The name nearest to `route`'s model that its provider still lists in configuration, "" for none: what to put in its place."""
+    provider = route.provider
+    others = [model.id for model in (*provider.models, *provider.preset.models) if model.id != route.model.id and not find_alias(model.id, provider.preset.retired)]
+    return nearest(route.model.id, others) or next(iter(others), "")
+
+
+def is_withdrawn(state: RoutingState, route: Route, now: float) -> bool:
+    """Whether the provider has said that it has no such model."""
+    found = state.cooling.get(route.keys[SCOPES["model"]])
+    return found is not None and found.kind == "model" and found.proven and found.until_at > now
+
+
+def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float, *, shared: bool) -> Window | None:
+    """Remember how much a model holds, when its provider told so; what configuration says is wrong both ways."""
+    told = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
+    if told is None:
+        return None
+    before = state.windows.get(route.keys[2])
+    state.windows[route.keys[2]] = window = Window(told, utc + LEARNED_S, shared or before is not None and before.shared)
+    return window
 
 
 def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float, *, jitter: float) -> Cooldown | None:
@@ -2762,7 +3046,7 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven)
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
     return cooldown
 
 
@@ -4726,6 +5010,85 @@ def _fit_extra(ready: Json, profile: Profile) -> None:
             drop(ready, "store")
 
 
+# ---- Edits: payload rules and repairs
+
+class Edits(NamedTuple):
+    """What is changed in requests to one model when they are otherwise ready to go; false when nothing is."""
+    rules: tuple[PayloadRule, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rules or self.repairs)
+
+
+NO_EDITS = Edits()
+_ABSENT: Any = object()
+
+
+def edit_body(body: Json, edits: Edits) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body with the rules, then the repairs done to it, and what that changed; `body` itself stays as it is.
+
+    told: `name` of a field left out, `name=value` of one that was set (`...` for what is no number or word), `old>new` of one renamed.
+    """
+    told: dict[str, None] = {}
+    for rule in edits.rules:
+        for path, value in (*((path, value) for path, value in rule.default.items() if value_at(body, path) in (None, _ABSENT)), *rule.override.items()):
+            if value_at(body, path) != value:
+                body = _with_value(body, path.split("."), value)
+                told[_tell_set(path, value)] = None
+        for path in rule.drop:
+            if value_at(body, path) is not _ABSENT:
+                body = _without_path(body, path.split("."))
+                told[path] = None
+    for repair in edits.repairs:
+        value = value_at(body, repair.field)
+        if value is _ABSENT or repair.how == "none":
+            continue
+        if repair.how == "rename":
+            kept = {name: value for name, value in body.items() if name != repair.field}
+            body = {str(repair.to): value, **kept}
+            told[f"{repair.field}>{repair.to}"] = None
+        elif repair.how == "drop":
+            if repair.value is None or repair.value == json.dumps(value):
+                body = _without_path(body, repair.field.split("."))
+                told[repair.field] = None
+        elif is_number(value) and (value > repair.to if repair.how == "most" else value < repair.to):
+            body = {**body, repair.field: repair.to}
+            told[_tell_set(repair.field, repair.to)] = None
+    return body, tuple(told)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def value_at(body: Any, path: str) -> Any:
+    """What stands at a path of names with dots between; a mark of its own where nothing does."""
+    for name in path.split("."):
+        if not isinstance(body, dict) or name not in body:
+            return _ABSENT
+        body = body[name]
+    return body
+
+
+def _with_value(body: Any, names: list[str], value: Any) -> Json:
+    """`body` with `value` at a path; what stands in the way of an object gives place."""
+    outer = body if isinstance(body, dict) else {}
+    return {**outer, names[0]: _with_value(outer.get(names[0]), names[1:], value) if len(names) > 1 else value}
+
+
+def _without_path(body: Json, names: list[str]) -> Json:
+    """`body` without what stands at a path, nor the objects that this leaves empty."""
+    inner = _without_path(body[names[0]], names[1:]) if len(names) > 1 else {}
+    return {name: value if name != names[0] else inner for name, value in body.items() if name != names[0] or inner}
+
+
+def _tell_set(path: str, value: Any) -> str:
+    """A field that was set, as a header may tell it: texts and objects may be private."""
+    return f"{path}={json.dumps(value)}" if value is None or isinstance(value, (bool, int, float)) else f"{path}=..."
+
+
 # ---- The whole preparation
 
 def prepare(hub: Json, profile: Profile) -> Json:
@@ -5578,13 +5941,12 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, refused: Collection[str] = ()) -> tuple[bytes, tuple[str, ...]]:
-    """The provider's body for a Chat request that passes through, and the names of the fields left out.
+def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
+    """The provider's body for a Chat request that passes through, and what was left out or changed.
 
     in: the client's bytes and the same parsed    out: those bytes with another model, or new ones where more has to change
-    refused: fields this model has been seen to refuse, beyond those the preset knows
     """
-    dropped = [name for name in (*preset.rejects, *refused) if name in body]
+    dropped = tuple(name for name in preset.rejects if name in body)
     changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
     if body.get("stream") and preset.stream_options and not (body.get("stream_options") or {}).get("include_usage"):
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
@@ -5598,11 +5960,17 @@ def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, r
     if other_max in body:
         removed.add(other_max)
         changes.setdefault(preset.max_field, body.get(preset.max_field) or body[other_max])
-    if not removed:
+    return write_passing(raw, body, changes, removed, dropped, edits)
+
+
+def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str], dropped: tuple[str, ...], edits: Edits) -> tuple[bytes, tuple[str, ...]]:
+    """A passing request in its own bytes where only `changes` have to be made, else written anew; and what is told of it: `dropped` and the edits."""
+    if not removed and not edits:
         spliced = splice_fields(raw, body, changes)
         if spliced is not None:
             return spliced, ()
-    return dump_json({name: value for name, value in {**body, **changes}.items() if name not in removed}), tuple(dropped)
+    made, told = edit_body({name: value for name, value in {**body, **changes}.items() if name not in removed}, edits)
+    return dump_json(made), (*dropped, *told)
 
 
 def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
@@ -9911,6 +10279,94 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
     return replace(profile, max_out_limit=model.max_output, images=profile.images and model.vision is not False)
 
 
+class Needs:
+    """What one request needs of a route that serves it; the costly parts are worked out when a route first makes them matter.
+
+    windows: RoutingState's.  utc: now.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
+    required: fields that must be taken as they are, for a client that asked so.
+    """
+
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_n_wanted", "_shows", "_counts")
+
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, Window], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+                 required: frozenset[str] = frozenset()) -> None:
+        self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
+        self.required = required
+        self.n_overflows = 0            #: models that have refused it as too long
+        self.overflowed = 0             #: tokens that the largest of them holds
+        self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
+        self._n_wanted = next((value for name in _MAX_FIELDS if type(value := body.get(name)) is int), 0)
+        self._shows: bool | None = None
+        self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
+
+    @property
+    def images(self) -> bool:
+        """Whether its last turn shows an image."""
+        if self._shows is None:
+            hub = self._hub() if b"image" in self._raw else None
+            self._shows = hub is not None and shows_image(hub)
+        return self._shows
+
+    def window(self, route: Route) -> int | None:
+        """Tokens that the route's model holds, None where nobody knows."""
+        learned = self._windows.get(route.keys[2])
+        return learned.n_tokens if learned is not None and learned.until_utc > self._utc else route.model.context
+
+    def room(self, route: Route) -> int | None:
+        """Tokens that are left for the answer, where the prompt is known to take them away and may leave too few."""
+        learned = self._windows.get(route.keys[2])
+        if learned is None or not learned.shared or learned.until_utc <= self._utc or len(self._raw) // _SAFE_BYTES_PER_TOKEN + self._n_wanted <= learned.n_tokens:
+            return None
+        return learned.n_tokens - self.n_tokens(route.model.id)
+
+    def exceeds(self, window: int, model: str) -> bool:
+        """Whether the prompt is too long for a window, by its estimate; most are so short that nothing has to be counted."""
+        return len(self._raw) > _SAFE_BYTES_PER_TOKEN * window and self.n_tokens(model) > _DOUBT * window
+
+    def n_tokens(self, model: str) -> int:
+        """The prompt's tokens for a wire model, estimated; 0 where it is none that can be read."""
+        family = count_family(model.lower())
+        if family not in self._counts:
+            hub = self._hub()
+            self._counts[family] = estimate_tokens(hub, model) if hub is not None else 0
+        return round(self._counts[family] * self._ratio(model))
+
+    def _hub(self) -> Json | None:
+        """The request in the hub's form, None where only a provider of its own format understands it."""
+        with contextlib.suppress(UpstreamFailure, GatewayError):
+            return self._read_hub()
+        return None
+
+    def note_overflow(self, window: int | None) -> None:
+        """A model that holds so much has refused the request as too long."""
+        self.n_overflows += 1
+        self.overflowed = max(self.overflowed, window or 0)
+
+
+#: What clients call the longest answer they want.
+_MAX_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+#: Fewer bytes per token than this no prompt has.
+_SAFE_BYTES_PER_TOKEN = 2
+#: How far an estimate may be over before it is believed: to be refused by a provider costs less than to refuse what would have fitted.
+_DOUBT = 1.1
+
+
+def misfit(route: Route, needs: Needs) -> str:
+    """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_parameter, too_small."""
+    model, preset = route.model, route.provider.preset
+    if needs.tools and model.tools is False:
+        return "no_tools"
+    profile = target_profile(preset.name, model, route.provider.format)
+    if not profile.images and needs.images:
+        return "no_vision"
+    if needs.required and not needs.required.isdisjoint((*preset.rejects, *profile.reject)):
+        return "no_parameter"
+    window = needs.window(route)
+    if needs.n_overflows and (needs.n_overflows > 1 if window is None else window <= needs.overflowed):
+        return "too_small"
+    return "too_small" if window is not None and needs.exceeds(window, model.id) else ""
+
+
 def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
     """Whether a request may go to this target in the client's own bytes: nothing in it has to change but the model and rejected fields."""
     if client == "completions":
@@ -9938,25 +10394,21 @@ def _call_ids(body: Json) -> Iterator[Any]:
                     yield block.get("id")
 
 
-def pass_request(raw: bytes, body: Json, wire_model: str, removed: Collection[str]) -> tuple[bytes, tuple[str, ...]]:
-    """The provider's body for a request that passes through with no more than its model changed, and the names of the fields left out."""
+def pass_request(raw: bytes, body: Json, wire_model: str, rejects: Collection[str], edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
+    """The provider's body for a request that passes through with little more than its model changed, and what was left out or changed."""
     changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
     if body.get("stream") and "prompt" in body and not _asks_usage(body):
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    dropped = tuple(name for name in removed if name in body)
-    unwanted = {*dropped, *ROUTING_FIELDS.intersection(body)}
-    spliced = None if unwanted else splice_fields(raw, body, changes)
-    if spliced is not None:
-        return spliced, ()
-    return dump_json({name: value for name, value in {**body, **changes}.items() if name not in unwanted}), dropped
+    dropped = tuple(name for name in rejects if name in body)
+    return write_passing(raw, body, changes, {*dropped, *ROUTING_FIELDS.intersection(body)}, dropped, edits)
 
 
-def translate_request(hub: Json, profile: Profile, removed: Collection[str] = ()) -> tuple[Json, tuple[str, ...]]:
-    """A provider's body for a hub request, and the names of what was lost. Raises UpstreamFailure("fit") when the target cannot serve it."""
+def translate_request(hub: Json, profile: Profile, edits: Edits = NO_EDITS) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body for a hub request, and what was lost or changed. Raises UpstreamFailure("fit") when the target cannot serve it."""
     ready = prepare(hub, profile)
     body, rejected = without_rejected(FORMATS[profile.format].write_request({**ready, "model": profile.model}, profile), profile)
-    dropped = tuple(dict.fromkeys((*ready.get("dropped", ()), *rejected, *(name for name in removed if name in body))))
-    return {name: value for name, value in body.items() if name not in removed}, dropped
+    body, told = edit_body(body, edits) if edits else (body, ())
+    return body, tuple(dict.fromkeys((*ready.get("dropped", ()), *rejected, *told)))
 
 
 def count_request(raw: bytes, body: Json, hub: Json, profile: Profile) -> bytes:
@@ -10931,6 +11383,9 @@ _MIGRATIONS: tuple[_Migration, ...] = (
         "UPDATE usage SET input = input + cached + cache_write WHERE cached > 0 OR cache_write > 0",
         "ALTER TABLE usage DROP COLUMN price",
     )),
+    _Migration("learned", (
+        "CREATE TABLE learned (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, until_utc REAL NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
+    ), ("DROP TABLE learned",)),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -11436,6 +11891,15 @@ class UsageRow(NamedTuple):
     price: str                 #: the price that was applied and where from, "" for none
 
 
+class LearnedRow(NamedTuple):
+    """Something that was learned of a provider and is worth keeping over a restart. Field names are the columns of the table `learned`."""
+    kind: str
+    key: str
+    value: str                 #: JSON
+    until_utc: float           #: seconds since 1970
+
+
+_INSERT_LEARNED = "INSERT OR REPLACE INTO learned (kind, key, value, until_utc) VALUES (?, ?, ?, ?)"
 _INSERT_USAGE = f"INSERT OR IGNORE INTO usage ({', '.join(UsageRow._fields)}) VALUES ({', '.join('?' * len(UsageRow._fields))})"
 
 
@@ -11480,11 +11944,12 @@ class UsageWriter:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = path, clock
-        self._queue: queue.SimpleQueue[UsageRow | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[UsageRow | LearnedRow | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
+        self._learned: dict[tuple[str, str], LearnedRow] = {}
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
         self._failing = self._stopping = False
@@ -11495,6 +11960,19 @@ class UsageWriter:
     def put(self, row: UsageRow) -> None:
         """Queue `row`; never waits, never raises."""
         self._queue.put(row)
+
+    def learn(self, row: LearnedRow) -> None:
+        """Queue `row`, in the place of an older one of its kind and key; never waits, never raises."""
+        self._queue.put(row)
+
+    def learned(self, now_utc: float) -> list[LearnedRow]:
+        """What was learned and still holds; nothing where the database cannot be read, since routing goes on without it."""
+        try:
+            with contextlib.closing(_open_for_reading(self.path, _RING_BUSY_S)) as connection:
+                return [LearnedRow(*row) for row in connection.execute("SELECT kind, key, value, until_utc FROM learned WHERE until_utc > ?", (now_utc,))]
+        except sqlite3.Error as error:
+            _STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
+            return []
 
     def flush(self, timeout_s: float) -> bool:
         """Whether everything queued before this call is on disk within `timeout_s`."""
@@ -11511,7 +11989,7 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._rows:
+            if not self._rows and not self._learned:
                 self._take(self._queue.get())
             # Rows pile up in the queue meanwhile: a thread woken by each would cost a busy server more than the writing.
             self._hurry.wait(_RETRY_S if self._failing else _BATCH_S)
@@ -11523,21 +12001,23 @@ class UsageWriter:
             _STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
-    def _take(self, item: UsageRow | threading.Event | None) -> None:
+    def _take(self, item: UsageRow | LearnedRow | threading.Event | None) -> None:
         if item is None:
             self._stopping = True
         elif isinstance(item, UsageRow):
             self._rows.append(item)
+        elif isinstance(item, LearnedRow):
+            self._learned[item.kind, item.key] = item
         else:
             self._flushes.append(item)
 
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
-        self._failing = bool(self._rows) and not self._write()
+        self._failing = bool(self._rows or self._learned) and not self._write()
         while len(self._rows) > _MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
-        if not self._rows:
+        if not self._rows and not self._learned:
             while self._flushes:
                 self._flushes.pop().set()
 
@@ -11547,11 +12027,15 @@ class UsageWriter:
                 self._connection = open_database(self.path, busy_s=_WRITER_BUSY_S)
             with _transaction(self._connection):
                 _insert_usage(self._connection, self._rows)
+                if self._learned:
+                    self._connection.executemany(_INSERT_LEARNED, self._learned.values())
+                    self._connection.execute("DELETE FROM learned WHERE until_utc < CAST(strftime('%s', 'now') AS REAL)")
         except (sqlite3.Error, ConfigError) as error:
             self._disconnect()
             self._warn(error)
             return False
         self._rows.clear()
+        self._learned.clear()
         return True
 
     def _disconnect(self) -> None:
@@ -12692,6 +13176,10 @@ _COUNT_S = 5.0                  #: how long a provider may take to count tokens 
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+#: Texts on which Claude Code compacts.
+_COMPACTS = re.compile(r"prompt is too long|exceed context limit")
+#: Payload rules are for requests of a conversation, whose fields a provider's entry knows.
+_RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
@@ -12716,6 +13204,7 @@ class Job:
     version: str = ""               #: its anthropic-version header
     blanks: bool = False            #: it wants blanks while it waits for an answer that is not streamed
     models: tuple[str, ...] = ()    #: globs of the models its key may use, () for all
+    wish: Wish | None = None        #: what it said of its routing
     hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
 
 
@@ -12729,6 +13218,7 @@ class Settled:
     usage: Usage
     first_ms: int
     total_ms: int
+    passed_over: Sequence[tuple[Route, str]]        #: routes that could not serve it, and why: a word of misfit()
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -12740,10 +13230,11 @@ class Settled:
 class Relay:
     """Attempts, commit and pump for all requests; one for the life of the process."""
 
-    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], user_agent: str) -> None:
+    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], keep: Callable[[str, str, Any], None], user_agent: str) -> None:
         self.world = world
         self.transport = transport
         self.settle = settle
+        self.keep = keep                #: kind, key and JSON value of something that was learned
         self.state = RoutingState()
         self.config: Config
         self.catalogue: Catalogue
@@ -12761,14 +13252,16 @@ class Relay:
 
     def choose(self, job: Job) -> tuple[Choice, Catalogue]:
         """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
-        choice = resolve(self.catalogue, job.model)
+        catalogue, choice = (self.catalogue, resolve(self.catalogue, job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
         if not job.models:
-            return choice, self.catalogue
+            return choice, catalogue
+        if job.wish is not None:
+            return allow_choice(choice, None if job.wish.models else job.model, job.models), allow_catalogue(catalogue, job.models)
         allowed = self._allowed.get(job.models)
         if allowed is None:
             if len(self._allowed) >= _MAX_TARGETS:
                 self._allowed.clear()
-            allowed = self._allowed[job.models] = allow_catalogue(self.catalogue, job.models)
+            allowed = self._allowed[job.models] = allow_catalogue(catalogue, job.models)
         return allow_choice(choice, job.model, job.models), allowed
 
     def within_reach(self, job: Job) -> Iterator[Route]:
@@ -12848,7 +13341,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -12868,6 +13361,11 @@ class _Run:
         self._choice: Choice
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
+        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
+                            frozenset(job.body) if job.wish is not None and job.wish.require_parameters else frozenset())
+        self._passed_over: list[tuple[Route, str]] = []     # routes that could not serve this request, and why
+        self._repaired = False                  # the refusal of this attempt has told how to ask again
+        self._shrink: tuple[Route, Repair] | None = None    # where the request fits if its answer is shorter
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
         self._n_asked = 0                       # requests that went out
         self._n_estimated = 0                   # prompt tokens, where they had to be estimated
@@ -12909,31 +13407,67 @@ class _Run:
 
     async def _serve(self) -> None:
         """Try the routes of the plan in order until one serves. Raises GatewayError when none does."""
-        self._choice, self._catalogue = self._relay.choose(self._job)
-        if self._job.client == "embeddings":
+        job, carousel = self._job, self._config.carousel
+        self._choice, self._catalogue = self._relay.choose(job)
+        if job.client == "embeddings":
             self._choice = same_model(self._choice)
-        waiting = deque((await self._plan()).routes)
-        n_max, retried = self._config.carousel.max_attempts, False
-        while waiting and self._n_asked < n_max:
+        waiting, retried = deque(self._willing((await self._plan()).routes)), False
+        while waiting and self._n_asked < carousel.max_attempts:
             route = waiting.popleft()
             if self._cooled.intersection(route.keys):
                 continue                # another attempt of this request has just shown that it is out
+            why = misfit(route, self._needs)
+            if why:
+                self._passed_over.append((route, why))
+                continue
             failure = await self._try(route)
             if failure is None or self._committed:
                 return
             self._failures.append(failure)
             rule = FAILURE_RULES[failure.kind]
-            if learn_refused(self._relay.state, route, failure, self._job.body):
+            if self._repaired:
                 waiting.appendleft(route)
                 continue
-            if not rule.goes_on:
+            if not rule.goes_on and not (failure.reason == "content_policy" and carousel.content_fallback):
                 break
             if rule.again and not waiting and not retried and len(self._attempts) == 1 and failure.reason != "timeout":
                 retried = True
                 self._cooled.clear()
                 waiting.append(route)
                 await self._relay.world.sleep(_RETRY_PAUSE_S * (0.5 + self._relay.world.random()))
-        raise answer_for(self._failures, self._attempts)
+        if self._shrink is not None and FAILURE_RULES[self._failures[-1].kind].goes_on:
+            failure = await self._try(self._shrink[0])
+            if failure is None or self._committed:
+                return
+            self._failures.append(failure)
+        failures = sorted(self._failures, key=lambda failure: failure.reason == "content_policy")       # what was said of the request itself counts
+        raise self._in_clients_words(answer_for(failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
+
+    def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
+        """The routes of a plan that the client wants tried."""
+        wish = self._job.wish
+        if wish is None or wish.allow_fallbacks or wish.order or not routes:
+            return routes
+        return [route for route in routes if route.provider is routes[0].provider]
+
+    def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
+        """What a route that was passed over would have failed by."""
+        name = f"{route.provider.name}/{route.model.id}"
+        if why == "too_small":
+            tokens = self._needs.n_tokens(route.model.id)
+            return UpstreamFailure("fit", "context_overflow", overflow_message("chat", tokens, self._needs.window(route)), 400, "fit")
+        if why == "no_vision":
+            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if other.vision), "")
+            return unsupported(f"{name} reads no images" + (f"; {able} does" if able else ""))
+        return unsupported(f"{name} calls no tools" if why == "no_tools" else f"{name} does not take every field of the request")
+
+    def _in_clients_words(self, error: GatewayError) -> GatewayError:
+        """A request too long is told in the words by which its client begins to compact."""
+        if error.code == "context_length_exceeded" and self._job.client == "messages" and not _COMPACTS.search(error.message):
+            window = told_window(error.message)
+            tokens = overflow_numbers(error.message)[0] if window else None         # what other numbers mean nobody knows
+            error.message = overflow_message("messages", tokens or self._needs.n_tokens("*"), window, self._job.body.get("max_tokens"))
+        return error
 
     async def _plan(self) -> Plan:
         """The plan, after a wait where the first proven cooldown ends soon enough. Raises GatewayError when there is nothing to wait for."""
@@ -12942,9 +13476,11 @@ class _Run:
         while True:
             now = relay.world.clock()
             found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy,
-                         fallback=carousel.fallback if self._job.may_fall_back else "none")
+                         fallback=carousel.fallback if self._may_fall_back() else "none")
             if found.routes:
                 return found
+            if found.skipped and all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
+                raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
             if found.free_at is None:
                 raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
                                                             or "none has a usable key") + ".")
@@ -12953,6 +13489,11 @@ class _Run:
                 raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=found.free_at - now)
             await relay.world.sleep(max(found.free_at - now, 0.01))
 
+    def _may_fall_back(self) -> bool:
+        """Whether routes beyond those that were named may serve."""
+        wish = self._job.wish
+        return self._job.may_fall_back and (wish is None or not wish.models and wish.allow_fallbacks)
+
     async def _try(self, route: Route) -> UpstreamFailure | None:
         """One attempt: None when it served, else how it failed. After commit the client has been told by then."""
         relay, state = self._relay, self._relay.state
@@ -12960,8 +13501,10 @@ class _Run:
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
         answer: Answer | None = None
+        body, self._repaired = b"", False
         try:
             body = self._request_body(route)
+            attempt.changed = self._dropped
             origin, message = relay.message(route, self._job, body, self._wire.path)
             self._sent_at = relay.world.clock()
             self._n_asked += 1
@@ -12976,6 +13519,7 @@ class _Run:
                 answer.abort()
             self._note(attempt, failure)
             self._discard(attempt)
+            self._learn(route, failure, body)
             return failure
         except BaseException:
             if answer is not None:
@@ -12998,31 +13542,53 @@ class _Run:
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
         job, provider = self._job, route.provider
-        refused = self._relay.state.refused.get(route.keys[2], frozenset())
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
-        self._check_fit(route.model)
         self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
+        edits = self._edits(route)
         if self._passing and job.client == "chat":
-            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, refused)
+            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, edits)
         elif self._passing:
             rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
-            body, self._dropped = pass_request(job.raw, job.body, route.model.id, (*rejects, *refused))
+            body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
         else:
             hub = recall(self._hub_request(), self._relay.memo)
             self._names = name_map(hub, self._profile)
-            made, self._dropped = translate_request(hub, self._profile, refused)
+            made, self._dropped = translate_request(hub, self._profile, edits)
             body = dump_json(made)
         return body
 
-    def _check_fit(self, model: Model) -> None:
-        """Raise UpstreamFailure("fit") when the model is known to lack what the request is about: images in its last turn, tools."""
-        body = self._job.body
-        if not self._profile.images and b"image" in self._job.raw and shows_image(self._hub_request()):
-            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if other.vision), "")
-            raise unsupported(f"{model.id} reads no images" + (f"; {able} does" if able else ""))
-        if model.tools is False and body.get("tools") and body.get("tool_choice") != "none":
-            raise unsupported(f"{model.id} calls no tools")
+    def _edits(self, route: Route) -> Edits:
+        """What configuration, earlier refusals and the client's own wish change in requests to a route."""
+        provider, wish, state = route.provider, self._job.wish, self._relay.state
+        repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
+        if self._shrink is not None and self._shrink[0] is route:
+            repairs += self._shrink[1],
+        elif state.windows and (room := self._needs.room(route)) is not None:
+            repairs += shorten(room)
+        rules = tuple(rule for rule in provider.rules if fnmatch.fnmatchcase(route.model.id, rule.models)) if self._wire.path in _RULED_PATHS else ()
+        if wish is not None and wish.provider is not None and provider.preset.name == "openrouter":
+            rules += PayloadRule("*", {}, {"provider": wish_for_openrouter(wish, provider.name)}, ()),
+        return Edits(rules, repairs)
+
+    def _learn(self, route: Route, failure: UpstreamFailure, sent: bytes) -> None:
+        """Take from a refusal what it teaches of the model: how to ask it again, how much it holds."""
+        relay, key = self._relay, route.keys[2]
+        if failure.reason == "context_overflow":
+            shorter = find_shrink(failure, json.loads(sent)) if sent else None
+            window = learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None)
+            if window is not None:
+                relay.keep("window", key, window)
+            self._needs.note_overflow(self._needs.window(route))
+            self._shrink = (route, shorter) if shorter is not None and self._shrink is None else self._shrink
+        elif failure.kind == "parameter" and sent:
+            before = relay.state.repairs.get(key)
+            cure = learn_repair(relay.state, route, failure, json.loads(sent), relay.world.utc())
+            self._repaired = cure is not None
+            if relay.state.repairs.get(key) is not before:
+                relay.keep("repairs", key, [repair_row(repair) for repair in relay.state.repairs[key]])
+                self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
+                                  log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
     def _hub_request(self) -> Json:
         """The client's request in the hub's form. Raises GatewayError 400."""
@@ -13053,6 +13619,8 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         failure.detail = redact(failure.detail, self._config.secrets)
+        if failure.reason == "model_gone" and (other := still_listed(route)):
+            failure.detail = f"{failure.detail} Nearest that {route.provider.name} still lists: {other}.".strip()
         attempt.reason, attempt.detail = failure.reason, failure.detail
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
@@ -13219,7 +13787,7 @@ class _Run:
                    ("x-aicarousel-model", header_value(attempt.route.model.id)), ("x-aicarousel-attempts", str(len(self._attempts))),
                    ("x-aicarousel-overhead-ms", f"{overhead_ms:.1f}")]
         if self._dropped:
-            headers.append(("x-aicarousel-dropped", ",".join(self._dropped)))
+            headers.append(("x-aicarousel-dropped", header_value(",".join(self._dropped))))
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
         prefixes = _RELAYED_PREFIXES if self._job.hold is None else ()      # limits of the key are told under the same names
@@ -13290,7 +13858,8 @@ class _Run:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
-        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at), self._discarded))
+        self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
+                                    self._passed_over, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -13308,7 +13877,7 @@ def log_text(text: str) -> str:
 
 
 ##############################################################################
-# 21. Pages                                                 pure | uses 1-4
+# 21. Pages                                                 pure | uses 1-4, 7
 ##############################################################################
 # What is read by people and by tools rather than by models: the front page, the list of models.
 
@@ -13334,7 +13903,8 @@ def list_models(config: Config) -> list[Json]:
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models]
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+                 if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
 
@@ -13466,7 +14036,8 @@ class Gateway:
         self.usage = usage
         self.world = world
         self.transport = Transport(world)
-        self.relay = Relay(world, self.transport, self._settle, f"aicarousel/{__version__}")
+        self.relay = Relay(world, self.transport, self._settle, self._keep, f"aicarousel/{__version__}")
+        restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self.n_requests = 0
@@ -13668,9 +14239,10 @@ class Gateway:
         """POST /v1/messages/count_tokens: asked of a provider that counts them itself, else estimated over system, messages, tools and images."""
         raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
-            body = check_messages_request(parse_body(raw))
+            parsed = parse_body(raw)
+            body, wish = take_wish(check_messages_request(parsed))
             exchange.cancel_when_gone()
-            n_tokens, estimated = await self._count(request, self._job(request, raw, body, "messages"))
+            n_tokens, estimated = await self._count(request, self._job(request, raw if body is parsed else dump_json(body), body, "messages", wish))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(messages_status(error), headers, answer)
@@ -13713,11 +14285,11 @@ class Gateway:
         raw = request.body.removeprefix(b"\xef\xbb\xbf")
         try:
             parsed = parse_body(raw)
-            body = FORMATS[client].check(parsed)
+            body, wish = take_wish(FORMATS[client].check(parsed))
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(FORMATS[client].status(error), headers, answer)
-        await self._relay(request, exchange, exchange, raw if body is parsed else dump_json(body), body, client)
+        await self._relay(request, exchange, exchange, raw if body is parsed else dump_json(body), body, client, wish)
 
     async def plain_chat(self, request: Request, exchange: Exchange) -> None:
         """POST /chat: a bare list of messages in, text out."""
@@ -13727,9 +14299,9 @@ class Gateway:
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
-    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: ClientFormat = "chat") -> None:
+    async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: ClientFormat = "chat", wish: Wish | None = None) -> None:
         """Hand a checked request to the relay; when the client leaves, the work on it is cancelled."""
-        job, key = self._job(request, raw, body, client), request.key
+        job, key = self._job(request, raw, body, client, wish), request.key
         if key is not None and key.limits is not None:
             try:
                 job.hold = self._reserve(request, job)
@@ -13766,7 +14338,11 @@ class Gateway:
         finally:
             request.answer_headers += self.accounts.headers(request.key)
 
-    def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat) -> Job:
+    def _keep(self, kind: str, key: str, value: Any) -> None:
+        """Have something that was learned written down."""
+        self.usage.learn(LearnedRow(kind, key, json.dumps(value), self.world.utc() + LEARNED_S))
+
+    def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat, wish: Wish | None) -> Job:
         """A checked request as the relay needs it."""
         self.n_requests += 1
         key = request.key
@@ -13776,7 +14352,7 @@ class Gateway:
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
                   header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"),
-                  key.limits.models if key and key.limits else ())
+                  key.limits.models if key and key.limits else (), wish)
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""

@@ -58,7 +58,7 @@ WHOLE = {
         "limits": {"rpm": 30}, "maxConcurrent": 8,
         "rules": [{"models": "qwen*", "default": {"temperature": 0.7}, "override": {"top_p": 1}, "drop": ["logit_bias"]}]},
     "carousel": {"strategy": "fill-first", "affinity": "off", "fallback": "same-model", "maxAttempts": 3, "maxWait": 1.5, "toolStream": "live",
-                 "unknownModel": "reject", "echoModel": True, "aliases": {"fast": ["my-vllm/big", "my-vllm"], "claude-*": "aicarousel"}},
+                 "unknownModel": "reject", "echoModel": True, "contentFallback": True, "aliases": {"fast": ["my-vllm/big", "my-vllm"], "claude-*": "aicarousel"}},
 }
 
 
@@ -77,7 +77,7 @@ def test_every_optional_field_is_kept():
     assert provider.timeouts == aicarousel.Timeouts(10, 60.5, 60, 5, 7) and provider.limits == Limits(rpm=30)
     assert provider.rules == (aicarousel.PayloadRule("qwen*", {"temperature": 0.7}, {"top_p": 1}, ("logit_bias",)),)
     assert config.carousel == aicarousel.Carousel("fill-first", "off", "same-model", 3, 1.5, "live", "reject", True,
-                                                  {"fast": ("my-vllm/big", "my-vllm"), "claude-*": ("aicarousel",)})
+                                                  {"fast": ("my-vllm/big", "my-vllm"), "claude-*": ("aicarousel",)}, True)
     assert config.secrets == {"key-one", "key-two"}
     assert config.origins["my-vllm.timeouts"] == "models.json my-vllm.timeouts" and config.origins["carousel.strategy"] == "models.json carousel.strategy"
 
@@ -186,6 +186,8 @@ REFUSED = [
     (entry(rules={}), "x.rules", "an object", "a list"),
     (entry(rules=[{"drop": ["messages"]}]), "x.rules[0].drop[0]", "messages", "other than model"),
     (entry(rules=[{"override": {"model": "y"}}]), "x.rules[0].override.model", "model", "other than model"),
+    (entry(rules=[{"drop": ["messages.0"]}]), "x.rules[0].drop[0]", "messages.0", "other than model"),
+    (entry(rules=[{"default": {"a..b": 1}}]), 'x.rules[0].default["a..b"]', "a..b", "with a dot before a name"),
     (entry(rules=[{"overide": {}}]), "x.rules[0].overide", "unknown", 'did you mean "override"?'),
     ({**SEED, "carousel": []}, "carousel", "a list", "an object"),
     ({**SEED, "carousel": {"strategy": "random"}}, "carousel.strategy", 'string "random"', "one of: round-robin"),
@@ -197,6 +199,7 @@ REFUSED = [
     ({**SEED, "carousel": {"maxWait": -1}}, "carousel.maxWait", "number -1", "seconds"),
     ({**SEED, "carousel": {"toolStream": "hold"}}, "carousel.toolStream", 'string "hold"', "held"),
     ({**SEED, "carousel": {"unknownModel": "404"}}, "carousel.unknownModel", 'string "404"', "one of: carousel, reject"),
+    ({**SEED, "carousel": {"contentFallback": 1}}, "carousel.contentFallback", "number 1", "true or false"),
     ({**SEED, "carousel": {"echoModel": "yes"}}, "carousel.echoModel", 'string "yes"', "true or false"),
     ({**SEED, "carousel": {"max_wait": 1}}, "carousel.max_wait", "unknown", 'did you mean "maxWait"?'),
     ({**SEED, "carousel": {"aliases": []}}, "carousel.aliases", "a list", "an object of names"),

@@ -493,7 +493,7 @@ def test_wrong_field(gateway: Gateway, module_provider: Provider, name: str) -> 
 
 
 ODD_FIELDS: dict[str, dict[str, Any]] = {       # sound, if odd: they reach the provider as they are
-    "unknown fields": {"some_new_field": {"a": [1]}, "reasoning": {"effort": "low"}, "provider": {"order": ["x"]}},
+    "unknown fields": {"some_new_field": {"a": [1]}, "reasoning": {"effort": "low"}, "plugins": {"order": ["x"]}},
     "all fields": {"temperature": 0, "top_p": 1, "stop": ["x"], "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 7, "user": "u", "logprobs": True, "top_logprobs": 2, "n": 1},
     "nulls": {"stop": None, "tools": None, "tool_choice": None, "response_format": None, "max_tokens": None, "user": None},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}]},

@@ -18,7 +18,7 @@ NOW = datetime(2026, 11, 21, 4, 0, 0, tzinfo=timezone.utc).timestamp()
 DAY = 86400.0
 TO_UTC_MIDNIGHT = 20 * 3600.0
 TO_PACIFIC_MIDNIGHT = 4 * 3600.0          # 20:00 in California, winter time
-BUCKETS = {"cerebras": "model", "groq": "model", "gemini": "model", "openai": "model", "anthropic": "model", "ollama": "machine"}
+BUCKETS = {"cerebras": "model", "groq": "model", "gemini": "model", "openai": "model", "anthropic": "model", "ollama": "machine", "vllm": "machine"}
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "recordings"
 
 
@@ -77,7 +77,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("cerebras", 500, b"", "server_error", "route", None),
     ("cerebras", 503, b"", "server_error", "route", None),
     ("groq", 400, err("Tool call validation failed: ...", type="invalid_request_error", code="tool_use_failed", failed_generation="rate limit"), "tool_generation_failed", "", None),
-    ("groq", 400, err("The model `x` has been decommissioned and is no longer supported.", type="invalid_request_error", code="model_decommissioned"), "model_gone", "model", None),
+    ("groq", 400, err("The model `x` has been decommissioned and is no longer supported.", type="invalid_request_error", code="model_decommissioned"), "model_gone", "model", 86400),
     ("groq", 400, err("Please reduce the length of the messages or completion.", type="invalid_request_error", param="messages", code="context_length_exceeded"), "context_overflow", "", None),
     ("groq", 400, err("'messages.1' : for 'role:assistant' the following must be satisfied[('messages.1' : property 'reasoning_content' is unsupported)]", type="invalid_request_error"), "bad_param", "", None),
     ("groq", 401, err("Invalid API Key", type="invalid_request_error", code="invalid_api_key"), "auth_invalid", "credential", None),
@@ -98,7 +98,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("openrouter", 400, err("Input length 9 exceeds the maximum allowed input length of 8 tokens", code=400), "context_overflow", "", None),
     ("openrouter", 400, err("too much", code=400, metadata={"error_type": "context_length_exceeded"}), "context_overflow", "", None),
     ("openrouter", 400, err("bad role", code=400), "bad_request", "", None),
-    ("openrouter", 400, err("foo/bar is not a valid model ID", code=400), "model_gone", "model", None),
+    ("openrouter", 400, err("foo/bar is not a valid model ID", code=400), "model_gone", "model", 86400),
     ("openrouter", 401, err("No cookie auth credentials found", code=401), "auth_invalid", "credential", None),
     ("openrouter", 401, err("User not found.", code=401), "auth_invalid", "credential", None),
     ("openrouter", 402, err("This request requires more credits, or fewer max_tokens. You requested up to 64000 tokens, but can only afford 2666.", code=402), "billing", "credential", None),
@@ -144,7 +144,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("openai", 400, err("Invalid 'messages[0].content': string too long.", param="messages[0].content", code="string_above_max_length"), "context_overflow", "", None),
     ("openai", 400, err("Invalid 'user': string too long.", param="user", code="string_above_max_length"), "bad_request", "", None),
     ("openai", 400, err(code="content_policy_violation"), "content_policy", "", None),
-    ("openai", 400, err("The requested model 'x' does not exist.", param="model", code="model_not_found"), "model_gone", "model", None),
+    ("openai", 400, err("The requested model 'x' does not exist.", param="model", code="model_not_found"), "model_gone", "model", 86400),
     ("openai", 401, err("Incorrect API key provided: sk-.", type="invalid_request_error", param=None, code="invalid_api_key"), "auth_invalid", "credential", None),
     ("openai", 403, err("Country, region, or territory not supported", type="request_forbidden", code="unsupported_country_region_territory"), "region_blocked", "provider", None),
     ("openai", 404, err("The model `x` does not exist or you do not have access to it.", type="invalid_request_error", param=None, code="model_not_found"), "model_gone", "model", None),
@@ -241,7 +241,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("nvidia", 402, b"", "billing", "credential", None),
     ("nvidia", 403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}, "auth_invalid", "credential", None),
     ("nvidia", 404, {"status": 404, "title": "Not Found", "detail": "Function 'x': Not found for account 'y'"}, "model_gone", "model", None),
-    ("nvidia", 410, {"detail": "The model 'minimaxai/minimax-m2.7' has reached its end of life on 2026-07-27T00:00:00Z and is no longer available."}, "model_gone", "model", None),
+    ("nvidia", 410, {"detail": "The model 'minimaxai/minimax-m2.7' has reached its end of life on 2026-07-27T00:00:00Z and is no longer available."}, "model_gone", "model", 86400),
     ("nvidia", 429, {"status": 429, "title": "Too Many Requests"}, "rate_minute", "credential", None),
     ("nvidia", 500, {"detail": "ResourceExhausted: worker queue"}, "model_capacity", "route", None),
     ("nvidia", 500, b"", "server_error", "route", None),
@@ -250,15 +250,15 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("sambanova", 401, b"", "auth_invalid", "credential", None),
     ("sambanova", 402, b"", "billing", "credential", None),
     ("sambanova", 404, b"", "model_gone", "model", None),
-    ("sambanova", 410, b"", "model_gone", "model", None),
+    ("sambanova", 410, b"", "model_gone", "model", 86400),
     ("sambanova", 429, err("Rate limit exceeded", type="rate_limit_exceeded", param=None, code=None), "rate_minute", "credential", None),
     ("github-models", 410, b"", "provider_gone", "provider", None),
     ("cloudflare", 401, {"success": False, "errors": [{"code": 10000, "message": "Authentication error"}]}, "auth_invalid", "credential", None),
     ("cloudflare", 403, {"success": False, "errors": [{"code": 10000, "message": "Authentication error"}]}, "auth_invalid", "credential", None),
     ("cloudflare", 429, {"errors": [{"code": 4006, "message": "you have used up your daily free allocation of 10,000 neurons, please upgrade to Cloudflare's Workers Paid plan"}]}, "rate_day", "credential", TO_UTC_MIDNIGHT),
     ("cloudflare", 429, {"errors": [{"code": 3040, "message": "Capacity temporarily exceeded, please try again."}]}, "model_capacity", "route", None),
-    ("cloudflare", 400, {"result": None, "success": False, "errors": [{"code": 5007, "message": "No such model @cf/x"}], "messages": []}, "model_gone", "model", None),
-    ("cloudflare", 404, {"errors": [{"code": 5007, "message": "No such model @cf/x"}]}, "model_gone", "model", None),
+    ("cloudflare", 400, {"result": None, "success": False, "errors": [{"code": 5007, "message": "No such model @cf/x"}], "messages": []}, "model_gone", "model", 86400),
+    ("cloudflare", 404, {"errors": [{"code": 5007, "message": "No such model @cf/x"}]}, "model_gone", "model", 86400),
     ("zai", 401, err(code="1001"), "auth_invalid", "credential", None),
     ("zai", 429, err("Insufficient balance or no resource package. Please recharge.", code="1113"), "billing", "credential", None),
     ("zai", 429, {"type": "error", "error": {"type": "rate_limit_error", "message": "[1113][Please recharge][id1]"}}, "billing", "credential", None),
@@ -267,7 +267,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("zai", 429, err("Usage limit reached for 5 hour. Your limit will reset at 2026-11-21 20:06:00", code="1308"), "rate_day", "credential", 8 * 3600.0 + 360.0),
     ("zai", 429, err("Weekly limit. Your limit will reset at 2026-11-26 12:00:00", code="1310"), "rate_day", "credential", 5 * DAY),
     ("zai", 400, err("Prompt too long", code="1261"), "context_overflow", "", None),
-    ("zai", 400, err("Unknown Model, please check the model code.", code="1211"), "model_gone", "model", None),
+    ("zai", 400, err("Unknown Model, please check the model code.", code="1211"), "model_gone", "model", 86400),
     ("zai", 400, err(code="1301"), "content_policy", "", None),
     ("moonshot", 400, err("Your request exceeded model token limit: 8192 (requested: 9000)", type="invalid_request_error"), "context_overflow", "", None),
     ("moonshot", 401, err(type="invalid_authentication_error"), "auth_invalid", "credential", None),
@@ -294,6 +294,12 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("lmstudio", 400, {"error": "Trying to keep the first 9 tokens, number of tokens to keep from the initial prompt is greater than the context length"}, "context_overflow", "", None),
     ("vllm", 400, err("Input length (265330) exceeds model's maximum context length (262144).", type="BadRequestError", code=400), "context_overflow", "", None),
     ("vllm", 404, err("The model `x` does not exist.", type="NotFoundError", code=404), "model_gone", "model", None),
+    ("openai", 400, err("max_tokens is too large: 100000. This model supports at most 16384 completion tokens.", param="max_tokens", code="invalid_value"), "bad_value", "", None),
+    ("deepseek", 400, err("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", code="invalid_request_error"), "bad_value", "", None),
+    ("groq", 400, err("`max_tokens` must be less than or equal to `32768`, the maximum value for `max_tokens` is less than the `context_window` for this model"), "bad_value", "", None),
+    ("anthropic", 400, anthropic("invalid_request_error", "max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens for claude-x"), "bad_value", "", None),
+    ("mistral", 422, {"detail": [{"type": "less_than_equal", "loc": ["body", "temperature"], "msg": "Input should be less than or equal to 1.5"}]}, "bad_value", "", None),
+    ("qwen", 400, err("Range of max_tokens should be [1, 8192]", code="invalid_parameter_error"), "bad_value", "", None),
     ("vllm", 400, err('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', type="BadRequestError", code=400), "capability_missing", "", None),
     ("llamacpp", 400, {"error": {"code": 400, "message": "the request exceeds the available context size, try increasing it", "type": "exceed_context_size_error"}}, "context_overflow", "", None),
     ("llamacpp", 503, err("Loading model", type="unavailable_error", code=503), "model_capacity", "route", None),
@@ -311,7 +317,7 @@ SHEETS: list[tuple[str, int, Any, str, str, float | None]] = [
     ("", 405, b"", "endpoint_unsupported", "model", None),
     ("", 408, b"", "server_error", "route", None),
     ("", 409, b"", "server_error", "route", None),
-    ("", 410, b"", "model_gone", "model", None),
+    ("", 410, b"", "model_gone", "model", 86400),
     ("", 412, b"", "billing", "credential", None),
     ("", 413, "<html>413 Request Entity Too Large</html>", "payload_too_large", "", None),
     ("", 415, b"", "bad_request", "", None),
@@ -376,8 +382,7 @@ def test_a_rate_limit_cools_what_the_limit_counts(bucket: str, scope: str) -> No
 
 
 @pytest.mark.parametrize(("preset", "status", "body", "cool_s"), [
-    ("groq", 400, err("x", code="model_decommissioned"), 600.0),
-    ("nvidia", 410, b"", 600.0),
+    ("ollama", 410, b"", None),
     ("groq", 404, err("no such thing"), None),
     ("ollama-cloud", 429, {"error": "weekly limit"}, 600.0),
     ("groq", 429, b"", None),
@@ -776,7 +781,7 @@ RECORDED = {
     "generateContent-json-error-429-8056f6bc": "rate_minute", "chat-json-error-404-523a4603": "model_gone", "chat-json-error-400-cfcddc33": "context_overflow",
     "ollama-native-json-error-404-ea3b1e21": "model_gone", "chat-json-error-400-0bc32c11": "bad_param", "chat-json-error-400-38ef8ed5": "bad_request",
     "chat-json-error-401-0c837e0c": "auth_invalid", "chat-json-error-401-47dde188": "auth_invalid", "chat-json-error-404-163aed64": "model_gone",
-    "chat-json-error-404-c54cab8b": "model_gone", "completions-json-error-400-3ba142ec": "bad_request", "completions-json-error-400-d808da7f": "bad_request",
+    "chat-json-error-404-c54cab8b": "model_gone", "completions-json-error-400-3ba142ec": "bad_value", "completions-json-error-400-d808da7f": "bad_request",
     "embeddings-json-error-400-bdfef227": "bad_request", "embeddings-json-error-404-abc648b6": "model_gone", "embeddings-json-error-404-ee5a6289": "model_gone",
     "responses-json-error-400-bc3d22fa": "model_gone", "responses-json-error-400-ee0398a4": "bad_request", "responses-json-error-401-79d53b16": "auth_invalid",
     "chat-json-error-401-513e0f64": "auth_invalid", "chat-json-error-429-697b332f": "model_capacity", "chat-json-error-401-374eb32a": "auth_invalid",

@@ -54,6 +54,8 @@ NOT_CARRIED = (
     Row("it is the gateway's key that the provider refused, not the client's: 502, for clients log their user out on a 401", "status", ANY,
         "chat-json-error-401-0c837e0c chat-json-error-401-2730f874 chat-json-error-401-374eb32a chat-json-error-401-47dde188 chat-json-error-401-513e0f64 "
         "messages-json-error-401-92e9b5bf responses-json-error-400-d06665aa responses-json-error-401-79d53b16"),
+    Row("that a request is too long is told to Messages clients in the words on which Claude Code compacts", "message", "messages",
+        "chat-json-error-400-426e280b chat-json-error-400-cfcddc33"),
     Row("an unknown model is 404 to every client, whichever status the provider has for it", "status", ANY, "responses-json-error-400-bc3d22fa"),
     Row("end_turn and nothing said: an empty answer is a failure, another route may do better", "status", ANY, "chat-json-text-f3ff7a71"),
     Row("tokens spent on thinking, which xAI leaves out of completion_tokens, are part of the output", "usage", "messages responses",
