@@ -687,6 +687,15 @@ def test_models_of_a_key(build: Build, provider: Provider, globs: tuple[str, ...
         assert reply.headers["x-aicarousel-provider"] == "a"
 
 
+@pytest.mark.parametrize(("wished", "status"), [
+    ({"models": ["b/m"]}, 403), ({"models": ["b/m", "a/m"]}, 200), ({"models": "b/m, fast"}, 403), ({"provider": {"only": ["b"]}}, 403), ({"provider": {"order": ["b"]}}, 200),
+    ({"provider": {"ignore": ["a"]}}, 403), ({"provider": {"order": ["b"], "allow_fallbacks": False}}, 403), ({"models": ["a/m"], "provider": {"only": ["b"]}}, 404)])
+def test_what_a_request_wishes_stays_within_what_its_key_may(build: Build, provider: Provider, wished: Json, status: int) -> None:
+    house = build(a=healthy(), b=healthy(), carousel={"aliases": {"fast": "b/m"}})
+    reply = house.post("/v1/chat/completions", {**request_body("chat", "aicarousel"), **wished}, key=new_key(house, models=("a/*",)))
+    assert reply.status == status and not provider.calls("b"), reply.raw
+
+
 def test_a_fallback_stays_within_the_models_of_a_key(build: Build, provider: Provider) -> None:
     house = build(a=answer({"error": {"message": "Oops."}}, 500), b=healthy(), c=healthy(), entries={"b": {"default": "n", "models": ["n"]}})
     reply = post(house, "chat", new_key(house, models=("a/*", "c/*")))
