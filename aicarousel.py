@@ -2385,6 +2385,8 @@ _ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0),
 _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
+_WRONG_MAX = 3
+_ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
 _MAX_LIMIT = 10.0 ** 12
 _PATIENCE_SPANS = (10.0, 2.0)      #: spans until a learned limit grows: of windows under an hour, of longer ones
@@ -2411,9 +2413,10 @@ class Window:
     used: float = 0.0
     held: float = 0.0               #: answers under way: tokens they may still bring
     at: float = 0.0                 #: refill: when `used` was right
-    resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last
+    resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
     grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
     patience_s: float = 0.0
+    n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
     entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
 
     @property
@@ -2565,9 +2568,8 @@ def _sort_out(bucket: Bucket) -> None:
 def _expire(window: Window, now: float, shift: float) -> None:
     """Forget what no longer counts."""
     if window.kind == "rolling":
-        entries, ended_at = window.entries, now - window.span_s - _TRAVEL_S
-        n_ended = 0
-        while n_ended < len(entries) and entries[n_ended][0] <= ended_at:
+        entries, n_ended = window.entries, 0
+        while n_ended < len(entries) and entries[n_ended][0] + window.span_s + _TRAVEL_S <= now:    # as _room_at adds it up
             window.used -= entries[n_ended][1]
             n_ended += 1
         if n_ended:
@@ -2677,9 +2679,22 @@ def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now
                 continue
             if window.source == "refusal" and now + ledger.utc_less_now - window.known_utc > _TRUSTED_S and window.configured == _NEVER:
                 continue
-            origin = window.origin
-            worst = _worse(worst, Shortage(bucket, window, min(_room_at(window, amount, now), max(window.grows_at, now)), origin != "learned" and origin != "preset", origin == "preset"))
+            origin, soft = window.origin, False
+            at = min(_room_at(window, amount, now), max(window.grows_at, now))
+            if at != _NEVER and _resets_sooner(window):     # one request finds out whether all of it ends there
+                at = min(at, max(window.resets_at + _TRAVEL_S, now + _ASKED_S))
+                if not bucket.n_open and now >= window.resets_at + _TRAVEL_S:
+                    continue
+            elif origin == "preset":                        # and whether this key has more than the free plan
+                soft = not bucket.n_open
+                at = at if soft else min(at, now + _ASKED_S)
+            worst = _worse(worst, Shortage(bucket, window, at, origin != "learned" and origin != "preset", soft))
     return worst
+
+
+def _resets_sooner(window: Window) -> bool:
+    """Has a header named a reset before which there were requests that this rolling window counts beyond it?"""
+    return window.kind == "rolling" and bool(window.entries) and window.entries[0][0] < window.resets_at - 2.0 * _TRAVEL_S < _NEVER
 
 
 def _worse(one: Shortage | None, other: Shortage) -> Shortage:
@@ -2841,17 +2856,19 @@ def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | No
     if told.left is None or window.known == _NEVER:
         return
     truly_used = max(window.known - told.left, 0.0)
-    since = _counted_since(window, hold.at) if hold is not None else 0.0
+    since = _unseen(window, hold) if hold is not None else 0.0
     missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
     began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
     if missing > 0.0:
         _add(window, began_at, missing)
     elif excess > 0.0:
-        if told.reset_s is not None and _began_anew(window, truly_used, now):
+        if told.reset_s is not None and told.kind == "rolling" and _began_anew(window, truly_used, now):
             window.kind = "fixed"
         _cut(window, truly_used + since)
-    if told.reset_s is not None and window.kind != "refill" and not (window.clock and window.kind == "fixed"):
-        window.resets_at = now + told.reset_s
+    if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
+        return
+    early = bool(window.entries) and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
 
 
 def _began_anew(window: Window, truly_used: float, now: float) -> bool:
@@ -2860,9 +2877,10 @@ def _began_anew(window: Window, truly_used: float, now: float) -> bool:
     return window.kind == "rolling" and window.resets_at <= now and 0.0 < stale <= window.used - truly_used
 
 
-def _counted_since(window: Window, at: float) -> float:
-    """What was counted after `at`."""
-    return sum(entry[1] for entry in window.entries if entry[0] > at)
+def _unseen(window: Window, hold: Hold) -> float:
+    """What was counted, besides the request that was answered, since about the time it went out."""
+    counted = sum(amount for at, amount in window.entries if at >= hold.at - _TRAVEL_S)
+    return max(counted - _amounts(window, hold.n_input, hold.n_output)[0], 0.0)
 
 
 # What refusals say ---------------------------------------------------------------------------------------------------
@@ -2915,9 +2933,10 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
             window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
         if failure.reason == "request_over_tpm":
             continue
-        if window.kind == "refill" and window.used + window.held + 1.0 < window.known:
-            window.kind = "rolling"         # it should have let this through
-            window.entries = [[now, window.used]] if window.used else []
+        if window.kind == "refill" and window.used + window.held < window.known:
+            window.n_wrong += 1
+            if window.n_wrong >= _WRONG_MAX:
+                window.kind, window.entries = "rolling", [[now, window.used]]
         if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
             window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
         if window.known != _NEVER and window.source in ("header", "refusal"):
