@@ -2533,7 +2533,7 @@ def _window(bucket: Bucket, measure: str, span_s: float, preset_name: str) -> Wi
     if preset_name in _REFILLS:
         made.kind = "refill"
     elif span_s == 86_400.0 and preset_name in _CLOCKS:
-        made.kind, made.clock, made.resets_at = "fixed", _CLOCKS[preset_name], 0.0
+        made.kind, made.clock, made.resets_at = "fixed", _CLOCKS[preset_name], -_NEVER
     if len(bucket.windows) < _MAX_WINDOWS:
         bucket.windows.append(made)
     return made
@@ -2790,7 +2790,7 @@ _COUNT_TEXT = re.compile(r"\d{1,15}(?:\.\d{1,20})?")
 @functools.lru_cache(256)
 def _read_name(name: str) -> tuple[str, str, float, bool] | None:
     """(field, measure, span, whether the measure is named) of a header, span 0 where the name does not tell; None for any other header."""
-    if "limit-" not in name:
+    if "limit" not in name:
         return None
     found = next((found for pattern in _HEADERS if (found := pattern.fullmatch(name))), None)
     if found is None:
