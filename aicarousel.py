@@ -3310,6 +3310,37 @@ def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> fl
 _METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
 
 
+def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
+    """(the conversation a request belongs to, whether it goes where that went before), "" for none; `named` is what a header says of it.
+
+    Without a name it is known by how it begins: by the system prompt and the user's first words. A first turn then only leaves its mark
+    ("on": follows one too), so that single requests that begin alike go round. Hashes are this process's own and not kept.
+    """
+    if affinity == "off":
+        return "", False
+    metadata = body.get("metadata")
+    for name in (named, body.get("prompt_cache_key"), metadata.get("user_id") if isinstance(metadata, dict) else None):
+        if isinstance(name, str) and name:
+            return f"{key_id} {name[:512]}", True
+    turns = body.get("messages") or body.get("input")
+    if not isinstance(turns, list):
+        return "", False
+    first = next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
+    if first is None:
+        return "", False
+    begins = body.get("system") or body.get("instructions") or (turns[0].get("content") if turns[0] is not first and isinstance(turns[0], dict) else None)
+    answered = any(isinstance(turn, dict) and (turn.get("role") == "assistant" or turn.get("type") in ("message", "function_call") and turn.get("role") != "user") for turn in turns[1:])
+    return f"{key_id} #{hash((_opening(begins), _opening(first.get('content'))))}", answered or affinity == "on"
+
+
+def _opening(content: Any) -> tuple[str, int]:
+    """How a prompt begins, and how much there is of it: enough to tell conversations apart."""
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return texts[0][:2000] if texts else "", sum(map(len, texts))
+    return (content[:2000], len(content)) if isinstance(content, str) else ("", 0)
+
+
 def note_served(state: RoutingState, route: Route, facts: Facts, first_ms: float, now: float) -> None:
     """Remember how fast a route answered, and that the conversation was served there."""
     if is_listed(route):
@@ -11541,6 +11572,8 @@ _MIGRATIONS: tuple[_Migration, ...] = (
             attempts INTEGER NOT NULL, streamed INTEGER NOT NULL)""",
         "CREATE INDEX idx_usage_at ON usage(at_utc)",
     ), ("DROP TABLE usage",)),
+    # What routing has learned, as JSON that only sections 6 and 7 understand.
+    _Migration("routing", ("CREATE TABLE routing (key TEXT PRIMARY KEY, state TEXT NOT NULL)",), ("DROP TABLE routing",)),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -12026,11 +12059,12 @@ class UsageWriter:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
-        self._queue: queue.SimpleQueue[UsageRow | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[UsageRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
+        self._routing: dict[str, str] | None = None
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
         self._failing = self._stopping = False
@@ -12041,6 +12075,10 @@ class UsageWriter:
     def put(self, row: UsageRow) -> None:
         """Queue `row`; never waits, never raises."""
         self._queue.put(row)
+
+    def save_routing(self, rows: dict[str, str]) -> None:
+        """Queue what routing knows, in place of what was saved before; the latest wins. Never waits, never raises."""
+        self._queue.put(rows)
 
     def flush(self, timeout_s: float) -> bool:
         """Whether everything queued before this call is on disk within `timeout_s`."""
@@ -12057,7 +12095,7 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._rows:
+            if not self._rows and self._routing is None:
                 self._take(self._queue.get())
             # Rows pile up in the queue meanwhile: a thread woken by each would cost a busy server more than the writing.
             self._hurry.wait(_RETRY_S if self._failing else _BATCH_S)
@@ -12069,9 +12107,11 @@ class UsageWriter:
             _STORE_LOG.warning("usage.lost path=%s rows=%d", self._path, len(self._rows))
         self._disconnect()
 
-    def _take(self, item: UsageRow | threading.Event | None) -> None:
+    def _take(self, item: UsageRow | dict[str, str] | threading.Event | None) -> None:
         if item is None:
             self._stopping = True
+        elif isinstance(item, dict):
+            self._routing = item
         elif isinstance(item, UsageRow):
             self._rows.append(item)
         else:
@@ -12079,11 +12119,11 @@ class UsageWriter:
 
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
-        self._failing = bool(self._rows) and not self._write()
+        self._failing = (bool(self._rows) or self._routing is not None) and not self._write()
         while len(self._rows) > _MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
-        if not self._rows:
+        if not self._rows and self._routing is None:
             while self._flushes:
                 self._flushes.pop().set()
 
@@ -12093,11 +12133,15 @@ class UsageWriter:
                 self._connection = open_database(self._path, busy_s=_WRITER_BUSY_S)
             with _transaction(self._connection):
                 _insert_usage(self._connection, self._rows)
+                if self._routing is not None:
+                    self._connection.execute("DELETE FROM routing")
+                    self._connection.executemany("INSERT INTO routing VALUES (?, ?)", self._routing.items())
         except (sqlite3.Error, ConfigError) as error:
             self._disconnect()
             self._warn(error)
             return False
         self._rows.clear()
+        self._routing = None
         return True
 
     def _disconnect(self) -> None:
@@ -12110,6 +12154,16 @@ class UsageWriter:
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
             _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self._path, error, len(self._rows), self.n_dropped)
+
+
+def load_routing(path: Path) -> dict[str, str]:
+    """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
+    try:
+        with _plain_trouble(path), contextlib.closing(_open_for_reading(path, _RING_BUSY_S)) as connection:
+            return dict(connection.execute("SELECT key, state FROM routing").fetchall())
+    except ConfigError as error:
+        _STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
+        return {}
 
 
 def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
@@ -12974,7 +13028,7 @@ class Server:
 
 
 ##############################################################################
-# 20. Relay                                                 I/O | uses 1-5, 7-16, 18
+# 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
@@ -12991,6 +13045,8 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
+_LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
@@ -13014,6 +13070,7 @@ class Job:
     client: ClientFormat = "chat"   #: the format the client speaks
     betas: str = ""                 #: its anthropic-beta header
     version: str = ""               #: its anthropic-version header
+    session: str = ""               #: its x-session-id header
 
 
 @dataclass(slots=True)
@@ -13045,6 +13102,8 @@ class Relay:
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
+        self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
+        self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
 
@@ -13052,6 +13111,31 @@ class Relay:
         """Route by `config` from now on; requests under way finish on what they began with."""
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
+        prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
+        self.wake()
+
+    def wake(self) -> None:
+        """Something has ended or changed: whoever is first in a line looks again."""
+        for line in self.lines.values():
+            line[0].set()
+
+    def rows(self) -> dict[str, str]:
+        """What routing knows that should outlive a restart, for save_routing()."""
+        now = self.world.clock()
+        kinds = (("bucket", ledger_rows(self.state.ledger, now)), ("cooldown", cooldown_rows(self.state, now)))
+        return {f"{kind} {key}": dump_json(row).decode() for kind, rows in kinds for key, row in rows.items()}
+
+    def load(self, rows: Mapping[str, str]) -> None:
+        """Go on from what rows() gave another process."""
+        found: dict[str, dict[str, Json]] = {"bucket": {}, "cooldown": {}}
+        for name, text in rows.items():
+            kind, _, key = name.partition(" ")
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(text)
+                if kind in found and isinstance(row, dict):
+                    found[kind][key] = row
+        load_ledger(self.state.ledger, found["bucket"], self.world.clock())
+        load_cooldowns(self.state, found["cooldown"], self.world.clock())
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
@@ -13124,7 +13208,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_hold", "_give_up_at", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -13140,6 +13224,9 @@ class _Run:
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
+        self._facts = NO_FACTS
+        self._hold: Hold | None = None          # what this attempt has reserved
+        self._give_up_at = 0.0                  # until when a free route is waited for
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
@@ -13186,12 +13273,14 @@ class _Run:
         self._choice = resolve(self._catalogue, self._job.model)
         if self._job.client == "embeddings":
             self._choice = same_model(self._choice)
+        self._facts = self._read_facts()
+        self._give_up_at = self._relay.world.clock() + self._config.carousel.max_wait_s
         waiting = deque((await self._plan()).routes)
         n_max, retried = self._config.carousel.max_attempts, False
-        while waiting and self._n_asked < n_max:
+        while (waiting or await self._replan(waiting)) and self._n_asked < n_max:
             route = waiting.popleft()
-            if self._cooled.intersection(route.keys):
-                continue                # another attempt of this request has just shown that it is out
+            if self._cooled.intersection(route.keys) or self._has_filled_up(route):
+                continue                # another attempt of this request has just shown that it is out, or another request was there first
             failure = await self._try(route)
             if failure is None or self._committed:
                 return
@@ -13209,23 +13298,81 @@ class _Run:
                 await self._relay.world.sleep(_RETRY_PAUSE_S * (0.5 + self._relay.world.random()))
         raise answer_for(self._failures, self._attempts)
 
+    def _read_facts(self) -> Facts:
+        """How large the request is, cheaply, and which conversation it belongs to."""
+        job, body = self._job, self._job.body
+        n_input = len(job.raw) // _BYTES_PER_TOKEN
+        if len(job.raw) > _LONG_BYTES and b"base64" in job.raw:
+            with contextlib.suppress(GatewayError, TypeError):
+                n_input = estimate_tokens(self._hub_request())
+        asked = next((value for name in ("max_completion_tokens", "max_tokens", "max_output_tokens") if type(value := body.get(name)) is int and value > 0), None)
+        usual = round(self._relay.usual_output)
+        session, sticks = find_session(body, job.session, job.key_id, self._config.carousel.affinity)
+        return Facts(n_input, usual if asked is None else min(asked, usual), session, sticks)
+
     async def _plan(self) -> Plan:
-        """The plan, after a wait where the first proven cooldown ends soon enough. Raises GatewayError when there is nothing to wait for."""
-        relay, carousel = self._relay, self._config.carousel
-        give_up_at = relay.world.clock() + carousel.max_wait_s
-        while True:
-            now = relay.world.clock()
-            found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy,
-                         fallback=carousel.fallback if self._job.may_fall_back else "none")
+        """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
+        lines, name = self._relay.lines, self._choice.turn_name
+        if name not in lines:
+            found = self._look_for_routes()
             if found.routes:
                 return found
-            if found.free_at is None:
-                raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
-                                                            or "none has a usable key") + ".")
-            if found.free_at > give_up_at:
-                why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
-                raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=found.free_at - now)
-            await relay.world.sleep(max(found.free_at - now, 0.01))
+        line, turn = lines.setdefault(name, deque()), asyncio.Event()
+        alarm = Alarm(turn.set)
+        line.append(turn)
+        try:
+            while True:
+                at = self._give_up_at
+                if line[0] is turn or self._relay.world.clock() >= at:
+                    found = self._look_for_routes()
+                    if found.routes:
+                        return found
+                    at = min(at, found.free_at or at)
+                turn.clear()
+                alarm.set(max(at - self._relay.world.clock(), 0.01))
+                await turn.wait()
+        finally:
+            alarm.stop()
+            line.remove(turn)
+            if line:
+                line[0].set()
+            else:
+                del lines[name]
+
+    def _look_for_routes(self) -> Plan:
+        """The plan as things are; without routes when waiting helps. Raises GatewayError when it does not."""
+        relay, carousel = self._relay, self._config.carousel
+        now = relay.world.clock()
+        found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._job.may_fall_back else "none",
+                     facts=self._facts, give_up_at=self._give_up_at)
+        if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
+            return found
+        if not found.skipped:
+            raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
+                                                        or "none has a usable key") + ".")
+        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
+        if found.free_at is None:
+            raise bad_request(f"The request is larger than what any route grants at once ({why}).", code="context_length_exceeded")
+        raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=max(found.free_at - now, 0.0))
+
+    async def _replan(self, waiting: deque[Route]) -> bool:
+        """Whether there are routes again, in `waiting`: where a limit ended the last attempt and its provider named a time that can be waited for."""
+        if self._committed or not self._failures or not any(failure.kind == "rate" and failure.proven for failure in self._failures):
+            return False
+        try:
+            found = await self._plan()
+        except GatewayError:
+            return False                # what the attempts have shown tells more
+        self._cooled.clear()
+        waiting.extend(found.routes)
+        return True
+
+    def _has_filled_up(self, route: Route) -> bool:
+        """Has this route no room any more, since the plan was made?"""
+        if not self._attempts:
+            return False
+        shortage = find_shortage(self._relay.state.ledger, route, self._facts.n_input, self._facts.n_output, self._relay.world.clock())
+        return shortage is not None and not shortage.soft
 
     async def _try(self, route: Route) -> UpstreamFailure | None:
         """One attempt: None when it served, else how it failed. After commit the client has been told by then."""
@@ -13233,6 +13380,7 @@ class _Run:
         attempt = Attempt(route, relay.world.clock())
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
+        self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
         answer: Answer | None = None
         try:
             body = self._request_body(route)
@@ -13241,6 +13389,7 @@ class _Run:
             self._n_asked += 1
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
             attempt.status = answer.status
+            feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
             if answer.status != 200:
                 raise await self._read_failure(answer, route)
             await (self._relay_stream if self._job.stream else self._relay_whole)(answer, attempt)
@@ -13254,12 +13403,28 @@ class _Run:
             if answer is not None:
                 answer.abort()
             end_probe(state, route)
+            self._settle_hold()
             attempt.ms = self._ms_since(attempt.started_at)
             attempt.reason = "" if self._outcome == "ok" else "client_closed"
             raise
+        self._settle_hold()
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
+
+    def _settle_hold(self, failure: UpstreamFailure | None = None) -> None:
+        """Count what the attempt really used; nothing where it never arrived or was refused for its limits."""
+        relay, hold = self._relay, self._hold
+        assert hold is not None
+        now, usage = relay.world.clock(), self._usage
+        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect"):
+            release(relay.state.ledger, hold, now)
+        elif usage is not None and (failure is None or self._committed):
+            settle(relay.state.ledger, hold, usage.input, usage.output, now)
+            relay.usual_output += (min(usage.output, 100_000) - relay.usual_output) * 0.05
+        else:
+            settle(relay.state.ledger, hold, 0 if failure is not None and failure.status >= 400 else hold.n_input, self._n_content_bytes // _BYTES_PER_TOKEN, now)
+        relay.wake()
 
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
@@ -13313,11 +13478,16 @@ class _Run:
         """What an answer other than 200 means."""
         body = await answer.read_start(_ERROR_BODY_BYTES, idle_s=_ERROR_BODY_S)
         answer.release()
-        return classify(route.provider.preset.name, route.provider.preset.bucket, answer.status, dict(answer.headers), body, utc=self._relay.world.utc())
+        failure = classify(route.provider.preset.name, route.provider.preset.bucket, answer.status, dict(answer.headers), body, utc=self._relay.world.utc())
+        if failure.kind in ("rate", "fit"):
+            self._settle_hold(failure)
+            learn_refusal(self._relay.state.ledger, route, failure, body[:_ERROR_BODY_BYTES].decode("utf-8", "replace"), self._relay.world.clock())
+        return failure
 
     def _note(self, attempt: Attempt, failure: UpstreamFailure) -> None:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
+        self._settle_hold(failure)
         failure.detail = redact(failure.detail, self._config.secrets)
         attempt.reason, attempt.detail = failure.reason, failure.detail
         attempt.status = failure.status or attempt.status
@@ -13474,8 +13644,9 @@ class _Run:
 
     def _commit(self, route: Route) -> None:
         """From here on there is no other route; and this one works, whatever was held against it."""
-        self._committed = True
-        clear(self._relay.state, route)
+        relay, self._committed = self._relay, True
+        clear(relay.state, route)
+        note_served(relay.state, route, self._facts, (relay.world.clock() - self._sent_at) * 1000.0, relay.world.clock())
         self._first_ms = self._ms_since(self._job.received_at)
 
     def _headers(self, answer: Answer, attempt: Attempt) -> Headers:
@@ -13611,7 +13782,7 @@ def as_messages_model(row: Json) -> Json:
 
 
 ##############################################################################
-# 22. Endpoints                                             I/O | uses 1-5, 7-21
+# 22. Endpoints                                             I/O | uses 1-21
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -13883,7 +14054,7 @@ class Gateway:
                   body.get("stream") is True and client != "embeddings", request.received_at,
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
-                  header_value(request.headers.get("anthropic-version", ""))[:40])
+                  header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-session-id", "")[:512])
 
     def _settle(self, settled: Settled) -> None:
         """One usage row and one log line per request."""
