@@ -13045,6 +13045,7 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
 _LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
@@ -13104,6 +13105,7 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
+        self.has_news = False                                #: something was proven that rows() should be saved for
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
 
@@ -13496,6 +13498,7 @@ class _Run:
         cooldown = None if lacks_endpoint else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
+            relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
         self._log.warning("attempt.failed req=%s route=%s status=%s reason=%s detail=%s cools=%s", self._job.id, route.id, attempt.status or "-", failure.reason,
                           log_text(failure.detail), f"{cooldown.key} {cooldown.until_at - relay.world.clock():.0f}s" if cooldown else "-")
 
@@ -13790,6 +13793,7 @@ def as_messages_model(row: Json) -> Json:
 
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
+_SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
@@ -13829,6 +13833,7 @@ class Gateway:
         self.transport = Transport(world)
         self.relay = Relay(world, self.transport, self._settle, f"aicarousel/{__version__}")
         self.relay.configure(config)
+        self._saved_at = world.clock()
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -13843,7 +13848,8 @@ class Gateway:
         self.relay.configure(self.config)
 
     def close(self) -> None:
-        """Let go of connections; the usage writer and the key ring belong to the caller."""
+        """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
+        self.usage.save_routing(self.relay.rows())
         self.transport.close()
 
     # Admission.
@@ -14068,6 +14074,9 @@ class Gateway:
             wire_model=route.model.id if route else "", route=route.id if route else "", input=usage.input, output=usage.output, cached=usage.cached,
             cache_write=usage.cache_write, reasoning=usage.reasoning, cost_usd=None, estimated=usage.estimated, status=settled.status, outcome=settled.outcome,
             first_ms=settled.first_ms or None, total_ms=settled.total_ms, attempts=len(settled.attempts), streamed=job.stream))
+        if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
+            self.relay.has_news, self._saved_at = False, self.world.clock()
+            self.usage.save_routing(self.relay.rows())
 
 
 class PlainTextSink:
@@ -14303,6 +14312,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     new_key = None if keys.any_key() or config.settings.no_auth else create_key(home.database_path, "first")[0]
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
+    gateway.relay.load(load_routing(home.database_path))
     server = Server(gateway, world)
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
