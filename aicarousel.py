@@ -2408,6 +2408,7 @@ class Window:
     clock: str = ""                 #: utc or pacific: the midnight at which a fixed day ends; "": a span after the last reset
     configured: float = _NEVER      #: by models.json; a provider's own figure counts only below it
     known: float = _NEVER
+    limit: float = _NEVER           #: the smaller of the two, in force
     source: str = ""                #: of `known`: header, refusal, learned, preset
     known_utc: float = 0.0
     used: float = 0.0
@@ -2418,11 +2419,6 @@ class Window:
     patience_s: float = 0.0
     n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
     entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
-
-    @property
-    def limit(self) -> float:
-        """What is granted in one span; infinite where nothing is known."""
-        return min(self.configured, self.known)
 
     @property
     def origin(self) -> str:
@@ -2559,7 +2555,9 @@ def _presume(bucket: Bucket, preset: Preset, model_id: str) -> None:
 
 
 def _sort_out(bucket: Bucket) -> None:
-    """Work out which windows matter for room."""
+    """Work out the limits in force, and which windows matter for room."""
+    for window in bucket.windows:
+        window.limit = min(window.configured, window.known)
     bucket.limited = tuple(window for window in bucket.windows if window.limit != _NEVER)
 
 
@@ -2667,13 +2665,15 @@ def find_buckets(ledger: Ledger, route: Route) -> tuple[Bucket, ...]:
 def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float) -> Shortage | None:
     """What keeps a request of this size out for longest; None when there is room."""
     worst: Shortage | None = None
-    for bucket in find_buckets(ledger, route):
+    for bucket in ledger.by_id.get(route.id) or find_buckets(ledger, route):
         if bucket.n_open >= bucket.max_open or (bucket.learned_open != _NEVER and bucket.n_open >= _learned_slots(bucket, now)):
             worst = _worse(worst, Shortage(bucket, None, now + 1.0, False, False))
         for window in bucket.limited:
+            limit = window.limit
+            if window.used + window.held + (n_input + n_output if window.measure != "requests" else 1) <= limit:
+                continue                # even with what counts no longer
             _expire(window, now, ledger.utc_less_now)
             out, later = _amounts(window, n_input, n_output)
-            limit = window.limit
             amount = out + later if out + later <= limit else max(out, limit)       # an answer's length is a guess: it alone rules nothing out
             if window.used + window.held + amount <= limit or (window.source == "learned" and window.configured > window.known and now >= window.grows_at):
                 continue
@@ -2721,11 +2721,15 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
     for bucket in hold.buckets:
         bucket.n_open += 1
         for window in bucket.windows:
-            _expire(window, now, ledger.utc_less_now)
-            out, later = _amounts(window, n_input, n_output)
-            if out:
-                _add(window, now, out)
-            window.held += later
+            if window.kind != "rolling" or len(window.entries) >= _GRAINS:
+                _expire(window, now, ledger.utc_less_now)
+            if window.measure == "requests":
+                _add(window, now, 1.0)
+            else:
+                out, later = _amounts(window, n_input, n_output)
+                if out:
+                    _add(window, now, out)
+                window.held += later
             if window.grows_at <= now and window.used + window.held > window.known:
                 _grow(window, now)
     return hold
@@ -2740,14 +2744,17 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
         bucket.n_open -= 1
         for window in bucket.windows:
             if window.measure != "requests":
-                _expire(window, now, ledger.utc_less_now)
-                reserved, _ = _amounts(window, hold.n_input, hold.n_output)
+                if window.kind != "rolling":
+                    _expire(window, now, ledger.utc_less_now)
+                reserved, promised = _amounts(window, hold.n_input, hold.n_output)
                 out, later = _amounts(window, n_input, n_output)
-                _unhold(window, hold)
+                window.held = max(window.held - promised, 0.0)
                 if out < reserved:
                     _take_back(window, hold.at, reserved - out)
-                if later or out > reserved:
-                    _add(window, now, later + max(out - reserved, 0.0))
+                elif out > reserved:
+                    later += out - reserved
+                if later:
+                    _add(window, now, later)
             if window.source == "preset" and window.used > 2.0 * window.known:      # this key has more than the free plan
                 window.known, window.source = _NEVER, ""
                 _sort_out(bucket)
@@ -2762,12 +2769,9 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
         bucket.n_open -= 1
         for window in bucket.windows:
             _expire(window, now, ledger.utc_less_now)
-            _unhold(window, hold)
-            _take_back(window, hold.at, _amounts(window, hold.n_input, hold.n_output)[0])
-
-
-def _unhold(window: Window, hold: Hold) -> None:
-    window.held = max(window.held - _amounts(window, hold.n_input, hold.n_output)[1], 0.0)
+            reserved, promised = _amounts(window, hold.n_input, hold.n_output)
+            window.held = max(window.held - promised, 0.0)
+            _take_back(window, hold.at, reserved)
 
 
 # What headers say ----------------------------------------------------------------------------------------------------
@@ -2958,6 +2962,7 @@ def _lower(window: Window, now: float, utc: float) -> None:
 def _grow(window: Window, now: float) -> None:
     """More than was known goes out: believe it until a refusal says otherwise."""
     window.known = max(window.known + 1.0, window.known * 1.1)
+    window.limit = min(window.configured, window.known)
     window.grows_at = now + window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
 
 
