@@ -2385,6 +2385,7 @@ _ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0),
 _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
+_FREE_SLACK = 1.25          #: a key that was served more than this much of a free plan's figure is on another plan
 _WRONG_MAX = 3
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
@@ -2755,9 +2756,16 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
                     later += out - reserved
                 if later:
                     _add(window, now, later)
-            if window.source == "preset" and window.used > 2.0 * window.known:      # this key has more than the free plan
-                window.known, window.source = _NEVER, ""
-                _sort_out(bucket)
+            if window.source == "preset" and window.used > _FREE_SLACK * window.known:
+                _forget_free_plan(bucket)
+
+
+def _forget_free_plan(bucket: Bucket) -> None:
+    """This key has more than the free plan: its figures say nothing."""
+    for window in bucket.windows:
+        if window.source == "preset":
+            window.known, window.source = _NEVER, ""
+    _sort_out(bucket)
 
 
 def release(ledger: Ledger, hold: Hold, now: float) -> None:
@@ -2844,6 +2852,8 @@ def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: 
     told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
     for one in told:
         window = _window(buckets[0], one.measure, one.span_s, route.provider.preset.name)
+        if window.source == "preset" and one.limit is not None and one.limit > window.known:
+            _forget_free_plan(buckets[0])
         _expire(window, now, ledger.utc_less_now)
         _correct(window, one, now, now + ledger.utc_less_now, hold)
     if told:
@@ -13215,7 +13225,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_hold", "_give_up_at", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_hold", "_give_up_at", "_refusal", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -13234,6 +13244,7 @@ class _Run:
         self._facts = NO_FACTS
         self._hold: Hold | None = None          # what this attempt has reserved
         self._give_up_at = 0.0                  # until when a free route is waited for
+        self._refusal = ""                      # the body of an answer other than 200
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
@@ -13485,16 +13496,15 @@ class _Run:
         """What an answer other than 200 means."""
         body = await answer.read_start(_ERROR_BODY_BYTES, idle_s=_ERROR_BODY_S)
         answer.release()
-        failure = classify(route.provider.preset.name, route.provider.preset.bucket, answer.status, dict(answer.headers), body, utc=self._relay.world.utc())
-        if failure.kind in ("rate", "fit"):
-            self._settle_hold(failure)
-            learn_refusal(self._relay.state.ledger, route, failure, body[:_ERROR_BODY_BYTES].decode("utf-8", "replace"), self._relay.world.clock())
-        return failure
+        self._refusal = body.decode("utf-8", "replace")
+        return classify(route.provider.preset.name, route.provider.preset.bucket, answer.status, dict(answer.headers), body, utc=self._relay.world.utc())
 
     def _note(self, attempt: Attempt, failure: UpstreamFailure) -> None:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
+        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock())
+        self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         attempt.reason, attempt.detail = failure.reason, failure.detail
         attempt.status = failure.status or attempt.status

@@ -192,6 +192,12 @@ def test_limits_that_were_learned_outlive_an_edit_of_models_json(build: Build, p
     assert house.chat("aicarousel", stream=False).headers["x-aicarousel-provider"] == "b"
 
 
+def test_a_refusal_inside_an_answer_teaches_too(build: Build) -> None:
+    house = build(a=in_turn(healthy(), answer({"error": {"message": "Your rate limit is 1 queries per minute.", "type": "rate_limit_error"}})), carousel={"maxWait": 0})
+    assert [house.chat("a/m", stream=False).status for _ in range(2)] == [200, 429]
+    assert ledger_window(house, "credential a/1").origin == "refusal"
+
+
 def turns(*texts: str) -> dict[str, Any]:
     """A conversation so far: the user's words and an answer to each but the last."""
     messages = [{"role": "system", "content": "Be brief."}]

@@ -437,9 +437,16 @@ def test_the_figures_of_a_free_plan_order_but_do_not_bind() -> None:
     hold = reserve(pool.ledger, free, 1, 1, 1.0)
     assert [route.provider.name for route in pool.plan(1.0).routes] == ["z"], "one at a time finds out"
     settle(pool.ledger, hold, 1, 1, 2.0)
-    for _ in range(40):
+    for _ in range(10):
         settle(pool.ledger, reserve(pool.ledger, free, 1, 1, 2.0), 1, 1, 2.0)
     assert window_of(bucket, "requests", 60.0).limit == INF and bucket.limited == (), "this key has more than the free plan"
+
+
+def test_a_header_that_tells_more_than_the_free_plan_ends_its_figures() -> None:
+    pool, route, bucket = pool_of("groq")
+    assert len(bucket.limited) == 4
+    feed(pool.ledger, route, [("x-ratelimit-limit-tokens", "250000"), ("x-ratelimit-remaining-tokens", "249000"), ("x-ratelimit-reset-tokens", "1s")], 0.0)
+    assert [(window.measure, window.span_s, window.origin) for window in bucket.limited] == [("tokens", 60.0, "header")]
 
 
 def test_a_figure_from_a_refusal_is_believed_for_a_week() -> None:
