@@ -13382,8 +13382,9 @@ class _Run:
         except GatewayError:
             return False                # what the attempts have shown tells more
         self._cooled.clear()
-        waiting.extend(found.routes)
-        return True
+        state, now = self._relay.state, self._relay.world.clock()
+        waiting.extend(route for route in found.routes if hindrance(state, route, now) is None)     # last resorts have had their turn
+        return bool(waiting)
 
     def _has_filled_up(self, route: Route) -> bool:
         """Has this route no room any more, since the plan was made?"""

@@ -53,10 +53,10 @@ def open_house(build: Build, scripts: dict[str, Enforcer], **more: Any) -> House
 
 
 def send(house: House, text: str = "Hi", **fields: Any) -> Client:
-    """A chat request under way."""
-    client = house.connect()
+    """A chat request that the gateway has taken in."""
+    client, n_before = house.connect(), house.gateway.n_requests
     client.send(house.request_bytes("POST", "/v1/chat/completions", chat_body(None, text, **fields)))
-    house.settle()
+    house.wait(lambda: house.gateway.n_requests > n_before)
     return client
 
 
@@ -83,7 +83,8 @@ def test_those_who_wait_are_served_first_come_first_served(build: Build) -> None
     house = open_house(build, {"a": script})
     assert house.chat("aicarousel", stream=False).status == 200, "the first answer tells the limit"
     clients = [send(house, f"number {number}") for number in range(7)]
-    for _ in range(4):
+    for n_served in (2, 4, 6):
+        house.wait(lambda: len(script.served) == n_served)
         house.pass_time(10.6)
     replies = [client.read_all() for client in clients]
     assert [reply.status for reply in replies] == [200] * 5 + [429] * 2, "the last of them would have waited for more than maxWait"
@@ -124,8 +125,8 @@ def test_other_names_do_not_wait_in_the_same_line(build: Build) -> None:
     house.pass_time(40.0)
     with house.connect() as waiting:
         waiting.send(house.request_bytes("POST", "/v1/chat/completions", chat_body("a/m"), headers))
-        house.settle()
-        assert len(house.gateway.relay.lines) == 1 and house.chat("b/m", stream=False, headers=headers).status == 200
+        house.wait(lambda: len(house.gateway.relay.lines) == 1)
+        assert house.chat("b/m", stream=False, headers=headers).status == 200
         house.pass_time(21.0)
         assert waiting.read_all().status == 200
 
@@ -176,7 +177,7 @@ def test_nothing_stays_reserved_when_the_client_leaves(build: Build, provider: P
 def test_a_refusal_that_ends_soon_is_waited_for_and_not_shown(build: Build, provider: Provider) -> None:
     house = build(a=in_turn(answer({"error": {"message": "Slow down."}}, 429, [("retry-after", "7")]), healthy()))
     client = send(house)
-    provider.wait_calls("a")
+    house.wait_line("attempt.failed")
     house.pass_time(8.0)
     reply = client.read_all()
     assert reply.status == 200 and reply.text == TEXT and reply.headers["x-aicarousel-attempts"] == "2"

@@ -276,8 +276,7 @@ def test_end_without_done_is_waited_for_2_s(build: Build, provider: Provider) ->
 def test_wait_for_a_proven_cooldown(build: Build, provider: Provider) -> None:
     house = build(a=in_turn(rate_limited(("retry-after", "20")), healthy()))
     with house.start_chat("aicarousel") as first:
-        provider.wait_calls("a")
-        house.settle()
+        house.wait_line("attempt.failed")
         with house.start_chat("aicarousel") as client, house.start_chat("a/m", stream=False) as other:
             house.pass_time(5.0)
             first.read_until(COMMENT)
@@ -334,8 +333,7 @@ def test_client_gone(build: Build, provider: Provider, name: str, leave: str) ->
 def test_client_gone_while_waiting_for_a_cooldown(build: Build, provider: Provider) -> None:
     house = build(a=in_turn(rate_limited(("retry-after", "20")), healthy()))
     first = house.start_chat("aicarousel")
-    provider.wait_calls("a")
-    house.settle()
+    house.wait_line("attempt.failed")
     client = house.start_chat("aicarousel")
     house.pass_time(5.0)
     for waiting in (first, client):
