@@ -2390,7 +2390,7 @@ _WRONG_MAX = 3
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
 _MAX_LIMIT = 10.0 ** 12
-_PATIENCE_SPANS = (10.0, 2.0)      #: spans until a learned limit grows: of windows under an hour, of longer ones
+_PATIENCE_SPANS = (3.0, 2.0)       #: spans until a learned limit grows: of windows under an hour, of longer ones; doubled by each refusal
 _MAX_PATIENCE_S = 16 * 86_400.0
 _TRUSTED_S = 7 * 86_400.0   #: a limit from a refusal is believed this long: a plan may have been changed
 _SLOT_GROWS_S = 60.0        #: a learned concurrency cap grows by one in this time
@@ -2973,7 +2973,7 @@ def _grow(window: Window, now: float) -> None:
     """More than was known goes out: believe it until a refusal says otherwise."""
     window.known = max(window.known + 1.0, window.known * 1.1)
     window.limit = min(window.configured, window.known)
-    window.grows_at = now + window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
+    window.grows_at = now + window.span_s
 
 
 # Across restarts -----------------------------------------------------------------------------------------------------

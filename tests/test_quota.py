@@ -418,11 +418,11 @@ def test_a_limit_is_learned_from_refusals_and_grows_back_slowly() -> None:
             settle(pool.ledger, reserve(pool.ledger, route, 1, 1, now), 1, 1, now)
         grown.append(window.limit)
         now += 61.0
-    assert grown == [pytest.approx(value) for value in (13.2, 14.52, 15.972, 17.5692)] and now > 1800.0
+    assert grown == [pytest.approx(value) for value in (13.2, 14.52, 15.972, 17.5692)] and now > 360.0
     for _ in range(9):
         settle(pool.ledger, reserve(pool.ledger, route, 1, 1, now), 1, 1, now)
     refuse(pool, route, now)
-    assert window.limit == 9.0 and window.patience_s == 1200.0, "twice as patient"
+    assert window.limit == 9.0 and window.patience_s == 360.0, "twice as patient"
     refuse(pool_of("")[0], route, 0.0)
 
 
