@@ -16,6 +16,7 @@ Contents
      3  Presets             what is known of each provider: one row each
      4  Configuration       models.json, .env, environment and flags -> Config
      5  Failures            what an answer or a broken connection means
+     6  Quotas              what providers grant, what is used of it, when there is room
      7  Routing policy      which route, in which order, what cools for how long
      8  Event streams       server-sent events, incremental and bounded
      9  Hub                 the neutral request, parts and deltas, and every rule that formats share
@@ -197,7 +198,7 @@ class Repair:
     until_utc: float = 0.0
 
 
-class Window(NamedTuple):
+class ContextWindow(NamedTuple):
     """How much a model holds, as its provider told when a request did not fit."""
     n_tokens: int
     until_utc: float
@@ -2367,7 +2368,7 @@ def read_reset(headers: Mapping[str, str], body_json: Any, text: str, *, utc: fl
     """
     words = _list_words(body_json) if isinstance(body_json, (dict, list)) else text
     if _PER_DAY_QUOTA.search(words):
-        return _pacific_midnight_s(utc)      # Gemini goes on saying seconds when the day is spent
+        return pacific_midnight_s(utc)      # Gemini goes on saying seconds when the day is spent
     waits = [*_header_waits(headers, utc), *_header_waits(_inner_headers(body_json), utc), *_field_waits(body_json, utc), *_said_waits(text or words, utc)]
     longest_s = 32 * _DAY_S if _LONG_WORDS.search(text or words) else _DAY_S
     wait_s = max((wait for wait in waits if 0.0 < wait <= longest_s), default=None)
@@ -2376,7 +2377,7 @@ def read_reset(headers: Mapping[str, str], body_json: Any, text: str, *, utc: fl
     return wait_s
 
 
-def _read_wait(value: str, utc: float) -> float | None:
+def read_wait(value: str, utc: float) -> float | None:
     """Seconds from now in any form of a header value: a number, a duration, a date; None for junk."""
     value = value.strip()[:80]
     if _DECIMAL.fullmatch(value):
@@ -2430,9 +2431,9 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
             number = value.strip()          # of more than float() would: OpenRouter's copies may hold control characters
             waits.append(float(number) / 1000.0 if _DECIMAL.fullmatch(number) else None)
         elif name.endswith("retry-after"):
-            waits.append(_read_wait(value, utc))
+            waits.append(read_wait(value, utc))
         elif "ratelimit" in name and "reset" in name:
-            left, wait_s = headers.get(name.replace("reset", "remaining")), _read_wait(value, utc)
+            left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
             elif left is not None and re.fullmatch(r"\s*(?:0+(?:\.0*)?|-\d+)\s*", left):
@@ -2452,7 +2453,7 @@ def _inner_headers(data: Any) -> dict[str, str]:
 def _field_waits(data: Any, utc: float) -> list[float]:
     """Waits in fields such as Gemini's RetryInfo.retryDelay."""
     lines = (line.partition("=") for line in _list_words(data).split("\n"))
-    waits = (_read_wait(value, utc) for key, _, value in lines if key.lower() in _RETRY_KEYS)
+    waits = (read_wait(value, utc) for key, _, value in lines if key.lower() in _RETRY_KEYS)
     return [wait for wait in waits if wait is not None]
 
 
@@ -2463,7 +2464,7 @@ def _said_waits(text: str, utc: float) -> list[float]:
     return [*(_sum_spans(found.group(1)) for found in _SAID_SPAN.finditer(text)), *(wait for wait in instants if wait is not None)]
 
 
-def _pacific_midnight_s(utc: float) -> float:
+def pacific_midnight_s(utc: float) -> float:
     """Seconds to the next midnight in California, by the rule of 2007: summer time from the second Sunday of March to the first of November.
 
     Time zone data is missing on some machines, and this one rule is all that is needed.
@@ -2589,16 +2590,679 @@ def _tell(lead: str, failures: Sequence[UpstreamFailure], attempts: Sequence[Att
 
 
 ##############################################################################
-# 7. Routing policy                                         pure | uses 1-5
+# 6. Quotas                                                 pure | uses 1-3, 5
+##############################################################################
+# What providers grant, what of it is used, and when there is room again: arithmetic, with `now` handed in.
+# A bucket is what a provider counts by (Preset.bucket); it holds windows: requests or tokens in a second, a minute, a day.
+# A request is reserved before it goes out, settled with what it really used, released when it counted for nothing, so a
+# burst is spread by what has been reserved and not by refusals.  Every limit knows where it came from and when.
+# Where nothing else is known a window rolls: what fits a rolling window fits a fixed one of any beginning too.
+# Source: headers and bodies as providers send them.  Guarded by tests/test_quota.py, a row per style, and tests/test_simulator.py.
+# One more header style: a pattern in _HEADERS, and the presets whose windows are unlike others in the tables below it.
+
+_SECONDS_PER: Mapping[str, float] = MappingProxyType({"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86_400.0, "month": 30 * 86_400.0})
+_ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0), ("tokens", 86_400.0))   # so that a refusal has something to teach
+_LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
+_TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
+_GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
+_FREE_SLACK = 1.25          #: a key that was served more than this much of a free plan's figure is on another plan
+_WRONG_MAX = 3
+_ASKED_S = 0.5              #: when to look again while somebody else is asking
+_MAX_WINDOWS = 16           #: of one bucket; providers have six at most
+_MAX_LIMIT = 10.0 ** 12
+_PATIENCE_SPANS = (3.0, 2.0)       #: spans until a learned limit grows: of windows under an hour, of longer ones; doubled by each refusal
+_MAX_PATIENCE_S = 16 * 86_400.0
+_TRUSTED_S = 7 * 86_400.0   #: a limit from a refusal is believed this long: a plan may have been changed
+_SLOT_GROWS_S = 60.0        #: a learned concurrency cap grows by one in this time
+_NEVER = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """One limit of a bucket and what counts against it.
+
+    rolling: `used` is the sum of `entries`.  fixed: all of it ends at `resets_at`.  refill: it ebbs by limit/span.
+    """
+    measure: str                    #: requests, tokens, input or output
+    span_s: float
+    kind: str = "rolling"
+    clock: str = ""                 #: utc or pacific: the midnight at which a fixed day ends; "": a span after the last reset
+    configured: float = _NEVER      #: by models.json; a provider's own figure counts only below it
+    known: float = _NEVER
+    limit: float = _NEVER           #: the smaller of the two, in force
+    source: str = ""                #: of `known`: header, refusal, learned, preset
+    known_utc: float = 0.0
+    used: float = 0.0
+    held: float = 0.0               #: answers under way: tokens they may still bring
+    at: float = 0.0                 #: refill: when `used` was right
+    resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
+    grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
+    patience_s: float = 0.0
+    n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
+    entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
+
+    @property
+    def origin(self) -> str:
+        """Where the limit in force came from, "" where there is none."""
+        return "configured" if self.configured <= self.known and self.configured != _NEVER else self.source
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """What a provider counts together. `limited` are the windows whose limit is known; `n_open` requests are under way."""
+    key: str                        #: one of Route.keys
+    windows: list[Window] = field(default_factory=list)
+    limited: tuple[Window, ...] = ()
+    n_open: int = 0
+    max_open: float = _NEVER        #: configured
+    learned_open: float = _NEVER    #: by a refusal at `learned_open_at`, one more with every minute since
+    learned_open_at: float = 0.0
+
+
+@dataclass(slots=True)
+class Ledger:
+    """All buckets. Owner: RoutingState. `by_id` finds a route's, its own first, by the id of the route, else of the credential."""
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    by_id: dict[str, tuple[Bucket, ...]] = field(default_factory=dict)
+    utc_less_now: float = 0.0       #: seconds since 1970 when the monotonic clock was 0
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """What one request has reserved; done once it is settled or released."""
+    buckets: tuple[Bucket, ...]
+    at: float
+    n_input: int
+    n_output: int
+    done: bool = False
+
+
+class Shortage(NamedTuple):
+    """Why there is no room: what is short, when that ends (infinite: never), whether it is known or only guessed."""
+    bucket: Bucket
+    window: Window | None           #: None: too many requests at a time
+    at: float
+    proven: bool                    #: announced, refused with a figure or configured, not learned
+    soft: bool                      #: only by the figures of a free plan, which a paid key does not have
+
+
+class Told(NamedTuple):
+    """What an answer says of one window; None where it does not."""
+    measure: str
+    span_s: float
+    kind: str
+    limit: float | None
+    left: float | None
+    reset_s: float | None
+
+
+# Which buckets there are ---------------------------------------------------------------------------------------------
+
+_SCOPE_OF_BUCKET: Mapping[str, str] = MappingProxyType({"account": "credential", "model": "route", "machine": "provider"})
+#: Presets whose days end at a midnight.
+_CLOCKS: Mapping[str, str] = MappingProxyType({"gemini": "pacific", "openrouter": "utc", "cloudflare": "utc"})
+#: Presets whose windows fill up all the time, a bit each second, rather than at once.
+_REFILLS = frozenset({"groq", "openai", "anthropic"})
+
+
+def prepare_ledger(ledger: Ledger, providers: Iterable[Provider], *, utc_less_now: float) -> None:
+    """Make the buckets of all configured routes. What was learned of those that stay is kept, the rest forgotten."""
+    before, ledger.buckets, ledger.by_id, ledger.utc_less_now = ledger.buckets, {}, {}, utc_less_now
+
+    def bucket(key: str, preset: Preset) -> Bucket:
+        if key not in ledger.buckets:
+            ledger.buckets[key] = made = before.get(key) or Bucket(key)
+            made.max_open = _NEVER
+            for window in made.windows:
+                window.configured = _NEVER
+            for measure, span_s in _ALWAYS_COUNTED:
+                _window(made, measure, span_s, preset.name)
+        return ledger.buckets[key]
+
+    for provider in providers:
+        scope = SCOPES[_SCOPE_OF_BUCKET[provider.preset.bucket]]
+        for credential in provider.credentials:
+            models = provider.models if any(model.id == provider.default for model in provider.models) else (*provider.models, Model(provider.default))
+            for model in models:
+                route = make_route(provider, credential, model)
+                own = bucket(route.keys[scope], provider.preset)
+                _configure(own, provider.limits, provider.preset.name)
+                _presume(own, provider.preset, model.id)
+                found = [own]
+                if model.limits is not None:
+                    found.append(bucket(route.keys[3], provider.preset))
+                    _configure(found[-1], model.limits, provider.preset.name)
+                if provider.max_concurrent is not None:
+                    found.append(bucket(route.keys[0], provider.preset))
+                    found[-1].max_open = provider.max_concurrent
+                ledger.by_id[route.id] = tuple(dict.fromkeys(found))
+                ledger.by_id[credential.id] = tuple(one for one in ledger.by_id[route.id] if one.key in route.keys[:2])
+    for made in ledger.buckets.values():
+        _sort_out(made)
+
+
+def _window(bucket: Bucket, measure: str, span_s: float, preset_name: str) -> Window:
+    """The window of `bucket` for one measure and span, made if missing."""
+    for window in bucket.windows:
+        if window.measure == measure and window.span_s == span_s:
+            return window
+    made = Window(measure, span_s)
+    if preset_name in _REFILLS:
+        made.kind = "refill"
+    elif span_s == 86_400.0 and preset_name in _CLOCKS:
+        made.kind, made.clock, made.resets_at = "fixed", _CLOCKS[preset_name], -_NEVER
+    if len(bucket.windows) < _MAX_WINDOWS:
+        bucket.windows.append(made)
+    return made
+
+
+def _configure(bucket: Bucket, limits: Limits | None, preset_name: str) -> None:
+    for name, measure, span_s in _LIMIT_FIELDS if limits is not None else ():
+        value = getattr(limits, name)
+        if value is not None:
+            window = _window(bucket, measure, span_s, preset_name)
+            window.configured = min(window.configured, float(value))
+
+
+def _presume(bucket: Bucket, preset: Preset, model_id: str) -> None:
+    """Take over the figures of the preset's free plan where nothing better is known."""
+    limits = next((model.limits for model in preset.models if model.id == model_id), None) or preset.free_limits
+    for name, measure, span_s in _LIMIT_FIELDS if limits is not None else ():
+        value = getattr(limits, name)
+        if value is not None:
+            window = _window(bucket, measure, span_s, preset.name)
+            if not window.source:
+                window.known, window.source = float(value), "preset"
+
+
+def _sort_out(bucket: Bucket) -> None:
+    """Work out the limits in force, and which windows matter for room."""
+    for window in bucket.windows:
+        window.limit = min(window.configured, window.known)
+    bucket.limited = tuple(window for window in bucket.windows if window.limit != _NEVER)
+
+
+# One window's arithmetic ---------------------------------------------------------------------------------------------
+
+def _expire(window: Window, now: float, shift: float) -> None:
+    """Forget what no longer counts."""
+    if window.kind == "rolling":
+        entries, n_ended = window.entries, 0
+        while n_ended < len(entries) and entries[n_ended][0] + window.span_s + _TRAVEL_S <= now:    # as _room_at adds it up
+            window.used -= entries[n_ended][1]
+            n_ended += 1
+        if n_ended:
+            del entries[:n_ended]
+            if not entries:
+                window.used = 0.0
+    elif window.kind == "refill":
+        if window.limit != _NEVER and window.used:
+            window.used = max(window.used - max(now - window.at, 0.0) * window.limit / window.span_s, 0.0)
+        window.at = now
+    elif now >= window.resets_at + _TRAVEL_S:
+        window.used = 0.0
+        window.resets_at = _next_reset(window, now, shift)
+
+
+def _next_reset(window: Window, now: float, shift: float) -> float:
+    """When a fixed window that has just begun ends."""
+    if window.clock == "utc":
+        return now + window.span_s - (now + shift) % window.span_s
+    if window.clock == "pacific":
+        return now + pacific_midnight_s(now + shift)
+    return window.resets_at + window.span_s * ((now - window.resets_at) // window.span_s + 1.0)
+
+
+def _add(window: Window, at: float, amount: float) -> None:
+    """Count `amount` from `at` on."""
+    window.used += amount
+    entries = window.entries
+    if entries and 0.0 <= at - entries[-1][0] < (window.span_s if window.kind == "rolling" else 60.0) / _GRAINS:
+        entries[-1][0] = at         # the later end: an entry must not end before all of it has
+        entries[-1][1] += amount
+    elif not entries or entries[-1][0] < at:
+        entries.append([at, amount])
+    else:                           # a header's news of what others used, which ends before what is newest here
+        entries.insert(next(place for place, entry in enumerate(entries) if entry[0] >= at), [at, amount])
+    if len(entries) > 2 * _GRAINS:
+        entries[1][1] += entries.pop(0)[1]
+
+
+def _take_back(window: Window, at: float, amount: float) -> None:
+    """Uncount what was counted at `at`, as far as it still counts."""
+    entry = next((entry for entry in window.entries if entry[0] >= at), None)
+    part = min(amount, entry[1]) if entry is not None else 0.0
+    if entry is not None:
+        entry[1] -= part
+    if window.kind != "fixed" or at >= window.resets_at - window.span_s:
+        window.used = max(window.used - (part if window.kind == "rolling" else amount), 0.0)
+
+
+def _cut(window: Window, used: float) -> None:
+    """Count no more than `used`: the oldest goes first."""
+    excess = window.used - used
+    while window.kind == "rolling" and window.entries and excess > 0.0:
+        part = min(window.entries[0][1], excess)
+        window.entries[0][1] -= part
+        excess -= part
+        if window.entries[0][1] <= 0.0:
+            del window.entries[0]
+    window.used = used
+
+
+def _room_at(window: Window, amount: float, now: float) -> float:
+    """When `amount` more fits: `now` or later, infinite for never. The window is up to date."""
+    limit = window.limit
+    short = window.used + window.held + amount - limit
+    if short <= 0.0:
+        return now
+    if amount > limit:
+        return _NEVER
+    if window.kind == "fixed":
+        return window.resets_at + _TRAVEL_S
+    if window.kind == "refill":
+        return now + min(short / limit, 1.0) * window.span_s + _TRAVEL_S
+    for at, part in window.entries:
+        short -= part
+        if short <= 0.0:
+            return at + window.span_s + _TRAVEL_S
+    return now + min(window.span_s, 5.0)        # what is under way takes it all: somebody who waits is woken when it ends
+
+
+def _amounts(window: Window, n_input: int, n_output: int) -> tuple[float, float]:
+    """What a request counts when it goes out, and what its answer may add."""
+    if window.measure == "requests":
+        return 1.0, 0.0
+    return float(n_input) if window.measure != "output" else 0.0, float(n_output) if window.measure != "input" else 0.0
+
+
+# Room, reserve, settle -----------------------------------------------------------------------------------------------
+
+def find_buckets(ledger: Ledger, route: Route) -> tuple[Bucket, ...]:
+    """The buckets of a route, its own first; of a model that clients made up those of its credential."""
+    return ledger.by_id.get(route.id) or ledger.by_id.get(route.credential.id, ())
+
+
+def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float) -> Shortage | None:
+    """What keeps a request of this size out for longest; None when there is room."""
+    worst: Shortage | None = None
+    for bucket in ledger.by_id.get(route.id) or find_buckets(ledger, route):
+        if bucket.n_open >= bucket.max_open or (bucket.learned_open != _NEVER and bucket.n_open >= _learned_slots(bucket, now)):
+            worst = _worse(worst, Shortage(bucket, None, now + 1.0, False, False))
+        for window in bucket.limited:
+            limit = window.limit
+            if window.used + window.held + (n_input + n_output if window.measure != "requests" else 1) <= limit:
+                continue                # even with what counts no longer
+            _expire(window, now, ledger.utc_less_now)
+            out, later = _amounts(window, n_input, n_output)
+            amount = out + later if out + later <= limit else max(out, limit)       # an answer's length is a guess: it alone rules nothing out
+            if window.used + window.held + amount <= limit or (window.source == "learned" and window.configured > window.known and now >= window.grows_at):
+                continue
+            if window.source == "refusal" and now + ledger.utc_less_now - window.known_utc > _TRUSTED_S and window.configured == _NEVER:
+                continue
+            origin, soft = window.origin, False
+            at = min(_room_at(window, amount, now), max(window.grows_at, now))
+            if at != _NEVER and _resets_sooner(window):     # one request finds out whether all of it ends there
+                at = min(at, max(window.resets_at + _TRAVEL_S, now + _ASKED_S))
+                if not bucket.n_open and now >= window.resets_at + _TRAVEL_S:
+                    continue
+            elif origin == "preset":                        # and whether this key has more than the free plan
+                soft = not bucket.n_open
+                at = at if soft else min(at, now + _ASKED_S)
+            worst = _worse(worst, Shortage(bucket, window, at, origin != "learned" and origin != "preset", soft))
+    return worst
+
+
+def _resets_sooner(window: Window) -> bool:
+    """Has a header named a reset before which there were requests that this rolling window counts beyond it?"""
+    return window.kind == "rolling" and bool(window.entries) and window.entries[0][0] < window.resets_at - 2.0 * _TRAVEL_S < _NEVER
+
+
+def _worse(one: Shortage | None, other: Shortage) -> Shortage:
+    return other if one is None or (one.soft, -one.at) > (other.soft, -other.at) else one
+
+
+def _learned_slots(bucket: Bucket, now: float) -> float:
+    return bucket.learned_open + (now - bucket.learned_open_at) // _SLOT_GROWS_S
+
+
+def share_left(ledger: Ledger, route: Route, now: float) -> float:
+    """The share of its tightest window that a route has left, 1.0 where no limit is known."""
+    least = 1.0
+    for bucket in find_buckets(ledger, route):
+        for window in bucket.limited:
+            _expire(window, now, ledger.utc_less_now)
+            least = min(least, 1.0 - (window.used + window.held) / window.limit)
+    return max(least, 0.0)
+
+
+def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float) -> Hold:
+    """Count a request that is about to go out on `route`."""
+    hold = Hold(find_buckets(ledger, route), now, n_input, n_output)
+    for bucket in hold.buckets:
+        bucket.n_open += 1
+        for window in bucket.windows:
+            if window.kind != "rolling" or len(window.entries) >= _GRAINS:
+                _expire(window, now, ledger.utc_less_now)
+            if window.measure == "requests":
+                _add(window, now, 1.0)
+            else:
+                out, later = _amounts(window, n_input, n_output)
+                if out:
+                    _add(window, now, out)
+                window.held += later
+            if window.grows_at <= now and window.used + window.held > window.known:
+                _grow(window, now)
+    return hold
+
+
+def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) -> None:
+    """The request was served: put what it used in place of what was reserved. A second call does nothing."""
+    if hold.done:
+        return
+    hold.done = True
+    for bucket in hold.buckets:
+        bucket.n_open -= 1
+        for window in bucket.windows:
+            if window.measure != "requests":
+                if window.kind != "rolling":
+                    _expire(window, now, ledger.utc_less_now)
+                reserved, promised = _amounts(window, hold.n_input, hold.n_output)
+                out, later = _amounts(window, n_input, n_output)
+                window.held = max(window.held - promised, 0.0)
+                if out < reserved:
+                    _take_back(window, hold.at, reserved - out)
+                elif out > reserved:
+                    later += out - reserved
+                if later:
+                    _add(window, now, later)
+            if window.source == "preset" and window.used > _FREE_SLACK * window.known:
+                _forget_free_plan(bucket)
+
+
+def _forget_free_plan(bucket: Bucket) -> None:
+    """This key has more than the free plan: its figures say nothing."""
+    for window in bucket.windows:
+        if window.source == "preset":
+            window.known, window.source = _NEVER, ""
+    _sort_out(bucket)
+
+
+def release(ledger: Ledger, hold: Hold, now: float) -> None:
+    """The request counted for nothing: it never went out, or was refused. A second call does nothing."""
+    if hold.done:
+        return
+    hold.done = True
+    for bucket in hold.buckets:
+        bucket.n_open -= 1
+        for window in bucket.windows:
+            _expire(window, now, ledger.utc_less_now)
+            reserved, promised = _amounts(window, hold.n_input, hold.n_output)
+            window.held = max(window.held - promised, 0.0)
+            _take_back(window, hold.at, reserved)
+
+
+# What headers say ----------------------------------------------------------------------------------------------------
+
+_PERIOD = r"(?:-(?:(\d{1,4})-)?(second|minute|hour|day|month))?"
+_HEADERS = tuple(re.compile(pattern) for pattern in (
+    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens))?{_PERIOD}",
+    r"anthropic-ratelimit-(?P<measure>requests|tokens|input-tokens|output-tokens)-(?P<field>limit|remaining|reset)",
+    rf"(?:x-)?(?P<measure>ratelimitbysize|tokenlimit)-(?P<field>limit|remaining|reset){_PERIOD}",
+))
+_MEASURES: Mapping[str | None, str] = MappingProxyType({
+    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output",
+    "ratelimitbysize": "tokens", "tokenlimit": "tokens",
+})
+#: Spans that the names do not tell and that cannot be worked out.
+_NAMED_SPANS: Mapping[tuple[str, str], float] = MappingProxyType({("groq", "requests"): 86_400.0, ("groq", "tokens"): 60.0, ("anthropic", "requests"): 60.0})
+_COUNT_TEXT = re.compile(r"\d{1,15}(?:\.\d{1,20})?")
+
+
+@functools.lru_cache(256)
+def _read_name(name: str) -> tuple[str, str, float, bool] | None:
+    """(field, measure, span, whether the measure is named) of a header, span 0 where the name does not tell; None for any other header."""
+    if "limit" not in name:
+        return None
+    found = next((found for pattern in _HEADERS if (found := pattern.fullmatch(name))), None)
+    if found is None:
+        return None
+    *_, number, unit = (None, None, *found.groups()) if "anthropic" in name else found.groups()
+    span_s = float(number or 1) * _SECONDS_PER[unit] if unit in _SECONDS_PER else 0.0
+    return found["field"], _MEASURES[found["measure"]], span_s, found["measure"] is not None
+
+
+def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float) -> list[Told]:
+    """What the headers of any answer say of its windows. Names are lower case; what cannot be understood is passed over."""
+    said: dict[tuple[str, float], dict[str, str]] = {}
+    for name, value in headers:
+        known = _read_name(name)
+        if known is not None:
+            field_name, measure, span_s, named = known
+            words = said.setdefault((measure, span_s), {})
+            words[field_name] = value
+            if not named:
+                words["bare"] = value
+    return [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+
+
+def _tell_window(preset_name: str, measure: str, span_s: float, words: Mapping[str, str], utc: float) -> Told | None:
+    limit, left, period_s = (float(value) if _COUNT_TEXT.fullmatch(value := words.get(name, "").strip()) else None for name in ("limit", "remaining", "renewalperiod"))
+    reset_s = read_wait(words["reset"], utc) if "reset" in words else None
+    reset_s = reset_s if reset_s is not None and 0.0 <= reset_s <= 32 * 86_400.0 else None
+    if (limit is None and left is None) or limit == 0.0 or (limit or left or 0.0) > _MAX_LIMIT:
+        return None                 # a limit of 0 is what projects without one are told
+    span_s = span_s or _NAMED_SPANS.get((preset_name, measure), 0.0) or period_s or _guess_span(preset_name, limit, left, reset_s, "bare" in words)
+    return Told(measure, span_s, "refill" if preset_name in _REFILLS else "rolling", limit, left, reset_s)
+
+
+def _guess_span(preset_name: str, limit: float | None, left: float | None, reset_s: float | None, bare: bool) -> float:
+    """The span that a reset hints at, a minute by default."""
+    if reset_s is None:
+        return 60.0
+    if preset_name in _REFILLS:     # the reset is the time until all is back
+        whole_s = reset_s * limit / (limit - left) if limit and left is not None and left < limit else 60.0
+        return 86_400.0 if whole_s > 10_000.0 else 60.0
+    return next((span for span in ((1.0, 10.0) if bare else ()) + (60.0, 3600.0) if reset_s <= span * 1.05), 86_400.0)
+
+
+def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None) -> None:
+    """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered."""
+    buckets = find_buckets(ledger, route)
+    told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
+    for one in told:
+        window = _window(buckets[0], one.measure, one.span_s, route.provider.preset.name)
+        if window.source == "preset" and one.limit is not None and one.limit > window.known:
+            _forget_free_plan(buckets[0])
+        _expire(window, now, ledger.utc_less_now)
+        _correct(window, one, now, now + ledger.utc_less_now, hold)
+    if told:
+        _sort_out(buckets[0])
+
+
+def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | None) -> None:
+    """Bring a window in line with what its provider says of it.
+
+    The provider has counted what arrived before its answer: of what went out since, it may or may not know.
+    """
+    if told.limit is not None:
+        window.known, window.source, window.known_utc, window.grows_at = told.limit, "header", utc, _NEVER
+    if told.left is None or window.known == _NEVER:
+        return
+    truly_used = max(window.known - told.left, 0.0)
+    since = _unseen(window, hold) if hold is not None else 0.0
+    missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
+    began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
+    if missing > 0.0:
+        _add(window, began_at, missing)
+    elif excess > 0.0:
+        if told.reset_s is not None and told.kind == "rolling" and _began_anew(window, truly_used, now):
+            window.kind = "fixed"
+        _cut(window, truly_used + since)
+    if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
+        return
+    early = bool(window.entries) and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
+
+
+def _began_anew(window: Window, truly_used: float, now: float) -> bool:
+    """Does what counted before the reset that was named last count no longer, though a rolling window would still count it?"""
+    stale = sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
+    return window.kind == "rolling" and window.resets_at <= now and 0.0 < stale <= window.used - truly_used
+
+
+def _unseen(window: Window, hold: Hold) -> float:
+    """What was counted, besides the request that was answered, since about the time it went out."""
+    counted = sum(amount for at, amount in window.entries if at >= hold.at - _TRAVEL_S)
+    return max(counted - _amounts(window, hold.n_input, hold.n_output)[0], 0.0)
+
+
+# What refusals say ---------------------------------------------------------------------------------------------------
+
+_QUOTA_ID = re.compile(r'"quotaId":\s?"(\w{0,60}?)Per(Day|Minute|Hour)\w{0,60}(?:-\w{1,40})?"(?:[^\[\]]{0,400}?"quotaValue":\s?"(\d{1,12})")?')
+_SAID_LIMIT = re.compile(r"(?:(\d{1,12}) )?\b(requests?|queries|(?:input |output )?tokens|free-models)[ _-]per[ _-](sec|min|hour|day)\w{0,4}"
+                         r"(?: \([A-Z]{2,6}\))?(?::? limit:? (\d{1,12}))?", re.I)
+_SAID_LETTERS = re.compile(r"\b([RT])P([MDH])\b")
+_CONCURRENCY = re.compile(r"concurren\w{1,4}(?:[^\d\n]{0,20}?: ?(\d{1,4}))?", re.I)
+_UNITS_S: Mapping[str, float] = MappingProxyType({"sec": 1.0, "min": 60.0, "hour": 3600.0, "day": 86_400.0, "m": 60.0, "h": 3600.0, "d": 86_400.0})
+
+
+def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]]:
+    """(measure, span, limit or None) of every window that a refusal names; by its reason alone when it names none.
+
+    text: the body, or the provider's words.
+    """
+    found: dict[tuple[str, float], float | None] = {}
+    for name, span, value in _QUOTA_ID.findall(text):
+        measure = "input" if "Input" in name else "tokens" if "Token" in name else "requests"
+        found[measure, _UNITS_S[span[:3].lower() if span != "Hour" else "hour"]] = float(value) if value else None
+    if not found:
+        for before, measure, span, after in _SAID_LIMIT.findall(text):
+            word = measure.lower()
+            kind = word.split()[0] if word.startswith(("input", "output")) else "tokens" if "token" in word else "requests"
+            found[kind, _UNITS_S[span.lower()]] = float(after or before) if after or before else None
+    if not found:
+        for measure, span in _SAID_LETTERS.findall(text):
+            found["requests" if measure == "R" else "tokens", _UNITS_S[span.lower()]] = None
+    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()] or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+
+
+def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float) -> None:
+    """A provider refused for its limits: what it named is believed, else the count so far must have been the limit.
+
+    Call after release().  text: the body of the refusal.
+    """
+    buckets = find_buckets(ledger, route)
+    if not buckets or failure.reason not in ("rate_minute", "rate_day", "request_over_tpm"):
+        return
+    text = text[:16_384]
+    concurrency = _CONCURRENCY.search(text)
+    if concurrency:
+        buckets[0].learned_open, buckets[0].learned_open_at = float(concurrency[1] or max(buckets[0].n_open, 1)), now
+        return
+    for measure, span_s, limit in read_refusal(text, failure.reason):
+        window = _window(buckets[0], measure, span_s, route.provider.preset.name)
+        _expire(window, now, ledger.utc_less_now)
+        if limit:
+            window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
+        if failure.reason == "request_over_tpm":
+            continue
+        if window.kind == "refill" and window.used + window.held < window.known:
+            window.n_wrong += 1
+            if window.n_wrong >= _WRONG_MAX:
+                window.kind, window.entries = "rolling", [[now, window.used]]
+        if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
+            window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
+        if window.known != _NEVER and window.source in ("header", "refusal"):
+            if window.used < window.known:
+                _add(window, now, window.known - window.used)
+        elif window.used + window.held >= 1.0:
+            _lower(window, now, now + ledger.utc_less_now)
+    _sort_out(buckets[0])
+
+
+def _lower(window: Window, now: float, utc: float) -> None:
+    """The limit must have been what is counted now; the longer it holds, the longer until more is tried."""
+    first_s = window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
+    window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
+    window.known, window.source, window.known_utc = max(min(window.used, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
+    window.grows_at = now + window.patience_s
+
+
+def _grow(window: Window, now: float) -> None:
+    """More than was known goes out: believe it until a refusal says otherwise."""
+    window.known = max(window.known + 1.0, window.known * 1.1)
+    window.limit = min(window.configured, window.known)
+    window.grows_at = now + window.span_s
+
+
+# Across restarts -----------------------------------------------------------------------------------------------------
+
+def ledger_rows(ledger: Ledger, now: float) -> dict[str, Json]:
+    """What should outlive a restart, by bucket: limits that were told or learned, and what long windows have counted. Instants are UTC."""
+    rows: dict[str, Json] = {}
+    for bucket in ledger.buckets.values():
+        windows = [_window_row(window, ledger.utc_less_now) for window in bucket.windows if _keeps(window, now, ledger.utc_less_now)]
+        if windows:
+            rows[bucket.key] = {"windows": windows}
+    return rows
+
+
+def _keeps(window: Window, now: float, shift: float) -> bool:
+    _expire(window, now, shift)
+    return window.source in ("header", "refusal", "learned") or (window.used > 0.0 and window.span_s >= 3600.0)
+
+
+def _window_row(window: Window, shift: float) -> Json:
+    def utc(at: float) -> float | None:
+        return None if at == _NEVER else round(at + shift, 3)
+    told = window.source if window.source != "preset" else ""
+    return {"measure": window.measure, "span_s": window.span_s, "kind": window.kind, "known": window.known if told else None, "source": told, "known_utc": window.known_utc,
+            "used": window.used, "at_utc": utc(window.at), "resets_utc": utc(window.resets_at), "grows_utc": utc(window.grows_at), "patience_s": window.patience_s,
+            "entries": [[utc(at), amount] for at, amount in window.entries]}
+
+
+def load_ledger(ledger: Ledger, rows: Mapping[str, Json], now: float) -> None:
+    """Go on from what ledger_rows() gave, for buckets that still exist; what is not understood is passed over. Call after prepare_ledger()."""
+    for key, row in rows.items():
+        bucket = ledger.buckets.get(key)
+        for saved in row.get("windows", ()) if bucket is not None else ():
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                _load_window(bucket, saved, ledger.utc_less_now)
+        if bucket is not None:
+            _sort_out(bucket)
+
+
+def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
+    """Raises KeyError, TypeError, ValueError or AttributeError for a row of another version."""
+    def at(name: str) -> float:
+        return _NEVER if saved[name] is None else float(saved[name]) - shift
+    entries = [[float(utc) - shift, float(amount)] for utc, amount in saved["entries"]][-2 * _GRAINS:]
+    facts = dict(kind=str(saved["kind"]), used=float(saved["used"]), at=at("at_utc"), resets_at=at("resets_utc"), entries=entries)
+    if saved["source"]:
+        facts |= dict(known=float(saved["known"]), source=str(saved["source"]), known_utc=float(saved["known_utc"]), grows_at=at("grows_utc"), patience_s=float(saved["patience_s"]))
+    window = _window(bucket, str(saved["measure"]), float(saved["span_s"]), "")
+    for name, value in facts.items():
+        setattr(window, name, value)
+
+
+##############################################################################
+# 7. Routing policy                                         pure | uses 1-6
 ##############################################################################
 # Which routes, in which order, and why not the others: functions of configuration and state, with `now` handed in.
 # A Catalogue is worked out once per configuration; resolve() turns a model name into a Choice; plan() orders its routes for
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
+# A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
 
 CAROUSEL_NAMES = frozenset({"", "aicarousel", "auto", "router-maestro"})
 _FAMILIES = (("gpt-", "openai"), ("chatgpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"), ("claude-", "anthropic"), ("gemini-", "gemini"))
 _MAX_COOLDOWNS = 10_000
+_MAX_SESSIONS = 10_000
+_ENDLESS = float("inf")
+_PROBE_S = 0.5
+_SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
+_SPEED_S = 600.0            #: how long a measured speed is believed
 
 #: Routes of one provider that serve one request, by model and within a model by credential.
 Group = tuple[tuple[Route, ...], ...]
@@ -2624,11 +3288,28 @@ class Catalogue:
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What planning needs to know of a request: its size in tokens, and which conversation it belongs to."""
+    n_input: int = 0
+    n_output: int = 0
+    session: str = ""               #: "" for none
+    sticks: bool = False            #: whether it should go where the conversation went before
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Ordered routes for one request, why others were left out, and when the first of those is free."""
+    """Ordered routes for one request, why others were left out, and when the first of those is free.
+
+    session: hit when the conversation's route leads, moved when that one is out, new when there is none yet, "" when nothing sticks.
+    """
     routes: tuple[Route, ...]
     skipped: tuple[tuple[Route, str], ...]
     free_at: float | None
+    session: str = ""
+    proven: bool = True             #: whether `free_at` was named by a provider or configured
 
 
 @dataclass(slots=True)
@@ -2650,7 +3331,10 @@ class RoutingState:
     cooling: dict[str, Cooldown] = field(default_factory=dict)
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
     repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
-    windows: dict[str, Window] = field(default_factory=dict)            #: model key -> what it holds
+    windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
+    ledger: Ledger = field(default_factory=Ledger)
+    speeds: dict[str, tuple[float, float]] = field(default_factory=dict)     #: route id -> (milliseconds to the first byte, when measured)
+    sessions: dict[str, tuple[str, float]] = field(default_factory=dict)     #: conversation -> (route id, when it was served), oldest first
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -2850,42 +3534,73 @@ def _globbed_group(provider: Provider, glob: str) -> Group:
     return _group_of(provider, models)
 
 
-def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str) -> Plan:
-    """Order the routes of one request: those that are free, then guessed cooldowns as a last resort, soonest end first.
+def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str,
+         facts: Facts = NO_FACTS, give_up_at: float = 0.0) -> Plan:
+    """Order the routes of one request: those that are free, those a paid key may have room on, guessed cooldowns as a last resort, soonest end first.
 
-    Proven cooldowns are left out, `free_at` tells when the first of them ends.
+    Proven cooldowns and routes without room are left out, `free_at` tells when the first of them is free.  When nothing is free and waiting
+    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.
     """
+    ready: list[tuple[tuple[float, ...], Route]] = []
+    soft: list[tuple[float, Route]] = []
+    late: list[tuple[float, Route]] = []
+    waits: list[tuple[float, bool]] = []
+    skipped: list[tuple[Route, str]] = []
+    metric, ledger = _METRICS.get(strategy), state.ledger
+    for place, route in _candidates(catalogue, choice, state, strategy, fallback):
+        cooldown = hindrance(state, route, now) if state.cooling else None
+        if cooldown is not None:
+            skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
+            if cooldown.until_at > now and cooldown.proven:
+                waits.append((cooldown.until_at, True))
+            elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
+                waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+            else:
+                late.append((cooldown.until_at, route))
+            continue
+        shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
+        if shortage is None:
+            ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
+        elif shortage.soft:
+            soft.append((shortage.at, route))
+        else:
+            skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
+            if shortage.at != _ENDLESS:
+                waits.append((shortage.at, shortage.proven))
+    if metric:
+        ready.sort(key=lambda pair: pair[0])
+    soft.sort(key=lambda pair: pair[0])
+    late.sort(key=lambda pair: pair[0])
+    free_at, proven = min(waits) if waits else (None, True)
+    routes = [route for _, route in ready]
+    session = _stick(routes, state, facts, now)
+    routes += [route for _, route in soft]
+    if not routes and free_at is not None and now < free_at <= give_up_at:
+        return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
+    return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+
+
+def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, Route]]:
+    """Every route once, in order of rotation, with its place: routes of one place may change their order by a strategy's measure."""
     groups = _turned(choice, state, strategy)
+    n_own = len(groups)
     if choice.explicit and fallback != "none":
         groups = (*groups, *_fallback_groups(catalogue, choice, state, strategy, fallback))
     seen: set[str] = set()
-    ready: list[Route] = []
-    late: list[tuple[float, Route]] = []
-    skipped: list[tuple[Route, str]] = []
-    free_at: float | None = None
-    for group in groups:
+    place = 0.0
+    for number, group in enumerate(groups):
         for model_routes in group:
-            for route in _credentials_turned(model_routes, state):
-                if route.id in seen:
-                    continue
-                seen.add(route.id)
-                cooldown = hindrance(state, route, now) if state.cooling else None
-                if cooldown is None:
-                    ready.append(route)
-                    continue
-                skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
-                if cooldown.proven and cooldown.until_at > now:
-                    free_at = min(cooldown.until_at, free_at or cooldown.until_at)
-                else:
-                    late.append((cooldown.until_at, route))
-    late.sort(key=lambda pair: pair[0])
-    return Plan((*ready, *(route for _, route in late)), tuple(skipped), free_at)
+            place += 0.0 if choice.rotates and number < n_own else 1.0
+            for route in _credentials_turned(model_routes, state, strategy):
+                if route.id not in seen:
+                    seen.add(route.id)
+                    yield place, route
 
 
 def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, ...]:
     """The groups, starting behind the provider that served last."""
     groups = choice.groups
-    if not choice.rotates or strategy != "round-robin" or len(groups) < 2:
+    if not choice.rotates or strategy in ("fill-first", "priority") or len(groups) < 2:
         return groups
     last = state.turns.get(choice.turn_name)
     for index, group in enumerate(groups, 1):
@@ -2894,14 +3609,107 @@ def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, 
     return groups
 
 
+def _stick(routes: list[Route], state: RoutingState, facts: Facts, now: float) -> str:
+    """Put the route that served the conversation last in front; what Plan.session says of it."""
+    if not facts.sticks:
+        return ""
+    pinned, at = state.sessions.get(facts.session, ("", 0.0))
+    if not pinned or now - at > _SESSION_S:
+        return "new"
+    for place, route in enumerate(routes):
+        if route.id == pinned:
+            routes.insert(0, routes.pop(place))
+            return "hit"
+    return "moved"
+
+
+def tell_shortage(shortage: Shortage, now: float) -> str:
+    """What is short and until when, in words."""
+    window = shortage.window
+    if window is None:
+        return f"{shortage.bucket.n_open} requests at a time"
+    span = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86_400.0: "day"}.get(window.span_s, f"{window.span_s:.0f} s")
+    until = "too large for it" if shortage.at == _ENDLESS else f"{shortage.at - now:.0f} s left"
+    return f"{window.limit:.0f} {window.measure} a {span} ({window.origin}), {until}"
+
+
+# What strategies order by; less is better.
+
+def _first_ms(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """The usual time to the first byte; 0, so that it is measured, where it is not known or was measured long ago."""
+    known_ms, at = state.speeds.get(route.id, (0.0, now))
+    return known_ms if now - at < _SPEED_S else 0.0
+
+
+def _cost(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """What the request would cost here, at a thousand tokens each way where its size is not known; endless where no price is."""
+    price = route.model.price
+    if price is None or price.input is None or price.output is None:
+        return _ENDLESS
+    return price.input * (facts.n_input or 1000) + price.output * (facts.n_output or 1000)
+
+
+def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """The share of its tightest window that is used; 0 where no limit is known."""
+    return 1.0 - share_left(state.ledger, route, now)
+
+
+_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
+
+
+def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
+    """(the conversation a request belongs to, whether it goes where that went before), "" for none; `named` is what a header says of it.
+
+    Without a name it is known by how it begins: by the system prompt and the user's first words. A first turn then only leaves its mark
+    ("on": follows one too), so that single requests that begin alike go round. Hashes are this process's own and not kept.
+    """
+    if affinity == "off":
+        return "", False
+    metadata = body.get("metadata")
+    for name in (named, body.get("prompt_cache_key"), metadata.get("user_id") if isinstance(metadata, dict) else None):
+        if isinstance(name, str) and name:
+            return f"{key_id} {name[:512]}", True
+    turns = body.get("messages") or body.get("input")
+    if not isinstance(turns, list):
+        return "", False
+    first = next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
+    if first is None:
+        return "", False
+    begins = body.get("system") or body.get("instructions") or (turns[0].get("content") if turns[0] is not first and isinstance(turns[0], dict) else None)
+    answered = any(isinstance(turn, dict) and (turn.get("role") == "assistant" or turn.get("type") in ("message", "function_call") and turn.get("role") != "user") for turn in turns[1:])
+    return f"{key_id} #{hash((_opening(begins), _opening(first.get('content'))))}", answered or affinity == "on"
+
+
+def _opening(content: Any) -> tuple[str, int]:
+    """How a prompt begins, and how much there is of it: enough to tell conversations apart."""
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return texts[0][:2000] if texts else "", sum(map(len, texts))
+    return (content[:2000], len(content)) if isinstance(content, str) else ("", 0)
+
+
+def note_served(state: RoutingState, route: Route, facts: Facts, first_ms: float, now: float) -> None:
+    """Remember how fast a route answered, and that the conversation was served there."""
+    if is_listed(route):
+        before_ms, at = state.speeds.get(route.id, (first_ms, now))
+        state.speeds[route.id] = (before_ms * 0.7 + first_ms * 0.3 if now - at < _SPEED_S else first_ms, now)
+        if len(state.speeds) > _MAX_COOLDOWNS:
+            del state.speeds[next(iter(state.speeds))]
+    if facts.session:
+        state.sessions.pop(facts.session, None)
+        state.sessions[facts.session] = (route.id, now)
+        if len(state.sessions) > _MAX_SESSIONS:
+            del state.sessions[next(iter(state.sessions))]
+
+
 def provider_of(group: Group) -> str:
     """The provider whose routes these are, "" for none."""
     return next((routes[0].provider.name for routes in group if routes), "")
 
 
-def _credentials_turned(routes: tuple[Route, ...], state: RoutingState) -> tuple[Route, ...]:
-    """The routes of one model, starting behind the credential that served it last."""
-    if len(routes) < 2:
+def _credentials_turned(routes: tuple[Route, ...], state: RoutingState, strategy: str) -> tuple[Route, ...]:
+    """The routes of one model, starting behind the credential that served it last; fill-first drains the first of them."""
+    if len(routes) < 2 or strategy == "fill-first":
         return routes
     last = state.turns.get(routes[0].keys[2])
     for index, route in enumerate(routes, 1):
@@ -2999,7 +3807,7 @@ def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -
                 state.repairs[key] = tuple(Repair(**row) for row in value)
             elif kind == "window":
                 n_tokens, until_utc, shared = value
-                state.windows[key] = Window(int(n_tokens), float(until_utc), bool(shared))
+                state.windows[key] = ContextWindow(int(n_tokens), float(until_utc), bool(shared))
 
 
 def still_listed(route: Route) -> str:
@@ -3015,13 +3823,13 @@ def is_withdrawn(state: RoutingState, route: Route, now: float) -> bool:
     return found is not None and found.kind == "model" and found.proven and found.until_at > now
 
 
-def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float, *, shared: bool) -> Window | None:
+def learn_window(state: RoutingState, route: Route, failure: UpstreamFailure, utc: float, *, shared: bool) -> ContextWindow | None:
     """Remember how much a model holds, when its provider told so; what configuration says is wrong both ways."""
     told = told_window(failure.detail) if failure.reason == "context_overflow" and is_listed(route) else None
     if told is None:
         return None
     before = state.windows.get(route.keys[2])
-    state.windows[route.keys[2]] = window = Window(told, utc + LEARNED_S, shared or before is not None and before.shared)
+    state.windows[route.keys[2]] = window = ContextWindow(told, utc + LEARNED_S, shared or before is not None and before.shared)
     return window
 
 
@@ -3048,6 +3856,21 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
     state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
     return cooldown
+
+
+def cooldown_rows(state: RoutingState, now: float) -> dict[str, Json]:
+    """The cooldowns that were proven and still run, by key, for a restart. Instants are UTC."""
+    return {key: {"kind": cooldown.kind, "reason": cooldown.reason, "until_utc": round(cooldown.until_at + state.ledger.utc_less_now, 3), "strikes": cooldown.strikes}
+            for key, cooldown in state.cooling.items() if cooldown.proven and cooldown.until_at > now}
+
+
+def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) -> None:
+    """Go on with what cooldown_rows() gave; what has ended, or is not understood, is passed over."""
+    for key, row in rows.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            until_at = float(row["until_utc"]) - state.ledger.utc_less_now
+            if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
 
 
 ##############################################################################
@@ -10288,7 +11111,7 @@ class Needs:
 
     __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_n_wanted", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, Window], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
@@ -11386,6 +12209,8 @@ _MIGRATIONS: tuple[_Migration, ...] = (
     _Migration("learned", (
         "CREATE TABLE learned (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, until_utc REAL NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
     ), ("DROP TABLE learned",)),
+    # What routing has learned, as JSON that only sections 6 and 7 understand.
+    _Migration("routing", ("CREATE TABLE routing (key TEXT PRIMARY KEY, state TEXT NOT NULL)",), ("DROP TABLE routing",)),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -11944,12 +12769,13 @@ class UsageWriter:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = path, clock
-        self._queue: queue.SimpleQueue[UsageRow | LearnedRow | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[UsageRow | LearnedRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
         self._learned: dict[tuple[str, str], LearnedRow] = {}
+        self._routing: dict[str, str] | None = None
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
         self._failing = self._stopping = False
@@ -11974,6 +12800,10 @@ class UsageWriter:
             _STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
             return []
 
+    def save_routing(self, rows: dict[str, str]) -> None:
+        """Queue what routing knows, in place of what was saved before; the latest wins. Never waits, never raises."""
+        self._queue.put(rows)
+
     def flush(self, timeout_s: float) -> bool:
         """Whether everything queued before this call is on disk within `timeout_s`."""
         done = threading.Event()
@@ -11989,7 +12819,7 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._rows and not self._learned:
+            if not self._rows and not self._learned and self._routing is None:
                 self._take(self._queue.get())
             # Rows pile up in the queue meanwhile: a thread woken by each would cost a busy server more than the writing.
             self._hurry.wait(_RETRY_S if self._failing else _BATCH_S)
@@ -12001,9 +12831,11 @@ class UsageWriter:
             _STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
-    def _take(self, item: UsageRow | LearnedRow | threading.Event | None) -> None:
+    def _take(self, item: UsageRow | LearnedRow | dict[str, str] | threading.Event | None) -> None:
         if item is None:
             self._stopping = True
+        elif isinstance(item, dict):
+            self._routing = item
         elif isinstance(item, UsageRow):
             self._rows.append(item)
         elif isinstance(item, LearnedRow):
@@ -12013,11 +12845,11 @@ class UsageWriter:
 
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
-        self._failing = bool(self._rows or self._learned) and not self._write()
+        self._failing = bool(self._rows or self._learned or self._routing is not None) and not self._write()
         while len(self._rows) > _MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
-        if not self._rows and not self._learned:
+        if not self._rows and not self._learned and self._routing is None:
             while self._flushes:
                 self._flushes.pop().set()
 
@@ -12030,12 +12862,16 @@ class UsageWriter:
                 if self._learned:
                     self._connection.executemany(_INSERT_LEARNED, self._learned.values())
                     self._connection.execute("DELETE FROM learned WHERE until_utc < CAST(strftime('%s', 'now') AS REAL)")
+                if self._routing is not None:
+                    self._connection.execute("DELETE FROM routing")
+                    self._connection.executemany("INSERT INTO routing VALUES (?, ?)", self._routing.items())
         except (sqlite3.Error, ConfigError) as error:
             self._disconnect()
             self._warn(error)
             return False
         self._rows.clear()
         self._learned.clear()
+        self._routing = None
         return True
 
     def _disconnect(self) -> None:
@@ -12048,6 +12884,16 @@ class UsageWriter:
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
             _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
+
+
+def load_routing(path: Path) -> dict[str, str]:
+    """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
+    try:
+        with _plain_trouble(path), contextlib.closing(_open_for_reading(path, _RING_BUSY_S)) as connection:
+            return dict(connection.execute("SELECT key, state FROM routing").fetchall())
+    except ConfigError as error:
+        _STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
+        return {}
 
 
 def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
@@ -13158,7 +14004,7 @@ class Server:
 
 
 ##############################################################################
-# 20. Relay                                                 I/O | uses 1-5, 7-16, 18
+# 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
@@ -13175,6 +14021,9 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
+_USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
+_LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 #: Texts on which Claude Code compacts.
 _COMPACTS = re.compile(r"prompt is too long|exceed context limit")
@@ -13205,6 +14054,7 @@ class Job:
     blanks: bool = False            #: it wants blanks while it waits for an answer that is not streamed
     models: tuple[str, ...] = ()    #: globs of the models its key may use, () for all
     wish: Wish | None = None        #: what it said of its routing
+    session: str = ""               #: its x-session-id header
     hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
 
 
@@ -13240,6 +14090,9 @@ class Relay:
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
+        self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
+        self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
+        self.has_news = False                                #: something was proven that rows() should be saved for
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
         self._allowed: dict[tuple[str, ...], Catalogue] = {}
@@ -13249,6 +14102,8 @@ class Relay:
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
         self._allowed = {}
+        prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
+        self.wake()
 
     def choose(self, job: Job) -> tuple[Choice, Catalogue]:
         """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
@@ -13269,6 +14124,29 @@ class Relay:
         choice, catalogue = self.choose(job)
         falls_back = choice.explicit and job.may_fall_back and self.config.carousel.fallback != "none"
         return (route for groups in (choice.groups, catalogue.whole if falls_back else ()) for group in groups for routes in group for route in routes)
+
+    def wake(self) -> None:
+        """Something has ended or changed: whoever is first in a line looks again."""
+        for line in self.lines.values():
+            line[0].set()
+
+    def rows(self) -> dict[str, str]:
+        """What routing knows that should outlive a restart, for save_routing()."""
+        now = self.world.clock()
+        kinds = (("bucket", ledger_rows(self.state.ledger, now)), ("cooldown", cooldown_rows(self.state, now)))
+        return {f"{kind} {key}": dump_json(row).decode() for kind, rows in kinds for key, row in rows.items()}
+
+    def load(self, rows: Mapping[str, str]) -> None:
+        """Go on from what rows() gave another process."""
+        found: dict[str, dict[str, Json]] = {"bucket": {}, "cooldown": {}}
+        for name, text in rows.items():
+            kind, _, key = name.partition(" ")
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(text)
+                if kind in found and isinstance(row, dict):
+                    found[kind][key] = row
+        load_ledger(self.state.ledger, found["bucket"], self.world.clock())
+        load_cooldowns(self.state, found["cooldown"], self.world.clock())
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
@@ -13341,7 +14219,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -13359,6 +14237,10 @@ class _Run:
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
+        self._facts = NO_FACTS
+        self._hold: Hold | None = None          # what this attempt has reserved
+        self._give_up_at = 0.0                  # until when a free route is waited for
+        self._refusal = ""                      # the body of an answer other than 200
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
         self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
@@ -13411,11 +14293,13 @@ class _Run:
         self._choice, self._catalogue = self._relay.choose(job)
         if job.client == "embeddings":
             self._choice = same_model(self._choice)
+        self._facts = self._read_facts()
+        self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
-        while waiting and self._n_asked < carousel.max_attempts:
+        while (waiting or await self._replan(waiting)) and self._n_asked < carousel.max_attempts:
             route = waiting.popleft()
-            if self._cooled.intersection(route.keys):
-                continue                # another attempt of this request has just shown that it is out
+            if self._cooled.intersection(route.keys) or self._has_filled_up(route):
+                continue                # another attempt of this request has just shown that it is out, or another request was there first
             why = misfit(route, self._needs)
             if why:
                 self._passed_over.append((route, why))
@@ -13469,25 +14353,84 @@ class _Run:
             error.message = overflow_message("messages", tokens or self._needs.n_tokens("*"), window, self._job.body.get("max_tokens"))
         return error
 
+    def _read_facts(self) -> Facts:
+        """How large the request is, cheaply, and which conversation it belongs to."""
+        job, body = self._job, self._job.body
+        n_input = len(job.raw) // _BYTES_PER_TOKEN
+        if len(job.raw) > _LONG_BYTES and b"base64" in job.raw:
+            with contextlib.suppress(GatewayError, TypeError):
+                n_input = estimate_tokens(self._hub_request())
+        asked = next((value for name in ("max_completion_tokens", "max_tokens", "max_output_tokens") if type(value := body.get(name)) is int and value > 0), None)
+        usual = round(self._relay.usual_output)
+        session, sticks = find_session(body, job.session, job.key_id, self._config.carousel.affinity)
+        return Facts(n_input, usual if asked is None else min(asked, usual), session, sticks)
+
     async def _plan(self) -> Plan:
-        """The plan, after a wait where the first proven cooldown ends soon enough. Raises GatewayError when there is nothing to wait for."""
-        relay, carousel = self._relay, self._config.carousel
-        give_up_at = relay.world.clock() + carousel.max_wait_s
-        while True:
-            now = relay.world.clock()
-            found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy,
-                         fallback=carousel.fallback if self._may_fall_back() else "none")
+        """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
+        lines, name = self._relay.lines, self._choice.turn_name
+        if name not in lines:
+            found = self._look_for_routes()
             if found.routes:
                 return found
-            if found.skipped and all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
-                raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
-            if found.free_at is None:
-                raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
-                                                            or "none has a usable key") + ".")
-            if found.free_at > give_up_at:
-                why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
-                raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=found.free_at - now)
-            await relay.world.sleep(max(found.free_at - now, 0.01))
+        line, turn = lines.setdefault(name, deque()), asyncio.Event()
+        alarm = Alarm(turn.set)
+        line.append(turn)
+        try:
+            while True:
+                at = self._give_up_at
+                if line[0] is turn or self._relay.world.clock() >= at:
+                    found = self._look_for_routes()
+                    if found.routes:
+                        return found
+                    at = min(at, found.free_at or at)
+                turn.clear()
+                alarm.set(max(at - self._relay.world.clock(), 0.01))
+                await turn.wait()
+        finally:
+            alarm.stop()
+            line.remove(turn)
+            if line:
+                line[0].set()
+            else:
+                del lines[name]
+
+    def _look_for_routes(self) -> Plan:
+        """The plan as things are; without routes when waiting helps. Raises GatewayError when it does not."""
+        relay, carousel = self._relay, self._config.carousel
+        now = relay.world.clock()
+        found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._may_fall_back() else "none",
+                     facts=self._facts, give_up_at=self._give_up_at)
+        if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
+            return found
+        if not found.skipped:
+            raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
+                                                        or "none has a usable key") + ".")
+        if all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
+            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
+        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
+        if found.free_at is None:
+            raise bad_request(f"The request is larger than what any route grants at once ({why}).", code="context_length_exceeded")
+        raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=max(found.free_at - now, 0.0))
+
+    async def _replan(self, waiting: deque[Route]) -> bool:
+        """Whether there are routes again, in `waiting`: where a limit ended the last attempt and its provider named a time that can be waited for."""
+        if self._committed or not self._failures or not any(failure.kind == "rate" and failure.proven for failure in self._failures):
+            return False
+        try:
+            found = await self._plan()
+        except GatewayError:
+            return False                # what the attempts have shown tells more
+        self._cooled.clear()
+        state, now = self._relay.state, self._relay.world.clock()
+        waiting.extend(route for route in self._willing(found.routes) if hindrance(state, route, now) is None)     # last resorts have had their turn
+        return bool(waiting)
+
+    def _has_filled_up(self, route: Route) -> bool:
+        """Has this route no room any more, since the plan was made?"""
+        if not self._attempts:
+            return False
+        shortage = find_shortage(self._relay.state.ledger, route, self._facts.n_input, self._facts.n_output, self._relay.world.clock())
+        return shortage is not None and not shortage.soft
 
     def _may_fall_back(self) -> bool:
         """Whether routes beyond those that were named may serve."""
@@ -13500,6 +14443,7 @@ class _Run:
         attempt = Attempt(route, relay.world.clock())
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
+        self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
         answer: Answer | None = None
         body, self._repaired = b"", False
         try:
@@ -13510,6 +14454,7 @@ class _Run:
             self._n_asked += 1
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
             attempt.status = answer.status
+            feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
             if answer.status != 200:
                 raise await self._read_failure(answer, route)
             await (self._relay_stream if self._job.stream else self._relay_whole)(answer, attempt)
@@ -13525,9 +14470,11 @@ class _Run:
             if answer is not None:
                 answer.abort()
             end_probe(state, route)
+            self._settle_hold()
             attempt.ms = self._ms_since(attempt.started_at)
             attempt.reason = "" if self._outcome == "ok" else "client_closed"
             raise
+        self._settle_hold()
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
@@ -13538,6 +14485,20 @@ class _Run:
             if self._usage is not None and not self._usage.estimated and (self._usage.input or self._usage.output):
                 self._discarded.append((attempt, self._usage))
             self._usage, self._n_content_bytes = None, 0
+
+    def _settle_hold(self, failure: UpstreamFailure | None = None) -> None:
+        """Count what the attempt really used; nothing where it never arrived or was refused for its limits."""
+        relay, hold = self._relay, self._hold
+        assert hold is not None
+        now, usage = relay.world.clock(), self._usage
+        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect"):
+            release(relay.state.ledger, hold, now)
+        elif usage is not None and (failure is None or self._committed):
+            settle(relay.state.ledger, hold, usage.input, usage.output, now)
+            relay.usual_output += (min(usage.output, 100_000) - relay.usual_output) * 0.05
+        else:
+            settle(relay.state.ledger, hold, 0 if failure is not None and failure.status >= 400 else hold.n_input, self._n_content_bytes // _BYTES_PER_TOKEN, now)
+        relay.wake()
 
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
@@ -13613,11 +14574,15 @@ class _Run:
         """What an answer other than 200 means."""
         body = await answer.read_start(_ERROR_BODY_BYTES, idle_s=_ERROR_BODY_S)
         answer.release()
+        self._refusal = body.decode("utf-8", "replace")
         return classify(route.provider.preset.name, route.provider.preset.bucket, answer.status, dict(answer.headers), body, utc=self._relay.world.utc())
 
     def _note(self, attempt: Attempt, failure: UpstreamFailure) -> None:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
+        self._settle_hold(failure)
+        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock())
+        self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
             failure.detail = f"{failure.detail} Nearest that {route.provider.name} still lists: {other}.".strip()
@@ -13628,6 +14593,7 @@ class _Run:
         cooldown = None if lacks_endpoint else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
+            relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
         self._log.warning("attempt.failed req=%s route=%s status=%s reason=%s detail=%s cools=%s", self._job.id, route.id, attempt.status or "-", failure.reason,
                           log_text(failure.detail), f"{cooldown.key} {cooldown.until_at - relay.world.clock():.0f}s" if cooldown else "-")
 
@@ -13776,8 +14742,9 @@ class _Run:
 
     def _commit(self, route: Route) -> None:
         """From here on there is no other route; and this one works, whatever was held against it."""
-        self._committed = True
-        clear(self._relay.state, route)
+        relay, self._committed = self._relay, True
+        clear(relay.state, route)
+        note_served(relay.state, route, self._facts, (relay.world.clock() - self._sent_at) * 1000.0, relay.world.clock())
         self._first_ms = self._ms_since(self._job.received_at)
 
     def _headers(self, answer: Answer, attempt: Attempt) -> Headers:
@@ -13982,7 +14949,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 
 
 ##############################################################################
-# 22. Endpoints                                             I/O | uses 1-5, 7-21
+# 22. Endpoints                                             I/O | uses 1-21
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -13992,6 +14959,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
+_SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
@@ -14040,6 +15008,7 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.accounts = Accounts(usage.path, world.clock, world.utc)
+        self._saved_at = world.clock()
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -14054,7 +15023,8 @@ class Gateway:
         self.relay.configure(self.config)
 
     def close(self) -> None:
-        """Let go of connections; the usage writer and the key ring belong to the caller."""
+        """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
+        self.usage.save_routing(self.relay.rows())
         self.transport.close()
 
     # Admission.
@@ -14352,7 +15322,7 @@ class Gateway:
                   key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
                   header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
                   header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"),
-                  key.limits.models if key and key.limits else (), wish)
+                  key.limits.models if key and key.limits else (), wish, request.headers.get("x-session-id", "")[:512])
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
@@ -14373,6 +15343,9 @@ class Gateway:
         spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
         if job.key_id and spent_usd:
             self.accounts.charge(job.key_id, spent_usd)
+        if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
+            self.relay.has_news, self._saved_at = False, self.world.clock()
+            self.usage.save_routing(self.relay.rows())
 
     def _row(self, job: Job, route: Route | None, usage: Usage, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int, n_attempts: int) -> UsageRow:
         """A row of the usage table, with its cost."""
@@ -14644,6 +15617,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     new_key = None if keys.any_key() or config.settings.no_auth else create_key(home.database_path, "first")[0]
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
+    gateway.relay.load(load_routing(home.database_path))
     server = Server(gateway, world)
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]

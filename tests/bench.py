@@ -37,6 +37,7 @@ import argparse
 import asyncio
 import bisect
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -1398,11 +1399,42 @@ def start_rows(starts: Starts) -> dict[str, Row]:
     }
 
 
+def planning_rows(gateway: str) -> dict[str, Row]:
+    """The rows of planning: microseconds for one plan over routes that all have limits; of the repository's module where the gateway is `bare`."""
+    path = Path(__file__).resolve().parent.parent / "aicarousel.py" if gateway == "bare" else Path(gateway)
+    spec = importlib.util.spec_from_file_location("measured_aicarousel", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["measured_aicarousel"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {f"plan_{n}": Row(f"microseconds to plan, {n} routes with limits", 1, gateway=time_plan(module, n_providers, n_models))
+            for n, n_providers, n_models in ((4, 4, 1), (200, 20, 10))}
+
+
+def time_plan(module: Any, n_providers: int, n_models: int) -> float:
+    """Microseconds of one plan, the best of several runs."""
+    names = [f"m{number}" for number in range(n_models)]
+    entry = {"baseUrl": "http://127.0.0.1:9/v1", "preset": "groq", "default": names[0], "enableFallback": True, "models": names, "keys": ["env:KEY"],
+             "limits": {"rpm": 300, "rpd": 10_000, "tpm": 1_000_000, "tpd": 100_000_000}}
+    config = module.load_config(json.dumps({f"p{number}": entry for number in range(n_providers)}), models_path="models.json",
+                                environment={"KEY": "fake-key-for-planning"}, dotenv={}, flags={})
+    catalogue, state = module.build_catalogue(config), module.RoutingState()
+    module.prepare_ledger(state.ledger, config.active, utc_less_now=0.0)
+    choice, facts = module.resolve(catalogue, None), module.Facts(500, 300)
+    assert len(module.plan(catalogue, choice, state, 1.0, strategy="round-robin", fallback="chain", facts=facts).routes) == n_providers * n_models
+    runs = []
+    for _ in range(20):
+        began = time.perf_counter()
+        for _ in range(50):
+            module.plan(catalogue, choice, state, 1.0, strategy="round-robin", fallback="chain", facts=facts)
+        runs.append((time.perf_counter() - began) / 50)
+    return min(runs) * 1e6
+
+
 #: Order of the table.
 TABLE = ("requests_c1", "requests_c16", "requests_c64", "requests_cpu", "latency_p50", "latency_p99", "latency_added_p50", "latency_added_p99",
          "first_p50", "first_p99", "first_added_p50", "first_added_p99", "short_p50", "short_p99",
          "messages_c64", "messages_flood", "messages_cpu", "messages_single", "events_flood", "flood_cpu", "events_single", "events_paced", "event_cpu",
-         "memory_idle", "memory_growth", "memory_slow", "slow_events", "start_imports", "start_best", "start")
+         "memory_idle", "memory_growth", "memory_slow", "slow_events", "start_imports", "start_best", "start", "plan_4", "plan_200")
 
 
 def show(value: float | None, digits: int) -> str:
@@ -1468,7 +1500,7 @@ def measure_all(gateway: str, effort: Effort) -> tuple[dict[str, Row], Cores]:
         with ExitStack() as relays:
             ways = (Way("direct", provider_port, None), bench.open_bare(relays), bench.open_gateway(relays))
             samples = measure_speed(ways, effort)
-    return speed_rows(samples) | memory_rows(memory, bare_memory, effort) | start_rows(starts), cores
+    return speed_rows(samples) | memory_rows(memory, bare_memory, effort) | start_rows(starts) | planning_rows(gateway), cores
 
 
 def exit_on_signal(number: int, _: FrameType | None) -> None:

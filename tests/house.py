@@ -7,6 +7,8 @@ import json
 import logging
 import sqlite3
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,24 @@ class House(InLoop, Gateway):
         world = aicarousel.real_world()
         self.keys, self.usage = aicarousel.KeyRing(path, [KEY]), aicarousel.UsageWriter(path)
         self.gateway = aicarousel.Gateway(self.read(self.models), self.keys, self.usage, world)
+        self.gateway.relay.load(aicarousel.load_routing(path))
         self.server = aicarousel.Server(self.gateway, world)
         sockets = aicarousel.bind("127.0.0.1", 0)
         await self.server.listen(sockets)
         self.port = sockets[0].getsockname()[1]
         self.database = path
+
+    def wait(self, check: Callable[[], object]) -> None:
+        """Lets the loop turn until `check` holds."""
+        ends_at = time.monotonic() + HANG_S
+        while not check():
+            assert time.monotonic() < ends_at, "it did not happen"
+            time.sleep(0.002)
+            self.settle()
+
+    def wait_line(self, words: str) -> None:
+        """Waits until something that holds `words` was logged."""
+        self.wait(lambda: any(words in line for line in self.lines))
 
     def seen_by(self, client: Client) -> bytes:
         """What has reached the client so far."""

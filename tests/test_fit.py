@@ -255,7 +255,7 @@ def test_what_was_learned_survives_and_foreign_rows_are_passed_over() -> None:
             ("repairs", "x", "not json"), ("repairs", "y", '[{"odd": 1}]'), ("repairs", "z", "7"), ("window", "x", '"a"'), ("window", "y", "7"), ("window", "z", "[1]"), ("other", "x", "1")]
     back = ac.RoutingState()
     ac.restore_learned(back, rows)
-    assert back.repairs == state.repairs and back.windows == {route.keys[2]: ac.Window(8192, 5.0, True)}
+    assert back.repairs == state.repairs and back.windows == {route.keys[2]: ac.ContextWindow(8192, 5.0, True)}
 
 
 # ------------------------------------------------------------------ repairs, over the wire
