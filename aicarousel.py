@@ -2926,6 +2926,51 @@ def _learned_slots(bucket: Bucket, now: float) -> float:
     return bucket.learned_open + (now - bucket.learned_open_at) // _SLOT_GROWS_S
 
 
+_SPAN_WORDS: Mapping[float, str] = MappingProxyType({1.0: "second", 10.0: "10 seconds", 60.0: "minute", 3600.0: "hour", 86_400.0: "day", 30 * 86_400.0: "month"})
+
+
+def span_word(span_s: float) -> str:
+    """How a window's span is called: minute, day, 7 s."""
+    return _SPAN_WORDS.get(span_s, f"{span_s:g} s")
+
+
+def describe_ledger(ledger: Ledger, now: float) -> list[Json]:
+    """Every window with a limit or with something used in it: {bucket, measure, per, limit, used, left, resets_in_s, burn_per_minute, empty_in_s, origin}; None where unknown."""
+    rows = []
+    for bucket in ledger.buckets.values():
+        for window in bucket.windows:
+            _expire(window, now, ledger.utc_less_now)
+            used, limit = window.used + window.held, None if window.limit == _NEVER else window.limit
+            if limit is None and used <= 0.0:
+                continue
+            left = None if limit is None else max(limit - used, 0.0)
+            # Since the oldest of what counts, a minute at least: a single request is no trend.
+            burn = used / max(now - window.entries[0][0] if window.entries else window.span_s, 60.0) * 60.0
+            rows.append({"bucket": bucket.key, "measure": window.measure, "per": span_word(window.span_s), "limit": limit, "used": round(used, 1),
+                         "left": None if left is None else round(left, 1), "resets_in_s": _resets_in_s(window, now), "burn_per_minute": round(burn, 1),
+                         "empty_in_s": round(left / burn * 60.0) if left is not None and burn > 0.0 else None, "origin": window.origin or "counted"})
+    return rows
+
+
+def _resets_in_s(window: Window, now: float) -> int | None:
+    """Seconds until all that counts now counts no longer, None for an empty window."""
+    if window.kind == "fixed":
+        return round(max(window.resets_at - now, 0.0))
+    if window.kind == "refill" and window.limit != _NEVER:
+        return round(window.used / window.limit * window.span_s) if window.used > 0.0 else None
+    return round(max(window.entries[-1][0] + window.span_s - now, 0.0)) if window.entries else None
+
+
+def forget_learned(ledger: Ledger, route: Route) -> None:
+    """Forget limits that refusals taught about a route's buckets; what headers told and models.json says stays."""
+    for bucket in find_buckets(ledger, route):
+        bucket.learned_open = _NEVER
+        for window in bucket.windows:
+            if window.source in ("learned", "refusal"):
+                window.known, window.source, window.grows_at = _NEVER, "", _NEVER
+        _sort_out(bucket)
+
+
 def share_left(ledger: Ledger, route: Route, now: float) -> float:
     """The share of its tightest window that a route has left, 1.0 where no limit is known."""
     least = 1.0
@@ -3312,6 +3357,24 @@ class Plan:
     proven: bool = True             #: whether `free_at` was named by a provider or configured
 
 
+class Decision(NamedTuple):
+    """What was decided for one request and what came of it, kept for whoever asks why."""
+    id: str
+    at_utc: float                   #: when it ended
+    client: ClientFormat
+    model: str                      #: as the client asked, "" for none
+    streamed: bool
+    facts: Facts
+    plan: Plan | None               #: the one that was followed last, None where the name led nowhere
+    attempts: Sequence[Attempt]
+    passed_over: Sequence[tuple[Route, str]]
+    waited_ms: int
+    outcome: str                    #: "" for one that was only thought through
+    status: int = 0
+    first_ms: int = 0
+    total_ms: int = 0
+
+
 @dataclass(slots=True)
 class Cooldown:
     """Why and until when something is left out; it stays after its end, with its strikes, until a success."""
@@ -3359,8 +3422,14 @@ def build_catalogue(config: Config) -> Catalogue:
 
 def _chain_models(provider: Provider) -> tuple[Model, ...]:
     """The default first, then the list, when the provider falls back inside itself."""
+    models = _known_models(provider)
+    return models if provider.enable_fallback else models[:1]
+
+
+def _known_models(provider: Provider) -> tuple[Model, ...]:
+    """Every model that configuration knows of a provider, the default first."""
     first = next((model for model in provider.models if model.id == provider.default), Model(provider.default))
-    return (first, *(model for model in provider.models if model.id != first.id)) if provider.enable_fallback else (first,)
+    return (first, *(model for model in provider.models if model.id != first.id))
 
 
 def _group_of(provider: Provider, models: Sequence[Model]) -> Group:
@@ -3628,9 +3697,8 @@ def tell_shortage(shortage: Shortage, now: float) -> str:
     window = shortage.window
     if window is None:
         return f"{shortage.bucket.n_open} requests at a time"
-    span = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86_400.0: "day"}.get(window.span_s, f"{window.span_s:.0f} s")
     until = "too large for it" if shortage.at == _ENDLESS else f"{shortage.at - now:.0f} s left"
-    return f"{window.limit:.0f} {window.measure} a {span} ({window.origin}), {until}"
+    return f"{window.limit:.0f} {window.measure} a {span_word(window.span_s)} ({window.origin}), {until}"
 
 
 # What strategies order by; less is better.
@@ -3731,6 +3799,35 @@ def hindrance(state: RoutingState, route: Route, now: float) -> Cooldown | None:
     """The cooldown that keeps `route` out for longest, proven ones before guesses; one that has ended but is being probed counts too."""
     found = [cooldown for key in route.keys if (cooldown := state.cooling.get(key)) is not None and (cooldown.until_at > now or cooldown.probing)]
     return max(found, key=lambda cooldown: (cooldown.proven and cooldown.until_at > now, cooldown.until_at)) if found else None
+
+
+def describe_routes(providers: Iterable[Provider], state: RoutingState, now: float) -> list[Json]:
+    """Every configured route: {route, state: free, cooling or full, why, left_s, proven}."""
+    rows = []
+    for provider in providers:
+        for group in _group_of(provider, _known_models(provider)):
+            for route in group:
+                cooldown, shortage = hindrance(state, route, now), find_shortage(state.ledger, route, 0, 0, now)
+                row: Json = {"route": route.id, "state": "free", "why": "", "left_s": None, "proven": None}
+                if cooldown is not None:
+                    row |= {"state": "cooling", "why": cooldown.reason, "left_s": round(max(cooldown.until_at - now, 0.0)), "proven": cooldown.proven}
+                elif shortage is not None and not shortage.soft:
+                    row |= {"state": "full", "why": tell_shortage(shortage, now), "left_s": None if shortage.at == _ENDLESS else round(shortage.at - now), "proven": shortage.proven}
+                rows.append(row)
+    return rows
+
+
+def reset_routes(providers: Iterable[Provider], state: RoutingState, glob: str) -> list[str]:
+    """End the cooldowns over the routes whose id, or whose provider's name, `glob` covers, and forget the limits that refusals taught; the routes' ids."""
+    found = []
+    for provider in providers:
+        for group in _group_of(provider, _known_models(provider)):
+            for route in group:
+                if fnmatch.fnmatchcase(route.id, glob) or fnmatch.fnmatchcase(provider.name, glob):
+                    clear(state, route)
+                    forget_learned(state.ledger, route)
+                    found.append(route.id)
+    return found
 
 
 def is_listed(route: Route) -> bool:
@@ -14021,6 +14118,7 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
 _LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
@@ -14069,6 +14167,9 @@ class Settled:
     first_ms: int
     total_ms: int
     passed_over: Sequence[tuple[Route, str]]        #: routes that could not serve it, and why: a word of misfit()
+    plan: Plan | None
+    facts: Facts
+    waited_ms: int
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14148,6 +14249,10 @@ class Relay:
         load_ledger(self.state.ledger, found["bucket"], self.world.clock())
         load_cooldowns(self.state, found["cooldown"], self.world.clock())
 
+    def foresee(self, job: Job, sink: Sink) -> Decision:
+        """What would be decided for a job as things are, without asking anybody. Raises GatewayError where its model's name leads nowhere."""
+        return _Run(self, job, sink).foresee()
+
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
         await _Run(self, job, sink).go()
@@ -14219,7 +14324,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -14238,6 +14343,8 @@ class _Run:
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
         self._facts = NO_FACTS
+        self._plan_seen: Plan | None = None     # the plan that is being followed
+        self._waited_s = 0.0                    # in line for a free route
         self._hold: Hold | None = None          # what this attempt has reserved
         self._give_up_at = 0.0                  # until when a free route is waited for
         self._refusal = ""                      # the body of an answer other than 200
@@ -14281,6 +14388,18 @@ class _Run:
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
+
+    def foresee(self) -> Decision:
+        """The plan and what does not fit, without an attempt."""
+        job, relay = self._job, self._relay
+        self._choice, self._catalogue = relay.choose(job)
+        self._facts = self._read_facts()
+        self._give_up_at = relay.world.clock() + self._config.carousel.max_wait_s
+        with contextlib.suppress(GatewayError):         # why there is no route is what is asked
+            self._look_for_routes()
+        found = self._plan_seen
+        misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -14375,6 +14494,7 @@ class _Run:
         line, turn = lines.setdefault(name, deque()), asyncio.Event()
         alarm = Alarm(turn.set)
         line.append(turn)
+        began_at = self._relay.world.clock()
         try:
             while True:
                 at = self._give_up_at
@@ -14387,6 +14507,7 @@ class _Run:
                 alarm.set(max(at - self._relay.world.clock(), 0.01))
                 await turn.wait()
         finally:
+            self._waited_s += self._relay.world.clock() - began_at
             alarm.stop()
             line.remove(turn)
             if line:
@@ -14400,6 +14521,7 @@ class _Run:
         now = relay.world.clock()
         found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._may_fall_back() else "none",
                      facts=self._facts, give_up_at=self._give_up_at)
+        self._plan_seen = found
         if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
             return found
         if not found.skipped:
@@ -14753,6 +14875,12 @@ class _Run:
         headers = [("x-aicarousel-request-id", self._job.id), ("x-aicarousel-provider", attempt.route.provider.name),
                    ("x-aicarousel-model", header_value(attempt.route.model.id)), ("x-aicarousel-attempts", str(len(self._attempts))),
                    ("x-aicarousel-overhead-ms", f"{overhead_ms:.1f}")]
+        if len(secret := attempt.route.credential.secret) >= _SECRET_MIN:
+            headers.append(("x-aicarousel-key", header_value(secret[-4:])))
+        if self._plan_seen is not None and self._plan_seen.session:
+            headers.append(("x-aicarousel-session", self._plan_seen.session))
+        if self._usage is not None and self._usage.cached:
+            headers.append(("x-aicarousel-cache", f"{self._usage.cached}/{self._usage.input}"))
         if self._dropped:
             headers.append(("x-aicarousel-dropped", header_value(",".join(self._dropped))))
         if self._usage is None and not self._job.stream:
@@ -14826,7 +14954,7 @@ class _Run:
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -14900,6 +15028,68 @@ def as_messages_model(row: Json) -> Json:
     return {**shown, **{name: row[name] for name in ("max_input_tokens", "max_tokens") if name in row}}
 
 
+# Answers to why.
+
+_EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
+_OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
+_MISFITS: Mapping[str, str] = MappingProxyType({
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field"})
+
+
+def explain_lines(decision: Decision) -> list[str]:
+    """Why a request went where it went, in at most 15 lines: routes tried, left out and free, each with the reason and the time."""
+    plan, facts = decision.plan, decision.facts
+    streamed = " streamed" if decision.streamed else ""
+    lines = [f"{decision.id}: {decision.client}{streamed}, model {decision.model or 'not named'}, about {facts.n_input} tokens: {_OUTCOMES.get(decision.outcome, decision.outcome)}"
+             + (f" with {decision.status} in {decision.total_ms} ms" + (f", first words after {decision.first_ms} ms" if decision.first_ms else "") if decision.outcome else "")]
+    tried = [f"  {attempt.route.id}: {'served' if not attempt.reason else attempt.reason}" + (f" ({attempt.status})" if attempt.status else "") + f", {attempt.ms} ms"
+             + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
+             for attempt in decision.attempts]
+    misfits = {route.id: why for route, why in decision.passed_over}
+    out = [f"  {route.id}: {_MISFITS.get(why, why)}" for route, why in decision.passed_over]
+    out += [f"  {route.id}: {why}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits]
+    asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
+    free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
+    notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
+    notes += [f"conversation: {plan.session}"] if plan and plan.session else []
+    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
+    lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
+    lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
+    return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _list_head(title: str, rows: Sequence[str]) -> str:
+    return f"{title} ({_EXPLAINED_MAX} of {len(rows)}):" if len(rows) > _EXPLAINED_MAX else f"{title}:"
+
+
+def span_text(seconds: float | None) -> str:
+    """A span for people: 45 s, 12 min, 3.5 h, 2 d; - for none."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def quota_lines(rows: Sequence[Json]) -> list[str]:
+    """What describe_ledger found as a table."""
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.0f}"
+    table = [["bucket", "what", "used", "limit", "left", "resets in", "burn/min", "empty in", "known from"]]
+    table += [[row["bucket"], f"{row['measure']}/{row['per']}", number(row["used"]), number(row["limit"]), number(row["left"]), span_text(row["resets_in_s"]), f"{row['burn_per_minute']:,.1f}",
+               span_text(row["empty_in_s"]), row["origin"]] for row in rows]
+    return align_columns(table, 2) if rows else ["nothing was used and no limit is known"]
+
+
+def route_lines(rows: Sequence[Json]) -> list[str]:
+    """What describe_routes found as a table."""
+    table = [["route", "state", "why", "for"]]
+    table += [[row["route"], row["state"], row["why"] or "-", span_text(row["left_s"]) + ("" if row["proven"] is not False else " (a guess)")] for row in rows]
+    return align_columns(table, 3) if rows else ["no provider takes part"]
+
+
 # Statistics.
 
 _STATS_COLUMNS: tuple[tuple[str, str], ...] = (
@@ -14959,6 +15149,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
+_DECISIONS_MAX = 500        #: requests that can still be explained
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
@@ -14991,6 +15182,10 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/chat": _Endpoint({"POST": "plain_chat"}),
     "/health": _Endpoint({"GET": "health", "HEAD": "health"}, False),
     "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
+    "/admin/explain": _Endpoint({"GET": "admin_explain", "POST": "admin_foresee"}, admin=True),
+    "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
+    "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
+    "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15009,6 +15204,7 @@ class Gateway:
         self.relay.configure(config)
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
+        self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -15245,6 +15441,55 @@ class Gateway:
             return exchange.respond(503 if file_trouble else 400, headers, body)
         exchange.respond(200, _JSON, dump_json(stats))
 
+    async def admin_explain(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/explain?id=...: why a request of late went where it went; without an id the one that ended last."""
+        from urllib.parse import parse_qs
+        wanted = parse_qs(request.query).get("id", [""])[0]
+        decision = next((one for one in reversed(self.decisions) if not wanted or one.id == wanted), None)
+        if decision is None:
+            error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start.", 404, "request_not_found", "invalid_request_error", "id")
+            headers, body = self.explain(request, error)
+            return exchange.respond(404, headers, body)
+        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [redact(line, self.config.secrets) for line in explain_lines(decision)]}))
+
+    async def admin_foresee(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/explain?format=chat: where this body would go, asking nobody."""
+        from urllib.parse import parse_qs
+        name = parse_qs(request.query).get("format", ["chat"])[0]
+        try:
+            if name not in FORMAT_NAMES:
+                raise bad_request(f"format must be one of {', '.join(FORMAT_NAMES)}.", param="format")
+            raw = request.body.removeprefix(b"\xef\xbb\xbf")
+            parsed = FORMATS[name].check(parse_body(raw))           # type: ignore[index]
+            body, wish = take_wish(parsed)
+            decision = self.relay.foresee(self._job(request, raw, body, name, wish), exchange)      # type: ignore[arg-type]
+        except GatewayError as error:
+            headers, answer = self.explain(request, error)
+            return exchange.respond(error.status, headers, answer)
+        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [redact(line, self.config.secrets) for line in explain_lines(decision)]}))
+
+    async def admin_quota(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/quota: what is used and left of every limit."""
+        exchange.respond(200, _JSON, dump_json({"windows": describe_ledger(self.relay.state.ledger, self.world.clock())}))
+
+    async def admin_routes(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/routes: every route and what keeps it out."""
+        exchange.respond(200, _JSON, dump_json({"routes": describe_routes(self.config.active, self.relay.state, self.world.clock())}))
+
+    async def admin_reset(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/routes/reset {"route": glob}: use routes again, whatever was held against them."""
+        try:
+            body = parse_body(request.body)
+            if not isinstance(body, dict) or not isinstance(body.get("route"), str):
+                raise bad_request('Send {"route": "a route, a provider, or a glob over them"}.', param="route")
+        except GatewayError as error:
+            headers, answer = self.explain(request, error)
+            return exchange.respond(error.status, headers, answer)
+        found = reset_routes(self.config.active, self.relay.state, body["route"])
+        self.relay.wake()
+        self.usage.save_routing(self.relay.rows())
+        exchange.respond(200, _JSON, dump_json({"reset": found}))
+
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
         self.usage.flush(_FLUSH_S)
@@ -15343,6 +15588,8 @@ class Gateway:
         spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
         if job.key_id and spent_usd:
             self.accounts.charge(job.key_id, spent_usd)
+        self.decisions.append(Decision(job.id, self.world.utc(), job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
@@ -15961,6 +16208,72 @@ def _stats_command(arguments: Any) -> int:
     return 0
 
 
+def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
+    """What the running gateway answers to an admin request, by a key made for it that is gone afterwards. Raises ConfigError."""
+    home = find_home(arguments.home)
+    settings = read_config(home, {}).settings
+    address = arguments.server or f"{'https' if settings.tls_cert else 'http'}://127.0.0.1:{settings.port}"
+    try:
+        scheme, host, port, _ = split_url(address)
+    except ValueError as error:
+        raise ConfigError("--server", str(error), "the address of a gateway on this machine, such as http://127.0.0.1:7123") from error
+    if not home.database_path.exists():
+        raise ConfigError(str(home.database_path), "no database", "one that a gateway has made (python aicarousel.py serve)")
+    key, row = create_key(home.database_path, f"command {arguments.command}", limits={"admin": True, "expires_at": int(time.time()) + _ADMIN_KEY_S})
+    try:
+        raw = None if body is None else body if isinstance(body, bytes) else dump_json(body)
+        status, answer = _ask_http(scheme, host, port, method, path, raw, {"authorization": f"Bearer {key}", **({} if raw is None else {"content-type": "application/json"})}, 10.0)
+    finally:
+        delete_key(home.database_path, row.id)
+    try:
+        told = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"gateway at {host}:{port}", "no answer", "one that runs with this home (python aicarousel.py serve)") from None
+    if status != 200:
+        message = told["error"]["message"] if isinstance(told, dict) and isinstance(told.get("error"), dict) else f"status {status}"
+        raise ConfigError(f"gateway at {host}:{port}", f"{status}: {message}", "an answer")
+    return told
+
+
+def _print_told(arguments: Any, told: Json, lines: Sequence[str]) -> int:
+    print(json.dumps(told, indent=1) if arguments.json else "\n".join(lines))
+    return 0
+
+
+def _explain_command(arguments: Any) -> int:
+    """Why a request went where it went, by the running gateway's own memory of its last requests."""
+    from urllib.parse import quote
+    if arguments.dry is None:
+        told = _ask_admin(arguments, "GET", "/admin/explain" + (f"?id={quote(arguments.id, safe='')}" if arguments.id else ""))
+    else:
+        try:
+            body = sys.stdin.buffer.read() if arguments.dry == "-" else Path(arguments.dry).read_bytes()
+        except OSError as error:
+            raise ConfigError("--dry", f"{arguments.dry}: {error.strerror}", "a file with the body of a request") from error
+        told = _ask_admin(arguments, "POST", f"/admin/explain?format={arguments.format}", body)
+    return _print_told(arguments, told, told["lines"])
+
+
+def _quota_command(arguments: Any) -> int:
+    """What is used and left of every limit, as the running gateway counts."""
+    told = _ask_admin(arguments, "GET", "/admin/quota")
+    return _print_told(arguments, told, quota_lines(told["windows"]))
+
+
+def _route_command(arguments: Any) -> int:
+    """Every route and what keeps it out, or an end to that."""
+    if arguments.action == "list":
+        told = _ask_admin(arguments, "GET", "/admin/routes")
+        return _print_told(arguments, told, route_lines(told["routes"]))
+    told = _ask_admin(arguments, "POST", "/admin/routes/reset", {"route": arguments.route})
+    if not told["reset"]:
+        raise ConfigError("route", ascii(arguments.route)[:200], "a route's id, a provider's name, or a glob over them (python aicarousel.py route list)")
+    return _print_told(arguments, told, [f"reset: {route}" for route in told["reset"]])
+
+
+_ADMIN_KEY_S = 60           #: how long the key of a command lives if the command is killed
+
+
 def _database_command(arguments: Any) -> int:
     path = find_home(arguments.home).database_path
     if arguments.action == "migrate":
@@ -16136,6 +16449,9 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "key": _key_command,
     "status": _status_command,
     "stats": _stats_command,
+    "explain": _explain_command,
+    "quota": _quota_command,
+    "route": _route_command,
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
@@ -16172,6 +16488,24 @@ def _add_key_parsers(commands: Any, common: Any, as_json: Any) -> None:
         actions.add_parser(action, parents=[common, as_json], help=told).add_argument("id", type=int)
 
 
+def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The commands that ask a running gateway about itself."""
+    import argparse
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    told = commands.add_parser("explain", parents=[common, as_json, server], help="why a request went where it went")
+    asked = told.add_mutually_exclusive_group(required=True)
+    asked.add_argument("id", nargs="?", help="its x-aicarousel-request-id")
+    asked.add_argument("--last", action="store_true", help="the one that ended last")
+    asked.add_argument("--dry", metavar="FILE", help="where the body in this file would go, asking no provider (- for standard input)")
+    told.add_argument("--format", choices=FORMAT_NAMES, default="chat", help="what the body of --dry is in (default chat)")
+    commands.add_parser("quota", parents=[common, as_json, server], help="what is used and left of every limit, and how it is known")
+    actions = commands.add_parser("route", help="ways to a model").add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=[common, as_json, server], help="every route and what keeps it out")
+    actions.add_parser("reset", parents=[common, as_json, server], help="use routes again, whatever was held against them").add_argument(
+        "route", help="a route's id, a provider's name, or a glob over them")
+
+
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
@@ -16203,6 +16537,8 @@ def make_parser() -> Any:
     counted.add_argument("--provider", metavar="P", help="of one provider alone")
     counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
     counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
+
+    _add_why_parsers(commands, common, as_json)
 
     called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
     called.add_argument("prompt")
