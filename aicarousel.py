@@ -3538,6 +3538,11 @@ def _allowed(groups: Iterable[Group], wish: Wish, catalogue: Catalogue) -> tuple
     return tuple(group for group in kept if all(stands_in(group, names) for names in (wish.only, strict) if names))
 
 
+def models_for_openrouter(catalogue: Catalogue, wish: Wish) -> list[str]:
+    """Those of a wish's models that are no names of ours: OpenRouter may know them."""
+    return [name for name in wish.models if name not in CAROUSEL_NAMES and not resolve(catalogue, name).explicit]
+
+
 def wish_for_openrouter(wish: Wish, name: str) -> Json:
     """The field `provider` as OpenRouter may have it: without the name that it goes by here."""
     asked = {field: [word for word in value if word != name] if field in ("order", "only", "ignore") and value else value for field, value in (wish.provider or {}).items()}
@@ -3616,7 +3621,8 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     waits: list[tuple[float, bool]] = []
     skipped: list[tuple[Route, str]] = []
     metric, ledger = _METRICS.get(strategy), state.ledger
-    for place, route in _candidates(catalogue, choice, state, strategy, fallback):
+    asked_for: set[str] = set()
+    for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
         cooldown = hindrance(state, route, now) if state.cooling else None
         if cooldown is not None:
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
@@ -3629,6 +3635,8 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             continue
         shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
         if shortage is None:
+            if is_own:
+                asked_for.add(route.id)
             ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
         elif shortage.soft:
             soft.append((shortage.at, route))
@@ -3642,15 +3650,18 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     late.sort(key=lambda pair: pair[0])
     free_at, proven = min(waits) if waits else (None, True)
     routes = [route for _, route in ready]
-    session = _stick(routes, state, facts, now)
+    session = _stick(routes, asked_for, state, facts, now)
     routes += [route for _, route in soft]
     if not routes and free_at is not None and now < free_at <= give_up_at:
         return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
     return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
 
 
-def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, Route]]:
-    """Every route once, in order of rotation, with its place: routes of one place may change their order by a strategy's measure."""
+def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
+    """Every route once, in order of rotation, with its place, and whether it is what was asked for rather than a fallback.
+
+    Routes of one place may change their order by a strategy's measure.
+    """
     groups = _turned(choice, state, strategy)
     n_own = len(groups)
     if choice.explicit and fallback != "none":
@@ -3663,7 +3674,7 @@ def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strat
             for route in _credentials_turned(model_routes, state, strategy):
                 if route.id not in seen:
                     seen.add(route.id)
-                    yield place, route
+                    yield place, number < n_own, route
 
 
 def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, ...]:
@@ -3678,15 +3689,15 @@ def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, 
     return groups
 
 
-def _stick(routes: list[Route], state: RoutingState, facts: Facts, now: float) -> str:
-    """Put the route that served the conversation last in front; what Plan.session says of it."""
+def _stick(routes: list[Route], asked_for: Collection[str], state: RoutingState, facts: Facts, now: float) -> str:
+    """Put the route that served the conversation last in front, unless it is another than was asked for; what Plan.session says of it."""
     if not facts.sticks:
         return ""
     pinned, at = state.sessions.get(facts.session, ("", 0.0))
     if not pinned or now - at > _SESSION_S:
         return "new"
     for place, route in enumerate(routes):
-        if route.id == pinned:
+        if route.id == pinned and pinned in asked_for:
             routes.insert(0, routes.pop(place))
             return "hit"
     return "moved"
@@ -14650,8 +14661,10 @@ class _Run:
         elif state.windows and (room := self._needs.room(route)) is not None:
             repairs += shorten(room)
         rules = tuple(rule for rule in provider.rules if fnmatch.fnmatchcase(route.model.id, rule.models)) if self._wire.path in _RULED_PATHS else ()
-        if wish is not None and wish.provider is not None and provider.preset.name == "openrouter":
-            rules += PayloadRule("*", {}, {"provider": wish_for_openrouter(wish, provider.name)}, ()),
+        if wish is not None and provider.preset.name == "openrouter":
+            others = models_for_openrouter(self._relay.catalogue, wish)
+            told = {**({"provider": wish_for_openrouter(wish, provider.name)} if wish.provider is not None else {}), **({"models": others} if others else {})}
+            rules += (PayloadRule("*", {}, told, ()),) if told else ()
         return Edits(rules, repairs)
 
     def _learn(self, route: Route, failure: UpstreamFailure, sent: bytes) -> None:

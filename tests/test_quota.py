@@ -534,6 +534,16 @@ def test_a_conversation_stays_while_its_route_is_healthy() -> None:
     assert pool.plan(20.0, facts=Facts(10, 10, "talk", False)).session == ""
 
 
+def test_a_conversation_leads_to_no_other_route_than_was_asked_for() -> None:
+    """A model that the client names goes before what served the conversation last, unless that is one of its routes too."""
+    pool = Pool({"a": entry("m", "n"), "b": entry("o")})
+    for name, wanted in (("a/m", "a/1:m"), ("b/o", "b/1:o"), ("a/n", "a/1:n"), ("a/m", "a/1:m")):
+        choice = aicarousel.resolve(pool.catalogue, name)
+        found = aicarousel.plan(pool.catalogue, choice, pool.state, 1.0, strategy="round-robin", fallback="chain", facts=Facts(10, 10, "talk", True))
+        assert found.routes[0].id == wanted and len(found.routes) > 1
+        note_served(pool.state, found.routes[0], Facts(session="talk"), 1.0, 1.0)
+
+
 def test_a_conversation_moves_when_its_route_has_no_room() -> None:
     pool = Pool({"a": entry("m", limits={"rpm": 1}), "b": entry("m")})
     assert [pool.go(float(turn), Facts(10, 10, "talk", True)) for turn in range(3)] == ["a/1", "b/1", "b/1"]
