@@ -2817,8 +2817,9 @@ def _add(window: Window, at: float, amount: float) -> None:
     """Count `amount` from `at` on."""
     window.used += amount
     entries = window.entries
-    if entries and 0.0 <= at - entries[-1][0] < (window.span_s if window.kind == "rolling" else 60.0) / _GRAINS:
-        entries[-1][0] = at         # the later end: an entry must not end before all of it has
+    grain_s = (window.span_s if window.kind == "rolling" else 60.0) / _GRAINS
+    if entries and -grain_s < at - entries[-1][0] < grain_s:
+        entries[-1][0] = max(entries[-1][0], at)        # the later end: an entry must not end before all of it has
         entries[-1][1] += amount
     elif not entries or entries[-1][0] < at:
         entries.append([at, amount])
@@ -2830,7 +2831,11 @@ def _add(window: Window, at: float, amount: float) -> None:
 
 def _take_back(window: Window, at: float, amount: float) -> None:
     """Uncount what was counted at `at`, as far as it still counts."""
-    entry = next((entry for entry in window.entries if entry[0] >= at), None)
+    entry = None
+    for later in reversed(window.entries):      # it is among the newest
+        if later[0] < at:
+            break
+        entry = later
     part = min(amount, entry[1]) if entry is not None else 0.0
     if entry is not None:
         entry[1] -= part
@@ -3332,8 +3337,7 @@ class Catalogue:
     rejects_unknown: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What planning needs to know of a request: its size in tokens, and which conversation it belongs to."""
     n_input: int = 0
     n_output: int = 0
@@ -3344,8 +3348,7 @@ class Facts:
 NO_FACTS = Facts()
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Ordered routes for one request, why others were left out, and when the first of those is free.
 
     session: hit when the conversation's route leads, moved when that one is out, new when there is none yet, "" when nothing sticks.
@@ -11217,7 +11220,7 @@ class Needs:
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_n_wanted", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_shows", "_counts")
 
     def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
@@ -11226,7 +11229,7 @@ class Needs:
         self.n_overflows = 0            #: models that have refused it as too long
         self.overflowed = 0             #: tokens that the largest of them holds
         self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
-        self._n_wanted = next((value for name in _MAX_FIELDS if type(value := body.get(name)) is int), 0)
+        self._body = body
         self._shows: bool | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
@@ -11246,7 +11249,10 @@ class Needs:
     def room(self, route: Route) -> int | None:
         """Tokens that are left for the answer, where the prompt is known to take them away and may leave too few."""
         learned = self._windows.get(route.keys[2])
-        if learned is None or not learned.shared or learned.until_utc <= self._utc or len(self._raw) // _SAFE_BYTES_PER_TOKEN + self._n_wanted <= learned.n_tokens:
+        if learned is None or not learned.shared or learned.until_utc <= self._utc:
+            return None
+        n_wanted = next((value for name in _MAX_FIELDS if type(value := self._body.get(name)) is int), 0)
+        if len(self._raw) // _SAFE_BYTES_PER_TOKEN + n_wanted <= learned.n_tokens:
             return None
         return learned.n_tokens - self.n_tokens(route.model.id)
 
@@ -14189,6 +14195,9 @@ class Settled:
         return self.attempts[-1].route if self.attempts else None
 
 
+_NO_PROFILE = Profile()
+
+
 class Relay:
     """Attempts, commit and pump for all requests; one for the life of the process."""
 
@@ -14374,7 +14383,7 @@ class _Run:
         self._spoke = False                     # a keep-alive has gone through it
         self._carrier: Any = None               # what an answer under way goes through
         self._passing = True
-        self._profile = Profile()
+        self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
 
     async def go(self) -> None:
