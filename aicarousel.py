@@ -3754,11 +3754,15 @@ def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[st
     turns = body.get("messages") or body.get("input")
     if not isinstance(turns, list):
         return "", False
-    first = next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
+    first: Json | None = None
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("role") == "user":
+            first = turn
+            break
     if first is None:
         return "", False
     begins = body.get("system") or body.get("instructions") or (turns[0].get("content") if turns[0] is not first and isinstance(turns[0], dict) else None)
-    answered = any(isinstance(turn, dict) and (turn.get("role") == "assistant" or turn.get("type") in ("message", "function_call") and turn.get("role") != "user") for turn in turns[1:])
+    answered = len(turns) > 1 and any(isinstance(turn, dict) and (turn.get("role") == "assistant" or turn.get("type") in ("message", "function_call") and turn.get("role") != "user") for turn in turns[1:])
     return f"{key_id} #{hash((_opening(begins), _opening(first.get('content'))))}", answered or affinity == "on"
 
 
@@ -14499,10 +14503,10 @@ class _Run:
         if len(job.raw) > _LONG_BYTES and b"base64" in job.raw:
             with contextlib.suppress(GatewayError, TypeError):
                 n_input = estimate_tokens(self._hub_request())
-        asked = next((value for name in ("max_completion_tokens", "max_tokens", "max_output_tokens") if type(value := body.get(name)) is int and value > 0), None)
+        asked = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
         usual = round(self._relay.usual_output)
         session, sticks = find_session(body, job.session, job.key_id, self._config.carousel.affinity)
-        return Facts(n_input, usual if asked is None else min(asked, usual), session, sticks)
+        return Facts(n_input, min(asked, usual) if type(asked) is int and asked > 0 else usual, session, sticks)
 
     async def _plan(self) -> Plan:
         """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
@@ -15171,7 +15175,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
-_DECISIONS_MAX = 500        #: requests that can still be explained
+_DECISIONS_MAX = 200        #: requests that can still be explained
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
