@@ -14501,8 +14501,7 @@ class _Run:
         job, body = self._job, self._job.body
         n_input = len(job.raw) // _BYTES_PER_TOKEN
         if len(job.raw) > _LONG_BYTES and b"base64" in job.raw:
-            with contextlib.suppress(GatewayError, TypeError):
-                n_input = estimate_tokens(self._hub_request())
+            n_input = self._needs.n_tokens("*") or n_input
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
         usual = round(self._relay.usual_output)
         session, sticks = find_session(body, job.session, job.key_id, self._config.carousel.affinity)

@@ -261,3 +261,20 @@ def test_chat_is_not_touched_by_the_answer_of_a_plain_endpoint(place: Place) -> 
     assert place.gateway.chat("chatty/m").text == "still chatting"
     place.provider.script("chatty", stream(ROLE, content("still"), FINISH, DONE))
     assert place.gateway.chat("chatty/m", stream=True).text == "still"
+
+
+LONG: dict[str, tuple[str, dict[str, Any], int]] = {
+    "embeddings, as the SDK asks": ("/v1/embeddings", {"model": "three/m", "input": "word " * 6000, "encoding_format": "base64"}, 200),
+    "several prompts": ("/v1/completions", {"model": "plain/m", "prompt": ["base64 " * 4000, "b"]}, 200),
+    "several prompts for a chat": ("/v1/completions", {"model": "chatty/m", "prompt": ["base64 " * 4000, "b"]}, 400),
+    "filling in": ("/v1/completions", {"model": "plain/m", "prompt": "base64 " * 4000, "suffix": "x"}, 200),
+    "filling in for a chat": ("/v1/completions", {"model": "chatty/m", "prompt": "base64 " * 4000, "suffix": "x"}, 400),
+}
+
+
+@pytest.mark.parametrize("row", LONG)
+def test_a_long_request_that_speaks_of_base64_is_served_as_a_short_one(place: Place, row: str) -> None:
+    """Long requests are measured for their images; these have no form in which they could be."""
+    path, body, status = LONG[row]
+    reply = place.gateway.post(path, body)
+    assert reply.status == status and ("error" in reply.json) is (status == 400), reply.raw
