@@ -15586,13 +15586,14 @@ class Gateway:
         """A checked request as the relay needs it."""
         self.n_requests += 1
         key = request.key
-        name = body.get("model")
-        return Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, plain_model(name) if client == "messages" and name else name,
-                  body.get("stream") is True and client != "embeddings", request.received_at,
-                  key.id if key else 0, key.name if key else "", request.headers.get("x-aicarousel-no-fallback") not in ("1", "true"),
-                  header_value(request.headers.get("idempotency-key", ""))[:200], client, header_value(request.headers.get("anthropic-beta", ""))[:2000],
-                  header_value(request.headers.get("anthropic-version", ""))[:40], request.headers.get("x-aicarousel-keep-alive") in ("1", "true"),
-                  key.limits.models if key and key.limits else (), wish, request.headers.get("x-session-id", "")[:512])
+        name, told = body.get("model"), request.headers
+        return Job(
+            id=f"{self._id_prefix}{self.n_requests:08x}", raw=raw, body=body, model=plain_model(name) if client == "messages" and name else name,
+            stream=body.get("stream") is True and client != "embeddings", received_at=request.received_at, key_id=key.id if key else 0, key_name=key.name if key else "",
+            may_fall_back=told.get("x-aicarousel-no-fallback") not in ("1", "true"), idempotency_key=header_value(told.get("idempotency-key", ""))[:200], client=client,
+            betas=header_value(told.get("anthropic-beta", ""))[:2000], version=header_value(told.get("anthropic-version", ""))[:40],
+            blanks=told.get("x-aicarousel-keep-alive") in ("1", "true"), models=key.limits.models if key and key.limits else (), wish=wish,
+            session=told.get("x-session-id", "")[:512])
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,6 @@ def test_a_provider_dies_in_a_call_behind_text(build: Callable[..., House], prov
 def test_a_silent_provider_is_waited_for(build: Callable[..., House], provider: Provider, folder: Path) -> None:
     """Half a minute without a word, before and inside the answer: the client takes the pings, also those before the message begins."""
     house = build(first=Model(pausing("Slow, ", "but whole.")))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(drive, house, folder)
-        sit_out(house, provider, "before", "inside")
-        ran = running.result()
+    ran = sit_out(drive, house, provider, folder, "before", "inside")
     assert final(ran)["result"] == "Slow, but whole." and asked(provider, "first") == [0]
     assert [event["type"] for event in streamed(ran)].count("message_start") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,5 @@ def told_of_errors(ran: Ran) -> int:
 def test_a_silent_provider_is_waited_for(build: Callable[..., House], provider: Provider, folder: Path) -> None:
     """Half a minute without a word, before and inside the answer: the client takes response.in_progress again and again."""
     house = build(first=Model(pausing("Slow, ", "but whole.")))
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(drive, house, folder)
-        sit_out(house, provider, "before", "inside")
-        ran = running.result()
+    ran = sit_out(drive, house, provider, folder, "before", "inside")
     assert final(ran) == "Slow, but whole." and asked(provider, "first") == [0] and told_of_errors(ran) == 0
