@@ -16242,7 +16242,9 @@ def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json
     try:
         scheme, host, port, _ = split_url(address)
     except ValueError as error:
-        raise ConfigError("--server", str(error), "the address of a gateway on this machine, such as http://127.0.0.1:7123") from error
+        raise ConfigError("--server", str(error), _OWN_GATEWAY) from error
+    if scheme not in ("http", "https") or not is_loopback(host):        # the key below is for no one else to see
+        raise ConfigError("--server", address, _OWN_GATEWAY)
     if not home.database_path.exists():
         raise ConfigError(str(home.database_path), "no database", "one that a gateway has made (python aicarousel.py serve)")
     key, row = create_key(home.database_path, f"command {arguments.command}", limits={"admin": True, "expires_at": int(time.time()) + _ADMIN_KEY_S})
@@ -16298,6 +16300,7 @@ def _route_command(arguments: Any) -> int:
 
 
 _ADMIN_KEY_S = 60           #: how long the key of a command lives if the command is killed
+_OWN_GATEWAY = "the address of a gateway on this machine, such as http://127.0.0.1:7123"
 
 
 def _database_command(arguments: Any) -> int:

@@ -177,6 +177,12 @@ def test_what_cannot_be_answered_is_one_line(running: Gateway, words: tuple[str,
     assert told.returncode == 2 and complaint in told.stderr and told.stderr.count("\n") == 1 and not told.stdout, (told.returncode, told.stderr)
 
 
+@pytest.mark.parametrize("server", ["http://example.com:7123", "http://192.0.2.1", "ftp://127.0.0.1", "http://", "127.0.0.1:7123"])
+def test_no_key_is_made_for_another_machine(running: Gateway, server: str) -> None:
+    told = subprocess.run([*invocation(running.program), "quota", "--home", str(running.home), "--server", server], env=running.environment, cwd=running.folder, capture_output=True, text=True, timeout=30)
+    assert told.returncode == 2 and "--server: found" in told.stderr and "on this machine" in told.stderr and told.stderr.count("\n") == 1, told.stderr
+
+
 def test_without_a_running_gateway_commands_say_so(running: Gateway) -> None:
     for words in (("quota",), ("route", "list"), ("explain", "--last"), ("route", "reset", "a")):
         told = run(running, *words, server=False)
