@@ -373,6 +373,11 @@ _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|p
                      r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
 
 
+def printable(text: str) -> str:
+    """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without any of `secrets` (by value) and without what looks like a secret or an organisation id (by pattern)."""
     for secret in secrets:
@@ -14993,7 +14998,7 @@ def error_headers(error: GatewayError) -> Headers:
 
 def log_text(text: str) -> str:
     """`text` as it may stand in a log line: one line, no control characters, not endless."""
-    return "".join(character if character.isprintable() else "?" for character in text[:300]) or "-"
+    return printable(text[:300]) or "-"
 
 
 ##############################################################################
@@ -15475,7 +15480,7 @@ class Gateway:
             error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start.", 404, "request_not_found", "invalid_request_error", "id")
             headers, body = self.explain(request, error)
             return exchange.respond(404, headers, body)
-        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [redact(line, self.config.secrets) for line in explain_lines(decision)]}))
+        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [printable(redact(line, self.config.secrets)) for line in explain_lines(decision)]}))
 
     async def admin_foresee(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/explain?format=chat: where this body would go, asking nobody."""
@@ -15491,7 +15496,7 @@ class Gateway:
         except GatewayError as error:
             headers, answer = self.explain(request, error)
             return exchange.respond(error.status, headers, answer)
-        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [redact(line, self.config.secrets) for line in explain_lines(decision)]}))
+        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [printable(redact(line, self.config.secrets)) for line in explain_lines(decision)]}))
 
     async def admin_quota(self, request: Request, exchange: Exchange) -> None:
         """GET /admin/quota: what is used and left of every limit."""
@@ -16230,7 +16235,7 @@ def _stats_command(arguments: Any) -> int:
         print(json.dumps(stats, indent=1))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join([*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
+    print("\n".join(map(printable, [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])))
     return 0
 
 

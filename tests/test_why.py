@@ -63,6 +63,14 @@ def test_a_failure_a_misfit_and_a_mistake_are_explained(build: Build) -> None:
     assert admin(house, "GET", "/admin/explain?id=nobody").status == 404
 
 
+def test_what_others_wrote_is_one_line_that_no_terminal_obeys(build: Build) -> None:
+    house = build(a=answer({"error": {"message": f"Wrong\x1b[2J\nkey {FAKE_KEY}", "type": "invalid_request_error"}}, 400), b=healthy())
+    assert house.chat("a/m").status == 400
+    assert "Wrong?[2J?key" in explained(house)[2]
+    assert house.post("/v1/chat/completions", chat_body("odd\x1b[31m\nname")).status in (200, 400)
+    assert "model odd?[31m?name" in explained(house)[0]
+
+
 def test_forty_routes_are_still_fifteen_lines(build: Build) -> None:
     house = build(**{f"p{number:02}": SLOW_DOWN if number < 20 else OOPS for number in range(40)}, carousel={"maxWait": 0})
     for _ in range(4):
