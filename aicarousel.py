@@ -70,6 +70,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import json
@@ -375,7 +376,7 @@ _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|p
 
 def printable(text: str) -> str:
     """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -6918,9 +6919,9 @@ def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str
 
 def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
     """The messages without fields the provider rejects and with its word for developer; the same list when nothing changes."""
-    unwanted = set(preset.message_rejects)
-    rename = preset.system_role if any(message["role"] == "developer" for message in messages) else ""
-    if not rename and not any(unwanted.intersection(message) for message in messages):
+    unwanted = preset.message_rejects
+    rename = preset.system_role if "developer" in [message["role"] for message in messages] else ""
+    if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
     fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
@@ -11225,13 +11226,13 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
 class Needs:
     """What one request needs of a route that serves it; the costly parts are worked out when a route first makes them matter.
 
-    windows: RoutingState's.  utc: now.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
+    windows: RoutingState's.  utc: now.  read_hub: from `body` to the hub's form.  ratio: what Calibration learned of a model.
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[Json], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
@@ -11239,6 +11240,7 @@ class Needs:
         self.overflowed = 0             #: tokens that the largest of them holds
         self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
         self._body = body
+        self._hub: Json | None = None           # read when first needed
         self._shows: bool | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
@@ -11246,7 +11248,7 @@ class Needs:
     def images(self) -> bool:
         """Whether its last turn shows an image."""
         if self._shows is None:
-            hub = self._hub() if b"image" in self._raw else None
+            hub = self._readable_hub() if b"image" in self._raw else None
             self._shows = hub is not None and shows_image(hub)
         return self._shows
 
@@ -11273,14 +11275,19 @@ class Needs:
         """The prompt's tokens for a wire model, estimated; 0 where it is none that can be read."""
         family = count_family(model.lower())
         if family not in self._counts:
-            hub = self._hub()
+            hub = self._readable_hub()
             self._counts[family] = estimate_tokens(hub, model) if hub is not None else 0
         return round(self._counts[family] * self._ratio(model))
 
-    def _hub(self) -> Json | None:
-        """The request in the hub's form, None where only a provider of its own format understands it."""
+    def hub(self) -> Json:
+        """The request in the hub's form. Raises GatewayError 400, and UpstreamFailure where only a provider of its own format understands it."""
+        if self._hub is None:
+            self._hub = self._read_hub(self._body)
+        return self._hub
+
+    def _readable_hub(self) -> Json | None:
         with contextlib.suppress(UpstreamFailure, GatewayError):
-            return self._read_hub()
+            return self.hub()
         return None
 
     def note_overflow(self, window: int | None) -> None:
@@ -12258,6 +12265,8 @@ _FIELD_JUNK = {code: None for code in (*range(0, 9), *range(10, 32), 127)}
 
 def header_value(text: str) -> str:
     """`text` as it may stand in a header we write: one line of printable Latin-1."""
+    if text.isascii() and text.isprintable():       # nearly every one
+        return text.strip()
     return text.translate(_FIELD_JUNK).encode("latin-1", "replace").decode("latin-1").strip()
 
 
@@ -14156,6 +14165,13 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+
+
+@functools.lru_cache(256)
+def _is_relayed(name: str) -> bool:
+    return name in _RELAYED_HEADERS or name.startswith(_RELAYED_PREFIXES)
+
+
 EVENT_STREAM_HEADERS: Headers = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
 
 
@@ -14353,7 +14369,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -14379,7 +14395,7 @@ class _Run:
         self._refusal = ""                      # the body of an answer other than 200
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
-        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
+        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), FORMATS[job.client].read_request, relay.calibration.ratio,
                             frozenset(job.body) if job.wish is not None and job.wish.require_parameters else frozenset())
         self._passed_over: list[tuple[Route, str]] = []     # routes that could not serve this request, and why
         self._repaired = False                  # the refusal of this attempt has told how to ask again
@@ -14387,7 +14403,6 @@ class _Run:
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
         self._n_asked = 0                       # requests that went out
         self._n_estimated = 0                   # prompt tokens, where they had to be estimated
-        self._hub: Json | None = None           # read when first needed
         self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
         self._spoke = False                     # a keep-alive has gone through it
         self._carrier: Any = None               # what an answer under way goes through
@@ -14663,7 +14678,7 @@ class _Run:
             rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
             body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
         else:
-            hub = recall(self._hub_request(), self._relay.memo)
+            hub = recall(self._needs.hub(), self._relay.memo)
             self._names = name_map(hub, self._profile)
             made, self._dropped = translate_request(hub, self._profile, edits)
             body = dump_json(made)
@@ -14703,15 +14718,9 @@ class _Run:
                 self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
                                   log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
-    def _hub_request(self) -> Json:
-        """The client's request in the hub's form. Raises GatewayError 400."""
-        if self._hub is None:
-            self._hub = self._client.read_request(self._job.body)
-        return self._hub
-
     def _asked(self) -> Asked:
         """What writers are told."""
-        return Asked(self._hub_request(), self._job.id, int(self._relay.world.utc()), self._names)
+        return Asked(self._needs.hub(), self._job.id, int(self._relay.world.utc()), self._names)
 
     def _source(self) -> Source:
         """What readers are told."""
@@ -14719,7 +14728,7 @@ class _Run:
 
     def _n_prompt_tokens(self) -> int:
         """The estimate for this attempt's model; what it learns from is the plain one."""
-        self._n_estimated = estimate_tokens(self._hub_request(), self._profile.model)
+        self._n_estimated = estimate_tokens(self._needs.hub(), self._profile.model)
         return round(self._n_estimated * self._relay.calibration.ratio(self._profile.model))
 
     async def _read_failure(self, answer: Answer, route: Route) -> UpstreamFailure:
@@ -14915,8 +14924,8 @@ class _Run:
             headers.append(("x-aicarousel-dropped", header_value(",".join(self._dropped))))
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
-        prefixes = _RELAYED_PREFIXES if self._job.hold is None else ()      # limits of the key are told under the same names
-        return headers + [(name, value) for name, value in answer.headers if name in _RELAYED_HEADERS or name.startswith(prefixes)]
+        relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
+        return headers + [pair for pair in answer.headers if relayed(pair[0])]
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
@@ -15606,9 +15615,11 @@ class Gateway:
         self._log.info("req=%s key=%s model=%s route=%s attempts=%d status=%d outcome=%s in=%d out=%d first_ms=%d total_ms=%d", job.id, log_text(job.key_name),
                        log_text(job.model or "-"), log_text(route.id) if route else "-", len(settled.attempts), settled.status, settled.outcome, usage.input, usage.output,
                        settled.first_ms, settled.total_ms)
-        rows = [self._row(job, route, usage, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
-        rows += [self._row(job, attempt.route, counted, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
-                 for number, (attempt, counted) in enumerate(settled.discarded, 1)]
+        utc = self.world.utc()
+        rows = [self._row(job, route, usage, utc, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
+        if settled.discarded:
+            rows += [self._row(job, attempt.route, counted, utc, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
+                     for number, (attempt, counted) in enumerate(settled.discarded, 1)]
         for row in rows:
             self.usage.put(row)
         unknown_usd = 0.0
@@ -15616,24 +15627,30 @@ class Gateway:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
             # What nobody has a price for costs a key with a budget what was reserved for it, as long as this process remembers.
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
-        spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
-        if job.key_id and spent_usd:
+        if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
-        self.decisions.append(Decision(job.id, self.world.utc(), job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+        self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
                                        settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
 
-    def _row(self, job: Job, route: Route | None, usage: Usage, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int, n_attempts: int) -> UsageRow:
+    def _row(self, job: Job, route: Route | None, usage: Usage, utc: float, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int,
+             n_attempts: int) -> UsageRow:
         """A row of the usage table, with its cost."""
         tokens, price = token_classes(usage), price_for(route.provider, route.model) if route else None
         return UsageRow(
-            request_id=request_id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
+            request_id=request_id, at_utc=f"{_second_text(int(utc))}.{int(utc % 1.0 * 1000.0):03d}+00:00", key_id=job.key_id, key_name=job.key_name,
             client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
             wire_model=route.model.id if route else "", route=route.id if route else "", input=tokens.input, output=tokens.output, cached=tokens.cached,
             cache_write=tokens.cache_write, reasoning=usage.reasoning, cost_usd=cost_usd(tokens, price), estimated=usage.estimated, status=status, outcome=outcome,
             first_ms=first_ms, total_ms=total_ms, attempts=n_attempts, streamed=job.stream, price=price_text(price))
+
+
+@functools.lru_cache(2)
+def _second_text(utc_s: int) -> str:
+    """A second of the UTC clock in ISO 8601; the requests that end in it share it."""
+    return datetime.fromtimestamp(utc_s, timezone.utc).isoformat()[:19]
 
 
 def expected_tokens(job: Job) -> tuple[int, int]:
@@ -15818,6 +15835,7 @@ class Demo:
 
 _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
+_GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
 _LOG_BATCH_S = 0.1
 _DRAIN_S = 30.0
 _H11_AT_LEAST = (0, 16)
@@ -15904,6 +15922,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     if ready is not None:
         ready(gateway, port)
     watcher = asyncio.create_task(_watch(home, flags, gateway, stop, wanted, seen))
+    gc.freeze()                         # what is there by now stays; and requests leave nothing that only a collection could free,
+    gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again = False
     try:
@@ -16070,6 +16090,9 @@ class _LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
         self._second = (0, "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if record.exc_info else f"{self.formatTime(record)} {record.levelname} {record.name} {record.getMessage()}"
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         second = int(record.created)
