@@ -33,7 +33,7 @@ Contents
     20  Relay               attempts, commit, pump, keep-alives, cancellation
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
-    25  Command line        serve, key, status, stats, call, db, config
+    27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -15810,7 +15810,7 @@ class Demo:
 
 
 ##############################################################################
-# 25. Command line                                          I/O | uses 1-5, 8, 15-22
+# 27. Command line                                          I/O | uses 1-5, 8, 15-22
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
