@@ -33,7 +33,8 @@ Contents
     20  Relay               attempts, commit, pump, keep-alives, cancellation
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
-    25  Command line        serve, key, status, stats, call, db, config
+    23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -873,6 +874,7 @@ class Settings:
     no_proxy: tuple[str, ...] = ()
     no_auth: bool = False
     demo: bool = False
+    secret_commands: bool = False                          #: whether cmd: references may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -887,6 +889,7 @@ class Config:
     looked_for: tuple[str, ...]              #: key variables that were not set
     secrets: frozenset[str] = field(repr=False)
     models_path: str
+    secret_files: tuple[str, ...] = ()       #: what file: references name; read again when they change
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1061,17 +1064,17 @@ def _want_model(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_key(value: Any, place: _Place) -> dict[str, Any]:
-    """A credential as env:NAME or an object; `variable` is the NAME."""
+    """A credential as a reference or an object; `variable` is the NAME of env:NAME, or the reference as it stands."""
     return {"variable": _want_reference(value, place)} if not isinstance(value, dict) else _want_object(_KEY_FIELDS, ("key",))(value, place)
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
-        return match[1]
+        return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME"; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1349,6 +1352,25 @@ class _Load:
     warnings: list[str] = field(default_factory=list)
     looked_for: list[str] = field(default_factory=list)
     secrets: set[str] = field(default_factory=set)
+    secret_files: list[str] = field(default_factory=list)
+    read_secret: Callable[[str], str] | None = None
+    may_run: bool = False
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        kind, found, target = reference.partition(":")
+        if not found:
+            return self.look(reference)
+        if kind == "cmd" and not self.may_run:
+            self.warnings.append(f"{redact(reference)} is not run: AICAROUSEL_SECRET_COMMANDS=true in the environment or .env allows it")
+            return "", ""
+        if kind == "file":
+            self.secret_files.append(target)
+        try:
+            return self.read_secret(reference) if self.read_secret is not None else "", redact(reference)
+        except ConfigError as error:
+            self.warnings.append(str(error))
+            return "", ""
 
     def look(self, variable: str) -> tuple[str, str]:
         """(value, origin) of a variable, two empty strings when it is unset or blank.  One that is blank in the environment hides that of .env."""
@@ -1511,10 +1533,8 @@ def _choose_enabled(load: _Load, name: str, entry: Mapping[str, Any]) -> tuple[b
     value, origin = load.look(variable)
     if not value:
         return entry.get("enabled", True), "switched off in models.json"
-    if value.lower() not in _SWITCH:
-        raise _Place(origin).refuse(_shown(value), "true or false")
     load.origins[f"{name}.enabled"] = origin
-    return _SWITCH[value.lower()], f"switched off by {variable}"
+    return _want_switch(value, _Place(origin)), f"switched off by {variable}"
 
 
 _SWITCH: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -1536,7 +1556,7 @@ def _choose_credentials(load: _Load, name: str, entry: Mapping[str, Any], preset
         first.setdefault(key.secret, key)
     if first:
         load.origins.update({f"{name}.keys.{number}": key.origin for number, key in enumerate(first.values(), 1)})
-        return tuple(Credential(f"{name}/{number}", key.secret, source=f"env:{key.variable}", **key.options)
+        return tuple(Credential(f"{name}/{number}", key.secret, source=redact(key.variable) if ":" in key.variable else f"env:{key.variable}", **key.options)
                      for number, key in enumerate(first.values(), 1)), ""
     needs_none = not entry["keys"] if "keys" in entry else preset.keyless or is_loopback(_split_url(base_url).host)
     if needs_none:
@@ -1549,7 +1569,7 @@ def _keys_in(load: _Load, variables: Iterable[str], options: Mapping[str, Any]) 
     """The keys in these variables; one variable may hold several, parted by commas."""
     found = []
     for variable in variables:
-        value, origin = load.look(variable)
+        value, origin = load.resolve(variable)
         found += [_Found(_want_secret(part, _Place(origin)), variable, origin, options) for part in _split_list(value)]
     load.secrets |= {key.secret for key in found}
     return found
@@ -1563,7 +1583,8 @@ def _listed_keys(load: _Load, name: str, keys: Sequence[Mapping[str, Any]]) -> t
         here = _keys_in(load, [key["variable"]], options)
         if not here:
             lacking.append(redact(key["variable"]))
-            load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
+            if ":" not in key["variable"]:
+                load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
         found += here if not key.get("disabled") else []
     return found, lacking
 
@@ -1600,6 +1621,12 @@ def _want_host(value: Any, place: _Place) -> str:
     if re.fullmatch(r"[\w.:%-]+|\[[\w.:%-]+\]", str(value), re.ASCII):
         return str(value).strip("[]")
     raise place.refuse(_shown(value), "a host name or an address, without scheme and port")
+
+
+def _want_switch(value: Any, place: _Place) -> bool:
+    if str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
+    raise place.refuse(_shown(value), "true or false")
 
 
 def _want_parts(item: _Want) -> _Want:
@@ -1643,6 +1670,7 @@ _SETTINGS = (
     _Setting("no_proxy", "", ("no_proxy", "NO_PROXY"), _want_parts(_want_text)),
     _Setting("no_auth", "no_auth", (), _want_flag),
     _Setting("demo", "demo", (), _want_flag),
+    _Setting("secret_commands", "", ("AICAROUSEL_SECRET_COMMANDS",), _want_switch),
 )
 
 
@@ -1667,15 +1695,17 @@ def _make_settings(load: _Load, flags: Mapping[str, Any]) -> Settings:
 # The whole.
 
 def load_config(models_text: str | None, *, models_path: str, environment: Mapping[str, str], dotenv: Mapping[str, str],
-                flags: Mapping[str, Any]) -> Config:
+                flags: Mapping[str, Any], read_secret: Callable[[str], str] | None = None) -> Config:
     """The configuration that these say together.
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
+    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
-    load = _Load(environment, dotenv)
+    load = _Load(environment, dotenv, read_secret=read_secret)
     settings = _make_settings(load, flags)
+    load.may_run = settings.secret_commands
     place = _Place(models_path)
     tree = _parse_models(models_text, models_path) if models_text is not None else {}
     carousel = _make_carousel(load, tree.pop("carousel", {}), place.at("carousel"))
@@ -1687,7 +1717,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
         providers = _with_demo(providers, str(flags.get("demo_url") or ""))
     _gather_secrets(load, providers, settings)
     return Config(tuple(providers), tuple(provider for provider in providers if not provider.why_out), carousel, settings, load.origins,
-                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path)
+                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path, tuple(load.secret_files))
 
 
 def _make_carousel(load: _Load, value: Any, place: _Place) -> Carousel:
@@ -1752,6 +1782,135 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     load.secrets |= {_split_url(proxy, user=True).password for proxy in proxies}
     load.secrets |= {value for name, value in headers if re.search("key|token|secret|auth|cookie|password", name, re.IGNORECASE)}
     load.secrets.discard("")
+
+
+# Edits.
+#
+# Files that people write are changed as text: what an edit does not touch stays as it was, byte for byte.  Texts that come here have been loaded before.
+
+class _Node(NamedTuple):
+    """A value in JSON text from `start` to `end`; members of an object or list: (name or index, where the member begins, value)."""
+    start: int
+    end: int
+    members: tuple[tuple[str | int, int, _Node], ...] | None
+
+
+_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,\]}]+')
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the blanks from `at` on end."""
+    match = _BLANKS.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _scan(text: str, at: int = 0) -> _Node:
+    """The JSON value that begins behind the blanks at `at`."""
+    start = _skip(text, at)
+    close = {"{": "}", "[": "]"}.get(text[start])
+    if close is None:
+        match = _SCALAR.match(text, start)
+        assert match is not None
+        return _Node(start, match.end(), None)
+    members: list[tuple[str | int, int, _Node]] = []
+    at = _skip(text, start + 1)
+    while text[at] != close:
+        begin, name = at, len(members)
+        if close == "}":
+            label = _scan(text, at)
+            name, at = json.loads(text[label.start:label.end]), _skip(text, label.end) + 1
+        value = _scan(text, at)
+        members.append((name, begin, value))
+        at = _skip(text, value.end)
+        at = _skip(text, at + 1) if text[at] == "," else at
+    return _Node(start, at + 1, tuple(members))
+
+
+def _find_node(text: str, path: Sequence[str | int]) -> tuple[_Node, list[str | int]]:
+    """The value at `path`, or the deepest one on the way to it; and what of the path is left then."""
+    node, rest = _scan(text), list(path)
+    while rest and (found := next((child for name, _, child in node.members or () if name == rest[0]), None)) is not None:
+        node = found
+        del rest[0]
+    return node, rest
+
+
+def _dump_at(text: str, at: int, value: Any, pretty: bool) -> str:
+    """JSON for a place in `text`: on one line, or in the file's own indentation."""
+    if not pretty or not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    indent = re.match(r"[ \t]*", text[max(text.rfind("\n", 0, at), text.rfind("\r", 0, at)) + 1:])
+    unit = re.search(r"^([ \t]+)", text, re.M)
+    assert indent is not None
+    lines = json.dumps(value, ensure_ascii=False, indent=unit[1] if unit else "  ").split("\n")
+    return ("\r\n" if "\r\n" in text else "\n").join([lines[0], *(indent[0] + line for line in lines[1:])])
+
+
+def set_json(text: str, path: Sequence[str | int], value: Any) -> str:
+    """`text` with `value` at `path`: in place of what stands there, else as the last member, in the way its neighbours are written."""
+    node, rest = _find_node(text, path)
+    if not rest:
+        return text[:node.start] + _dump_at(text, node.start, value, "\n" in text[node.start:node.end]) + text[node.end:]
+    for name in reversed(rest[1:]):
+        value = {name: value}
+    label = "" if text[node.start] == "[" else json.dumps(rest[0], ensure_ascii=False)
+    if not node.members:
+        inner = label + (": " if label else "") + json.dumps(value, ensure_ascii=False)
+        inner = f"\n  {inner}\n" if len(path) == 1 else inner
+        return text[:node.start + 1] + inner + text[node.end - 1:]
+    _, begin, last = node.members[-1]
+    gap = text[len(text[:begin].rstrip(" \t\r\n")):begin]
+    gap = gap if "\n" in gap or len(node.members) > 1 else " "
+    colon = text[_scan(text, begin).end:last.start] if label else ""
+    pretty = any("\n" in text[child.start:child.end] for _, _, child in node.members)
+    return text[:last.end] + "," + gap + label + colon + _dump_at(text, begin, value, pretty) + text[last.end:]
+
+
+def cut_json(text: str, path: Sequence[str | int]) -> str:
+    """`text` without the member at `path`, which is there."""
+    members = _find_node(text, path[:-1])[0].members or ()
+    index = next(number for number, (name, _, _) in enumerate(members) if name == path[-1])
+    if index + 1 < len(members):
+        start, end = members[index][1], members[index + 1][1]
+    else:
+        start, end = members[index - 1][2].end if index else members[0][1], members[index][2].end
+    return text[:start] + text[end:]
+
+
+def order_json(text: str, path: Sequence[str | int], order: Sequence[int]) -> str:
+    """`text` with the members at `path` in another order: `order` holds the index of each now."""
+    members = _find_node(text, path)[0].members or ()
+    made, at = [], 0
+    for (_, begin, child), index in zip(members, order, strict=True):
+        made += [text[at:begin], text[members[index][1]:members[index][2].end]]
+        at = child.end
+    return "".join([*made, text[at:]])
+
+
+def set_dotenv(text: str, name: str, value: str) -> str:
+    """The .env file `text` with `name` set: in its own line where there is one, else in a new line at the end."""
+    quoted = value if re.fullmatch(r"[\w.,:/@+=*~-]+", value, re.ASCII) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    lines = re.split(r"(\r\n|\r|\n)", text)
+    for number in range(len(lines) - 1, -1, -2):
+        line = lines[number]
+        match = _DOTENV_LINE.fullmatch(line, 1 if line.startswith("\ufeff") else 0) if not line.lstrip().startswith("#") else None
+        if match is not None and match["name"] == name:
+            group = next(group for group in ("double", "single", "plain") if match[group] is not None)
+            start, end = match.span(group) if group == "plain" else (match.start(group) - 1, match.end(group) + 1)
+            comment = " " + line[start:end] if group == "plain" and line[start:end].startswith("#") else ""
+            lines[number] = line[:start] + quoted + comment + line[end:]
+            return "".join(lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text + (end if text and not text.endswith(("\n", "\r")) else "") + f"{name}={quoted}{end}"
+
+
+def cut_dotenv(text: str, name: str) -> str:
+    """The .env file `text` without the lines that set `name`."""
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
+    named = re.compile(rf"\ufeff?\s*(?:export\s+)?{re.escape(name)}\s*=", re.ASCII)
+    return "".join(line for line in lines if not named.match(line))
 
 
 ##############################################################################
@@ -15892,17 +16051,15 @@ class Demo:
 
 
 ##############################################################################
-# 25. Command line                                          I/O | uses 1-5, 8, 15-22
+# 23. Accounts                                              I/O | uses 1-5, 14-18, 20
 ##############################################################################
-# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
-# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
-# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+# The home folder and changes to its files; provider keys: recognised, checked, stored; logins and their tokens.
+# What changes a file takes the folder's lock, edits text (section 4, Edits), loads the result and only then puts it in place, whole.
+# A key goes to the provider it was recognised for and to nobody else.  Guarded by tests/test_accounts_cli.py.
+# One more change to models.json: a function that hands change_models() what to do with tree and text, and a row in README.
 
-_WATCH_S = 0.5
-_TRIM_AFTER_S = 0.3
-_GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
-_LOG_BATCH_S = 0.1
-_H11_AT_LEAST = (0, 16)
+_COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
+_SECRET_MAX_BYTES = 16 * 1024
 
 
 class Home(NamedTuple):
@@ -15950,7 +16107,43 @@ def _read_text(path: Path) -> str | None:
 
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags)
+    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ,
+                       dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags, read_secret=read_secret)
+
+
+def read_secret(reference: str) -> str:
+    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    import shlex
+    import subprocess
+    kind, _, target = reference.partition(":")
+    try:
+        if kind == "file":
+            with open(target, encoding="utf-8") as file:
+                return file.read(_SECRET_MAX_BYTES).strip()
+        return subprocess.run(shlex.split(target), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_COMMAND_S, check=True).stdout.decode().strip()
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+    except subprocess.CalledProcessError as error:
+        found = f"exit status {error.returncode}"
+    except subprocess.TimeoutExpired:
+        found = f"no end within {_COMMAND_S:g} s"
+    except ValueError:
+        found = "words with an open quote, or what is no UTF-8 text"
+    raise ConfigError(redact(reference), found, "a key")
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23
+##############################################################################
+# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
+# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
+# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+
+_WATCH_S = 0.5
+_TRIM_AFTER_S = 0.3
+_GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
+_LOG_BATCH_S = 0.1
+_H11_AT_LEAST = (0, 16)
 
 
 # Serving.
@@ -15968,6 +16161,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         flags = {**flags, "demo_url": f"http://127.0.0.1:{demo_socket.getsockname()[1]}/v1"}
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
+    seen += map(_stamp, map(Path, config.secret_files))
     logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
@@ -16117,12 +16311,12 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
         gateway.keys.refresh()
-        stamps = _stamps_of(home)
+        stamps = _stamps_of(home, gateway.config.secret_files)
         if stamps != seen or wanted.is_set():
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(read_config(home, flags))
+                gateway.reconfigure(await asyncio.to_thread(read_config, home, flags))       # a cmd: reference takes its time
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -16134,9 +16328,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
     return False
 
 
-def _stamps_of(home: Home) -> list[tuple[int, int, int]]:
-    """What changes when the configuration is edited."""
-    return [_stamp(home.models_path), _stamp(home.env_path)]
+def _stamps_of(home: Home, secret_files: Sequence[str] = ()) -> list[tuple[int, int, int]]:
+    """What changes when the configuration is edited, or a key that stands in a file of its own."""
+    return [_stamp(path) for path in (home.models_path, home.env_path, *map(Path, secret_files))]
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -301,7 +301,7 @@ def test_settings_of_the_table_really_set(name: str) -> None:
     if "environment only" in row_of(name):
         assert name in {"AICAROUSEL_HOME", "AICAROUSEL_KEY"}
         return
-    samples = {"PORT": "9", "AICAROUSEL_HOST": "::1", "AICAROUSEL_LOG_LEVEL": "error", "API_KEYS": "a-key-of-sixteen-characters"}
+    samples = {"PORT": "9", "AICAROUSEL_HOST": "::1", "AICAROUSEL_LOG_LEVEL": "error", "API_KEYS": "a-key-of-sixteen-characters", "AICAROUSEL_SECRET_COMMANDS": "true"}
     pair = {"AICAROUSEL_TLS_CERT": "x", "AICAROUSEL_TLS_KEY": "x"}
     environment = pair if name in pair else {name: samples.get(name, "https://app.example" if "ORIGIN" in name else "name.example")}
     config = aicarousel.load_config(None, models_path="models.json", environment=environment, dotenv={}, flags={})
