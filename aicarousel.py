@@ -34,6 +34,7 @@ Contents
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    25  Bundle              the copy that needs nothing installed
     27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
@@ -16062,6 +16063,29 @@ _COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
 _SECRET_MAX_BYTES = 16 * 1024
 
 
+def program_path() -> Path:
+    """The file that is run: this module, or the bundle that it stands in."""
+    module = Path(__file__).resolve()
+    return module.parent if is_bundled() else module
+
+
+def is_bundled() -> bool:
+    """Whether this module stands in a bundle."""
+    return Path(__file__).resolve().parent.is_file()
+
+
+def own_command() -> list[str]:
+    """How to run this program once more; a bundle needs nothing that is installed, and takes nothing."""
+    return [sys.executable, *(("-I", "-S") if is_bundled() else ()), str(program_path())]
+
+
+def read_beside(name: str) -> bytes | None:
+    """A file that stands beside this module, in its folder or in its bundle; None where there is none."""
+    with contextlib.suppress(OSError):
+        return __loader__.get_data(str(Path(__file__).with_name(name)))       # type: ignore[name-defined]
+    return None
+
+
 class Home(NamedTuple):
     """Where configuration and state live."""
     folder: Path
@@ -16086,7 +16110,7 @@ class Home(NamedTuple):
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
-    program = Path(__file__).resolve().parent
+    program = program_path().parent
     if named or (program / "models.json").is_file():
         folder = Path(named).expanduser().resolve() if named else program
         return Home(folder, folder / "data")
@@ -16105,9 +16129,17 @@ def _read_text(path: Path) -> str | None:
         raise ConfigError(str(path), getattr(error, "strerror", None) or "bytes that are not UTF-8", "a readable text file") from error
 
 
+def models_text(home: Home) -> str | None:
+    """The text of models.json: the home's, else the bundle's, None where there is neither. Raises ConfigError."""
+    text = _read_text(home.models_path)
+    if text is None and is_bundled() and (bundled := read_beside("models.json")) is not None:
+        return bundled.decode("utf-8")
+    return text
+
+
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ,
+    return load_config(models_text(home), models_path=str(home.models_path), environment=os.environ,
                        dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags, read_secret=read_secret)
 
 
@@ -16133,7 +16165,73 @@ def read_secret(reference: str) -> str:
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23
+# 25. Bundle                                                I/O | uses 1-2, 23
+##############################################################################
+# The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
+# sources, wherever it is made: sorted names, one date, nothing compressed, nothing compiled.  Everything is read through the import system, so that a copy can make a copy.
+# One more package: its name in _PACKAGES.  Guarded by tests/test_bundle.py.
+
+_PACKAGES = ("h11", "certifi")
+_PACKAGE_FILES = re.compile(r".*\.(?:py|pem)|py\.typed")
+_LICENCE_FILES = re.compile(r"(?i)(?:LICEN[CS]E|COPYING|NOTICE|AUTHORS)[^/]*")
+#: -I: no folder, no variable and no package of the user's; -S: no site-packages, so that no .pth file of it ever runs.
+_SHEBANG = b"#!/usr/bin/env -S python3 -I -S\n"
+_START = b"import sys\nfrom aicarousel import main\nsys.exit(main())\n"
+
+
+def bundle_members(models: bytes | None) -> dict[str, bytes]:
+    """Path and bytes of everything in a bundle, sorted by path; `models` is the models.json to go with it. Raises ConfigError where a package is missing."""
+    own = {"aicarousel.py": read_beside(Path(__file__).name), "LICENSE": read_beside("LICENSE"), "models.json": models}
+    members = {"__main__.py": _START, **{name: data for name, data in own.items() if data is not None}}
+    for package in _PACKAGES:
+        members |= _package_members(package)
+    return dict(sorted(members.items()))
+
+
+def _package_members(package: str) -> dict[str, bytes]:
+    """The files of an installed package, its licence, and the little that tells its version. Raises ConfigError."""
+    import importlib.metadata
+    import importlib.resources
+    try:
+        about, top = importlib.metadata.distribution(package), importlib.resources.files(package)
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise ConfigError(f"package {package}", "it is not installed", f"python -m pip install {package}") from error
+    members = {f"{package}/{file.name}": file.read_bytes() for file in top.iterdir() if file.is_file() and _PACKAGE_FILES.fullmatch(file.name)}
+    info = f"{package}-{about.version}.dist-info"
+    members[f"{info}/METADATA"] = (about.read_text("METADATA") or about.read_text("PKG-INFO") or f"Name: {package}\nVersion: {about.version}\n").encode()
+    for path in about.files or ():
+        if _LICENCE_FILES.fullmatch(path.name):
+            members[f"{info}/licenses/{path.name}"] = path.read_binary()
+    # What a copy reads when it makes a copy; the installer's own list names files of one machine.
+    members[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in sorted([*members, f"{info}/RECORD"])).encode()
+    return members
+
+
+def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
+    """Write a bundle, in place of what was there only once it is whole; its SHA-256 in hex. Raises ConfigError."""
+    import io
+    import zipfile
+    packed = io.BytesIO(_SHEBANG)
+    packed.seek(len(_SHEBANG))
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, data)
+    whole, unfinished = packed.getvalue(), path.with_name(path.name + ".new")
+    try:
+        unfinished.write_bytes(whole)
+        unfinished.chmod(0o755)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be written") from error
+    return hashlib.sha256(whole).hexdigest()
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -16197,7 +16295,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
     if again:
-        os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:]])
+        os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
 
 
@@ -16306,7 +16404,7 @@ def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
 
 async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event, wanted: asyncio.Event, seen: list[tuple[int, int, int]]) -> bool:
     """Load the configuration anew when its files are no longer as `seen` or `wanted` is set; True when the program itself changed."""
-    log, program = logging.getLogger("aicarousel.config"), Path(__file__)
+    log, program = logging.getLogger("aicarousel.config"), program_path()
     seen_program = _stamp(program)
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
@@ -16761,6 +16859,35 @@ def _print_answer(answer: Any, stream: bool) -> int:
     return 1 if failed or not ended else 0
 
 
+def _bundle_command(arguments: Any) -> int:
+    home, path = find_home(arguments.home), Path(arguments.output)
+    models = models_text(home)
+    read_config(home, {})               # nobody is handed a models.json that does not load
+    digest = write_bundle(path, bundle_members(models.encode() if models is not None else None))
+    if arguments.json:
+        print(json.dumps({"path": str(path), "sha256": digest, "models": models is not None}))
+    else:
+        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {digest}\nIt runs on any Python from 3.11 on: python -I -S {path.name} serve"
+              + (f"\nWithout a models.json beside it, it routes by {home.models_path if home.models_path.exists() else 'the one in this bundle'}." if models is not None else "")
+              + "\nIt holds no key.")
+    return 0
+
+
+def _version_command(arguments: Any) -> int:
+    told: Json = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "h11": getattr(h11, "__version__", None), "bundle": is_bundled()}
+    if arguments.verify:
+        home = find_home(arguments.home)
+        own = {program_path().name: program_path().read_bytes()} if is_bundled() else {}
+        members = own | bundle_members(read_beside("models.json") if is_bundled() else (text.encode() if (text := models_text(home)) is not None else None))
+        told["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        print(f"AICarousel {told['version']}, Python {told['python']}, {'a bundle with ' if is_bundled() else ''}h11 {told['h11'] or 'not installed'}")
+        print("".join(f"{digest}  {name}\n" for name, digest in told.get("sha256", {}).items()), end="")
+    return 0
+
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "serve": _serve_command,
     "key": _key_command,
@@ -16772,6 +16899,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "bundle": _bundle_command,
+    "version": _version_command,
 }
 
 
@@ -16826,7 +16955,7 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
-    parser = argparse.ArgumentParser(prog="aicarousel.py", description="AICarousel: one address for many LLM APIs.")
+    parser = argparse.ArgumentParser(prog=program_path().name, description="AICarousel: one address for many LLM APIs.")
     parser.add_argument("--version", action="version", version=f"AICarousel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -16873,6 +17002,11 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+
+    commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
+        "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")
+    commands.add_parser("version", parents=[common, as_json], help="which version this is").add_argument(
+        "--verify", action="store_true", help="also the SHA-256 of all that a bundle is made of, and of the bundle that is run")
     return parser
 
 
