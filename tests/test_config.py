@@ -89,6 +89,15 @@ def test_a_listed_model_takes_what_the_preset_knows_but_not_the_limits_of_free_p
     assert gemma.context == 5 and gemma.tools is True
 
 
+def test_every_limit_is_kept_at_both_ends_of_its_range():
+    for end in ("low", "high"):
+        limits = {name: aicarousel.Bounds.__dataclass_fields__[field.name].metadata[end] for name, field in aicarousel._BOUND_FIELDS.items()}
+        config = load({**SEED, "carousel": {"limits": limits}})
+        assert [getattr(config.carousel.limits, field.name) for field in aicarousel._BOUND_FIELDS.values()] == list(limits.values())
+        assert {config.origins[f"carousel.limits.{name}"] for name in limits} == {f"models.json carousel.limits.{name}" for name in limits}
+    assert load(SEED).carousel.limits == aicarousel.Bounds() and load(SEED).origins["carousel.limits.drain"] == "default"
+
+
 def test_a_byte_order_mark_is_no_mistake():
     assert load("\ufeff" + json.dumps(SEED)).providers
 
@@ -204,6 +213,15 @@ REFUSED = [
     ({**SEED, "carousel": {"unknownModel": "404"}}, "carousel.unknownModel", 'string "404"', "one of: carousel, reject"),
     ({**SEED, "carousel": {"contentFallback": 1}}, "carousel.contentFallback", "number 1", "true or false"),
     ({**SEED, "carousel": {"echoModel": "yes"}}, "carousel.echoModel", 'string "yes"', "true or false"),
+    ({**SEED, "carousel": {"limits": 5}}, "carousel.limits", "number 5", "an object"),
+    ({**SEED, "carousel": {"limits": {"drian": 5}}}, "carousel.limits.drian", "unknown", 'did you mean "drain"?'),
+    ({**SEED, "carousel": {"limits": {"client_idle_s": 5}}}, "carousel.limits.client_idle_s", "unknown", 'did you mean "clientIdle"?'),
+    ({**SEED, "carousel": {"limits": {"bodyBytes": "32MB"}}}, "carousel.limits.bodyBytes", 'string "32MB"', "a whole number from 1024 to 1073741824"),
+    ({**SEED, "carousel": {"limits": {"bodyBytes": 2048.5}}}, "carousel.limits.bodyBytes", "number 2048.5", "a whole number"),
+    ({**SEED, "carousel": {"limits": {"retryBudget": -0.1}}}, "carousel.limits.retryBudget", "number -0.1", "of the requests under way, a number from 0 to 10"),
+    *(({**SEED, "carousel": {"limits": {name: value}}}, f"carousel.limits.{name}", f"number {value}", f"from {row.metadata['low']:g} to ")
+      for name, field in aicarousel._BOUND_FIELDS.items() for row in [aicarousel.Bounds.__dataclass_fields__[field.name]]
+      for value in (-1, row.metadata["high"] + 1)),
     ({**SEED, "carousel": {"max_wait": 1}}, "carousel.max_wait", "unknown", 'did you mean "maxWait"?'),
     ({**SEED, "carousel": {"aliases": []}}, "carousel.aliases", "a list", "an object of names"),
     ({**SEED, "carousel": {"aliases": {"fast": []}}}, "carousel.aliases.fast", "a list of 0", "at least 1"),
