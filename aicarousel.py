@@ -3631,6 +3631,7 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
 
@@ -3709,6 +3710,8 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
@@ -3942,6 +3945,7 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     ready: list[tuple[tuple[float, ...], Route]] = []
     soft: list[tuple[float, Route]] = []
     late: list[tuple[float, Route]] = []
+    probes: list[tuple[float, Route]] = []
     waits: list[tuple[float, bool]] = []
     skipped: list[tuple[Route, str]] = []
     metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
@@ -3952,6 +3956,8 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
                 waits.append((cooldown.until_at, True))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
@@ -3986,7 +3992,15 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     routes += [route for _, route in soft]
     if not routes and free_at is not None and now < free_at <= give_up_at:
         return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
+    if not routes and not late and probes:
+        late = [min(probes, key=lambda pair: pair[0])]
     return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -4191,6 +4205,7 @@ def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -4298,7 +4313,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4314,7 +4331,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
