@@ -3697,6 +3697,9 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
 
 
 @dataclass(slots=True)
@@ -14552,6 +14555,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14790,7 +14794,7 @@ class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
@@ -14805,7 +14809,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14865,7 +14869,7 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -15353,7 +15357,7 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15416,7 +15420,7 @@ class _Run:
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15518,11 +15522,20 @@ def explain_lines(decision: Decision) -> list[str]:
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
     notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -16006,7 +16019,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -16074,7 +16090,7 @@ class Gateway:
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
