@@ -241,6 +241,7 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -1491,7 +1492,8 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
                      else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
+                    any(row["id"] == ALL_MODELS for row in entry["models"]))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -1559,8 +1561,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
     The preset's limits are those of free plans and are not taken over: a paid key would be throttled by them.
     """
     known = {model.id: replace(model, limits=None) for model in preset.models}
-    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"]]
+    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"] if row["id"] != ALL_MODELS]
     default = entry["default"]
+    if len(models) < len(entry["models"]) and default not in [model.id for model in models]:
+        models.insert(0, known.get(default, Model(default)))
     _refuse_twice(models, place)
     if models and default not in [model.id for model in models]:
         raise place.at("default").refuse(_shown(default), 'a model of "models"; ' + _one_of(default, [model.id for model in models]))
@@ -1571,6 +1575,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
             models.insert(0, known.get(default, Model(default)))
     _warn_retired(load, name, models, preset, place)
     return tuple(models), default
+
+
+#: Among the models of a provider: all that it lists.
+ALL_MODELS = "*"
 
 
 def _refuse_twice(models: Sequence[Model], place: _Place) -> None:
@@ -3691,6 +3699,7 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
 
@@ -3756,6 +3765,9 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
 
 
 @dataclass(slots=True)
@@ -3769,6 +3781,8 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
@@ -4002,6 +4016,7 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     ready: list[tuple[tuple[float, ...], Route]] = []
     soft: list[tuple[float, Route]] = []
     late: list[tuple[float, Route]] = []
+    probes: list[tuple[float, Route]] = []
     waits: list[tuple[float, bool]] = []
     skipped: list[tuple[Route, str]] = []
     metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
@@ -4012,6 +4027,8 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
                 waits.append((cooldown.until_at, True))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
@@ -4046,7 +4063,15 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     routes += [route for _, route in soft]
     if not routes and free_at is not None and now < free_at <= give_up_at:
         return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
+    if not routes and not late and probes:
+        late = [min(probes, key=lambda pair: pair[0])]
     return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -4266,6 +4291,7 @@ def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -4373,7 +4399,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4389,7 +4417,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
@@ -14546,6 +14574,11 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MODELS_FRESH_S = 300.0
+_MODELS_S = 20.0                #: how long a provider may take over its list
+_MODELS_BYTES = 8 << 20
+_MODELS_MAX = 5000
+_MODELS_PATHS: Mapping[str, str] = MappingProxyType({"messages": "/models?limit=1000"})
 _SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
@@ -14605,6 +14638,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14758,12 +14792,92 @@ class Relay:
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
+    async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
+        """What a provider says that it has, in its order. Raises UpstreamFailure."""
+        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
+        answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
+                                              replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
+        try:
+            body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
+        finally:
+            answer.release()
+        found = _read_models(body)
+        if answer.status != 200 or not found:
+            failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
+            failure.detail = redact(failure.detail, self.config.secrets)
+            raise failure
+        return found
+
+
+def _read_models(body: bytes) -> tuple[Model, ...]:
+    """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    rows = next((told[name] for name in ("data", "models") if isinstance(told.get(name), list)), ()) if isinstance(told, dict) else told if isinstance(told, list) else ()
+    found: dict[str, Model] = {}
+    for row in rows[:_MODELS_MAX]:
+        name = row.get("id") or row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+            sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
+            name = name.removeprefix("models/")         # as Gemini has them
+            found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
+    return tuple(found.values())
+
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
@@ -14778,7 +14892,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14838,7 +14952,7 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -15326,7 +15440,7 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15389,7 +15503,7 @@ class _Run:
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15427,13 +15541,17 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 _CREATED_S = 1_790_000_000
 
 
-def list_models(config: Config) -> list[Json]:
-    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part. Limits where they are known."""
+Offers = Callable[[Provider], tuple[Model, ...]]
+
+
+def list_models(config: Config, offers: Offers) -> list[Json]:
+    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
     smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+        listed = {model.id for model in provider.models}
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
@@ -15443,9 +15561,9 @@ def _model_row(name: str, owner: str, model: Model) -> Json:
     return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": owner, **{label: value for label, value in limits.items() if value}}
 
 
-def find_model(config: Config, name: str) -> Json | None:
+def find_model(config: Config, offers: Offers, name: str) -> Json | None:
     """One row of the list; bare ids, aliases of models and provider names are known too."""
-    for row in list_models(config):
+    for row in list_models(config, offers):
         if row["id"] == name:
             return row
     for provider in config.active:
@@ -15487,11 +15605,20 @@ def explain_lines(decision: Decision) -> list[str]:
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
     notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -15621,6 +15748,7 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
+    "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15638,6 +15766,8 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.transport.bounds = self.bounds
+        self.lists = ModelLists(self.relay)
+        self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
@@ -15655,10 +15785,12 @@ class Gateway:
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
+        self.lists.look()
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
+        self.lists.close()
         self.transport.close()
 
     @property
@@ -15800,7 +15932,8 @@ class Gateway:
 
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
-        rows = list_models(self.config)
+        self.lists.look()
+        rows = list_models(self.config, self.lists.of)
         if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
@@ -15812,7 +15945,7 @@ class Gateway:
         """GET /v1/models/{id}; ids may hold slashes."""
         from urllib.parse import unquote
         name = unquote(request.path.partition("/models/")[2])
-        row = find_model(self.config, name)
+        row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
@@ -15933,6 +16066,10 @@ class Gateway:
         self.usage.save_routing(self.relay.rows())
         exchange.respond(200, _JSON, dump_json({"reset": found}))
 
+    async def admin_refresh(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/models/refresh: ask providers with "*" among their models for their lists now."""
+        exchange.respond(200, _JSON, dump_json({"providers": await self.lists.refresh()}))
+
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
         self.usage.flush(_FLUSH_S)
@@ -15966,7 +16103,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -16034,7 +16174,7 @@ class Gateway:
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
