@@ -35,6 +35,7 @@ Contents
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
     25  Bundle              the copy that needs nothing installed
+    26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
@@ -14802,7 +14803,7 @@ class Relay:
             body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
         finally:
             answer.release()
-        found = _read_models(body)
+        found = read_models(body)
         if answer.status != 200 or not found:
             failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
             failure.detail = redact(failure.detail, self.config.secrets)
@@ -14810,7 +14811,7 @@ class Relay:
         return found
 
 
-def _read_models(body: bytes) -> tuple[Model, ...]:
+def read_models(body: bytes) -> tuple[Model, ...]:
     """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
     try:
         told = json.loads(body)
@@ -16881,16 +16882,10 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
     status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
     if status != 200:
         raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
-    try:
-        told = json.loads(answer)
-    except (ValueError, RecursionError):
-        told = None
-    rows = told if isinstance(told, list) else told.get("data", told.get("models")) if isinstance(told, dict) else None
-    names = [row.get("id", row.get("name")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    ids = [name.removeprefix("models/") for name in names if isinstance(name, str) and name and name == name.strip() and name.isprintable()]
-    if not ids:
+    found = read_models(answer)
+    if not found:
         raise transport_failure("not_json", "body", "no list of models")
-    return list(dict.fromkeys(ids))
+    return [model.id for model in found]
 
 
 def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
@@ -17094,7 +17089,225 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25
+# 26. Set-up                                                I/O | uses 1-4, 17, 23
+##############################################################################
+# The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
+
+class _Question(NamedTuple):
+    """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
+    prompt: str
+    read: Callable[[Home, str, Sequence[str]], list[str]]
+
+
+class _Action(NamedTuple):
+    """A line of a menu: the command's first words, and the questions that give the others."""
+    label: str
+    words: tuple[str, ...]
+    questions: tuple[_Question, ...] = ()
+
+
+class _Menu(NamedTuple):
+    """A part of the set-up: the command that shows how things are, and what can be done."""
+    label: str
+    shown: tuple[str, ...]
+    actions: tuple[_Action, ...]
+
+
+def _pick(text: str, names: Sequence[str], what: str) -> str:
+    """One of `names`, by itself or by its number. Raises Refused."""
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text in names:
+        return text
+    close = nearest(text, names)
+    raise Refused(f"there is no {what} {ascii(text)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"a number from 1 to {len(names)}, or a name" if names else "there are none"))
+
+
+def _read_provider(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [provider.name for provider in read_config(home, {}).providers], "provider")]
+
+
+def _read_known_model(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [model.id for model in find_provider(read_config(home, {}), words[-1]).models], "model")]
+
+
+def _read_order(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    names = [provider.name for provider in read_config(home, {}).providers]
+    return [",".join(_pick(part.strip(), names, "provider") for part in text.split(","))]
+
+
+def _read_word(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.startswith("-") or not text.isprintable():
+        raise Refused("that is no name")
+    return [text]
+
+
+def _read_switch(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.lower() not in ("on", "off"):
+        raise Refused("on or off")
+    return [text.lower()]
+
+
+def _read_count(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refused("a number is wanted")
+    return [text]
+
+
+def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text == "-" and words[-1] in PRESETS:
+        return []
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise Refused("an address like https://host/v1" + (", or - for its own" if words[-1] in PRESETS else ""))
+    return ["--url", text]
+
+
+def read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [] if text == "-" else ["--models", *_read_word(home, text, words)]
+
+
+_PROVIDER = _Question("Provider (number or name)", _read_provider)
+_MODEL = _Question("Model (number or name)", _read_known_model)
+_KEY_ID = _Question("Id of the key", _read_count)
+
+_MENUS: Mapping[str, _Menu] = {
+    "2": _Menu("provider keys", ("provider", "list"), (
+        _Action("add a key", ()),
+        _Action("test all keys", ("provider", "test")),
+        _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
+    )),
+    "3": _Menu("gateway keys", ("key", "list"), (
+        _Action("make a key", ("key", "create"), (_Question("A name for it", _read_word),)),
+        _Action("revoke a key", ("key", "revoke"), (_KEY_ID,)),
+        _Action("delete a key", ("key", "delete"), (_KEY_ID,)),
+    )),
+    "4": _Menu("providers and their order", ("provider", "list"), (
+        _Action("switch one on", ("provider", "enable"), (_PROVIDER,)),
+        _Action("switch one off", ("provider", "disable"), (_PROVIDER,)),
+        _Action("change the order", ("provider", "order"), (_Question("All of them in the new order (numbers or names, with commas)", _read_order),)),
+        _Action("add one", ("provider", "add"), (_Question("Its name", _read_word), _Question("Its address (- for that of a built-in provider)", _read_url),
+                                                 _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
+        _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
+    )),
+    "5": _Menu("models", ("model", "list"), (
+        _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
+        _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
+        _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
+        _Action("ask the providers what they list now", ("model", "refresh")),
+    )),
+}
+_TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _MENUS.items()}, "6": "status", "q": "leave"}
+
+
+def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the first answer that it takes; None for a mere Enter."""
+    while True:
+        text = input(f"{prompt}: ").strip()
+        if not text:
+            return None
+        try:
+            return read(text)
+        except Refused as refused:
+            print(f"  {printable(str(refused))}")
+
+
+def _choose(choices: Mapping[str, str]) -> str | None:
+    """The key of the choice that was made, None for a mere Enter."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise Refused(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    return _ask("Number", read)
+
+
+def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
+    """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
+    import getpass
+    key = getpass.getpass(f"{prompt}: ")
+    form = key_form(clean_key(key))
+    if key.strip() and name is None and (form is None or not form.sure):
+        names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
+        print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
+        own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
+        name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
+    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+
+
+def _take_keys(home: Home, prompt: str) -> None:
+    """Takes provider keys until a mere Enter."""
+    while True:
+        try:
+            told = ask_key(home, None, prompt)
+        except (Refused, ConfigError) as refused:
+            told = str(refused)
+        if told is None:
+            return
+        print(f"  {printable(told)}")
+        prompt = "One more key (Enter: that is all)"
+
+
+def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+    """From nothing to what `serve` needs: a provider's key, and a key for clients."""
+    free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
+    print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
+    _take_keys(home, "Paste a key (it is not shown; Enter: none)")
+    config = read_config(home, {})
+    active = [provider.name for provider in config.active]
+    print("", f"2. Providers that take part: {', '.join(active)}" if active else "2. No provider takes part yet; the built-in one answers offline: serve --demo", sep="\n")
+    open_database(home.database_path).close()
+    n_keys = sum(key.active for key in list_keys(home.database_path))
+    key = "" if n_keys else create_key(home.database_path, "first")[0]
+    print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+
+
+def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
+    """Asks for what an action lacks and runs its command; one that was refused is asked for again."""
+    if not action.words:
+        return _take_keys(home, "Paste a key (it is not shown; Enter: back)")
+    while True:
+        words = list(action.words)
+        for question in action.questions:
+            answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
+            if answer is None:
+                return
+            words += answer
+        if run(words) == 0 or not action.questions:
+            return
+
+
+def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+    """The dialogue; its exit status.
+
+    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    """
+    try:
+        print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
+        if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
+            _go_step_by_step(home, recipes)
+            print("", "`setup` shows all that can be set from now on.", sep="\n")
+            return 0
+        while (choice := _choose(_TOP)) not in (None, "q"):
+            if choice in ("1", "6"):
+                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                continue
+            menu = _MENUS[choice]
+            labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+                _do(home, menu.actions[int(number) - 1], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -17515,12 +17728,10 @@ def _test_providers(arguments: Any, home: Home) -> int:
 def _login_command(arguments: Any) -> int:
     """Take a provider's key, check it there, and keep it in .env."""
     home = find_home(arguments.home)
-    if arguments.stdin or not sys.stdin.isatty():
-        key = sys.stdin.readline()
-    else:
-        import getpass
-        key = getpass.getpass(f"Key of {arguments.provider or 'a provider'} (it is not shown): ", stream=sys.stderr)
-    text, state, place = take_key(home, key, arguments.provider)
+    if not arguments.stdin and sys.stdin and sys.stdin.isatty():
+        told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
+        return _say_done(arguments, told or "no key came", told is not None)
+    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
     return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
 
 
@@ -17555,6 +17766,22 @@ def _alias_command(arguments: Any) -> int:
         return _print_told(arguments, {"aliases": {name: list(targets) for name, targets in aliases.items()}},
                            [printable(f"{name} = {', '.join(targets)}") for name, targets in aliases.items()] or ["there are no aliases"])
     return _say_done(arguments, set_alias(home, arguments.name, arguments.target) if arguments.action == "set" else remove_alias(home, arguments.name))
+
+
+def _setup_command(arguments: Any) -> int:
+    """The dialogue; where there is nobody to talk to, help."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        make_parser().print_help(sys.stderr)
+        print("\nsetup asks questions and needs a terminal; every action of it is also one of these commands", file=sys.stderr)
+        return 2
+
+    def run(words: Sequence[str]) -> int:
+        try:
+            return main([*words, *(["--home", arguments.home] if arguments.home else [])])
+        except SystemExit:
+            return 2                    # argparse has said why
+
+    return run_setup(find_home(arguments.home), run, client_recipes)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -17841,6 +18068,7 @@ def _version_command(arguments: Any) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
+    "setup": _setup_command,
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
@@ -17961,6 +18189,7 @@ def make_parser() -> Any:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
     served = commands.add_parser("serve", parents=[common], help="run the gateway")
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
