@@ -1775,7 +1775,7 @@ def _with_demo(providers: Sequence[Provider], url: str) -> list[Provider]:
     """The providers and the built-in one that answers offline: last, or first when nothing else answers."""
     if any(provider.name == "demo" for provider in providers):
         raise _Place("flag --demo").refuse('a provider named "demo" in models.json', "another name for it, or no --demo")
-    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo"),), (Credential("demo/1"),), proxy="")
+    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo", price=Price(0.0, 0.0, 0.0, 0.0)),), (Credential("demo/1"),), proxy="")
     return [*providers, demo] if any(not provider.why_out for provider in providers) else [demo, *providers]
 
 
@@ -14651,13 +14651,15 @@ class Relay:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
 
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        No quota counts it: Anthropic's limits of counting are none of those of messages.
         """
         hub = FORMATS["messages"].read_request(job.body)
         choice, catalogue = self.choose(job)
         routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
-        route = routes[0]
+        needs = Needs(job.raw, job.body, self.state.windows, self.world.utc(), FORMATS["messages"].read_request, self.calibration.ratio)
+        route = next((route for route in routes if not misfit(route, needs)), routes[0])     # where it would be sent
         profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
