@@ -1842,7 +1842,7 @@ def _with_demo(providers: Sequence[Provider], url: str) -> list[Provider]:
     """The providers and the built-in one that answers offline: last, or first when nothing else answers."""
     if any(provider.name == "demo" for provider in providers):
         raise _Place("flag --demo").refuse('a provider named "demo" in models.json', "another name for it, or no --demo")
-    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo"),), (Credential("demo/1"),), proxy="")
+    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo", price=Price(0.0, 0.0, 0.0, 0.0)),), (Credential("demo/1"),), proxy="")
     return [*providers, demo] if any(not provider.why_out for provider in providers) else [demo, *providers]
 
 
@@ -2737,6 +2737,8 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
             waits.append(read_wait(value, utc))
         elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
+            if wait_s is not None and name.replace("reset", "renewalperiod") in headers:
+                wait_s /= 1000.0        # Azure
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
             elif left is not None and re.fullmatch(r"\s*(?:0+(?:\.0*)?|-\d+)\s*", left):
@@ -3398,12 +3400,12 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
 
 _PERIOD = r"(?:-(?:(\d{1,4})-)?(second|minute|hour|day|month))?"
 _HEADERS = tuple(re.compile(pattern) for pattern in (
-    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens))?{_PERIOD}",
+    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens|project-tokens))?{_PERIOD}",
     r"anthropic-ratelimit-(?P<measure>requests|tokens|input-tokens|output-tokens)-(?P<field>limit|remaining|reset)",
     rf"(?:x-)?(?P<measure>ratelimitbysize|tokenlimit)-(?P<field>limit|remaining|reset){_PERIOD}",
 ))
 _MEASURES: Mapping[str | None, str] = MappingProxyType({
-    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output",
+    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output", "project-tokens": "project",
     "ratelimitbysize": "tokens", "tokenlimit": "tokens",
 })
 #: Spans that the names do not tell and that cannot be worked out.
@@ -3435,12 +3437,17 @@ def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float
             words[field_name] = value
             if not named:
                 words["bare"] = value
-    return [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    found = [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    if ("project", 0.0) in said:        # OpenAI: a project's share of the account's tokens; the tighter of the two is what counts
+        tokens = [one for one in found if one.measure in ("project", "tokens")]
+        found = [one for one in found if one not in tokens] + [min(tokens, key=lambda one: _NEVER if one.left is None else one.left)._replace(measure="tokens")] if tokens else found
+    return found
 
 
 def _tell_window(preset_name: str, measure: str, span_s: float, words: Mapping[str, str], utc: float) -> Told | None:
     limit, left, period_s = (float(value) if _COUNT_TEXT.fullmatch(value := words.get(name, "").strip()) else None for name in ("limit", "remaining", "renewalperiod"))
     reset_s = read_wait(words["reset"], utc) if "reset" in words else None
+    reset_s = reset_s / 1000.0 if reset_s is not None and period_s is not None else reset_s     # Azure, which alone tells the period, counts milliseconds
     reset_s = reset_s if reset_s is not None and 0.0 <= reset_s <= 32 * 86_400.0 else None
     if (limit is None and left is None) or limit == 0.0 or (limit or left or 0.0) > _MAX_LIMIT:
         return None                 # a limit of 0 is what projects without one are told
@@ -14758,13 +14765,15 @@ class Relay:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
 
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        No quota counts it: Anthropic's limits of counting are none of those of messages.
         """
         hub = FORMATS["messages"].read_request(job.body)
         choice, catalogue = self.choose(job)
         routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
-        route = routes[0]
+        needs = Needs(job.raw, job.body, self.state.windows, self.world.utc(), FORMATS["messages"].read_request, self.calibration.ratio)
+        route = next((route for route in routes if not misfit(route, needs)), routes[0])     # where it would be sent
         profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
