@@ -34,6 +34,7 @@ Contents
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    25  Bundle              the copy that needs nothing installed
     26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
 
@@ -2718,13 +2719,14 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
     """Waits that headers name outright, and those of windows with nothing left."""
     waits: list[float | None] = []
     unsure: list[float] = []
+    says_when = any(name.endswith(("retry-after", "retry-after-ms")) for name in headers)
     for name, value in headers.items():
         if name == "retry-after-ms":
             number = value.strip()          # of more than float() would: OpenRouter's copies may hold control characters
             waits.append(float(number) / 1000.0 if _DECIMAL.fullmatch(number) else None)
         elif name.endswith("retry-after"):
             waits.append(read_wait(value, utc))
-        elif "ratelimit" in name and "reset" in name:
+        elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
@@ -2897,8 +2899,10 @@ _ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0),
 _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
-_FREE_SLACK = 1.25          #: a key that was served more than this much of a free plan's figure is on another plan
+_FREE_SLACK = 2.1           #: a key that was served more than this much of a free plan's figure is on another plan; two fixed windows meet in any rolling one
+_FIRST_ASKED = 8            #: so many requests may be unanswered at a provider of unknown limits while others are full, or twice what it served in the last minute
 _WRONG_MAX = 3
+_SLID_MAX = 2
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
 _MAX_LIMIT = 10.0 ** 12
@@ -2930,7 +2934,8 @@ class Window:
     resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
     grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
     patience_s: float = 0.0
-    n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
+    n_wrong: int = 0                #: presets that refill: signs in a row that this window does not; after three of them it rolls
+    n_slid: int = 0                 #: rolling: resets that a header named and that did not end all; after two of them it is asked no sooner than its entries end
     entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
 
     @property
@@ -2946,6 +2951,8 @@ class Bucket:
     windows: list[Window] = field(default_factory=list)
     limited: tuple[Window, ...] = ()
     n_open: int = 0
+    n_unseen: int = 0               #: of these, those of which nothing is known yet, and their input: they may be refused
+    unseen_input: int = 0
     max_open: float = _NEVER        #: configured
     learned_open: float = _NEVER    #: by a refusal at `learned_open_at`, one more with every minute since
     learned_open_at: float = 0.0
@@ -2967,6 +2974,7 @@ class Hold:
     n_input: int
     n_output: int
     done: bool = False
+    seen: bool = False              #: the provider has answered
 
 
 class Shortage(NamedTuple):
@@ -3199,6 +3207,8 @@ def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now
                 continue
             origin, soft = window.origin, False
             at = min(_room_at(window, amount, now), max(window.grows_at, now))
+            if window.source == "learned" and bucket.n_unseen and at != _NEVER:
+                at = min(at, now + _ASKED_S)                    # they may prove that there is more
             if at != _NEVER and _resets_sooner(window):     # one request finds out whether all of it ends there
                 at = min(at, max(window.resets_at + _TRAVEL_S, now + _ASKED_S))
                 if not bucket.n_open and now >= window.resets_at + _TRAVEL_S:
@@ -3283,6 +3293,8 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
     hold = Hold(find_buckets(ledger, route), now, n_input, n_output)
     for bucket in hold.buckets:
         bucket.n_open += 1
+        bucket.n_unseen += 1
+        bucket.unseen_input += n_input
         for window in bucket.windows:
             if window.kind != "rolling" or len(window.entries) >= _GRAINS:
                 _expire(window, now, ledger.utc_less_now)
@@ -3303,6 +3315,8 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3318,8 +3332,33 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
                     later += out - reserved
                 if later:
                     _add(window, now, later)
-            if window.source == "preset" and window.used > _FREE_SLACK * window.known:
+            if window.source == "preset" and _confirmed(bucket, window) > _FREE_SLACK * window.known:
                 _forget_free_plan(bucket)
+
+
+def _note_seen(hold: Hold) -> None:
+    """The provider has taken the request in, or it is over: it is no longer unknown what becomes of it."""
+    hold.seen = True
+    for bucket in hold.buckets:
+        bucket.n_unseen -= 1
+        bucket.unseen_input -= hold.n_input
+        for window in bucket.limited:
+            if window.source == "learned" and (served := _confirmed(bucket, window)) > window.known:
+                window.known, window.limit = served, min(window.configured, served)
+
+
+def _confirmed(bucket: Bucket, window: Window) -> float:
+    """What counts in a window without the requests that may still be refused."""
+    return window.used - (bucket.n_unseen if window.measure == "requests" else bucket.unseen_input if window.measure != "output" else 0)
+
+
+def is_unknown(ledger: Ledger, route: Route) -> bool:
+    """Whether nothing tells how much a route takes, and more has been sent there unanswered than it has lately been seen to serve."""
+    for bucket in find_buckets(ledger, route)[:1]:
+        if not bucket.limited and bucket.n_unseen >= _FIRST_ASKED:
+            served = next((_confirmed(bucket, window) for window in bucket.windows if window.measure == "requests" and window.span_s == 60.0), 0.0)
+            return bucket.n_unseen >= 2.0 * served
+    return False
 
 
 def _forget_free_plan(bucket: Bucket) -> None:
@@ -3335,6 +3374,8 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3410,6 +3451,8 @@ def _guess_span(preset_name: str, limit: float | None, left: float | None, reset
 
 def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None) -> None:
     """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered."""
+    if hold is not None and not hold.seen:
+        _note_seen(hold)
     buckets = find_buckets(ledger, route)
     told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
     for one in told:
@@ -3434,23 +3477,54 @@ def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | No
     truly_used = max(window.known - told.left, 0.0)
     since = _unseen(window, hold) if hold is not None else 0.0
     missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
+    if told.kind == "refill" and told.reset_s is not None:
+        _check_refill(window, truly_used, told.reset_s, now)
     began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
+    stale = _stale(window, now) if told.reset_s is not None else 0.0
+    if stale > 0.0 and stale > excess:
+        window.n_slid += 1
     if missing > 0.0:
         _add(window, began_at, missing)
     elif excess > 0.0:
-        if told.reset_s is not None and told.kind == "rolling" and _began_anew(window, truly_used, now):
+        if 0.0 < stale <= window.used - truly_used:
             window.kind = "fixed"
         _cut(window, truly_used + since)
     if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
         return
-    early = bool(window.entries) and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    early = bool(window.entries) and window.n_slid < _SLID_MAX and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
     window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
 
 
-def _began_anew(window: Window, truly_used: float, now: float) -> bool:
-    """Does what counted before the reset that was named last count no longer, though a rolling window would still count it?"""
-    stale = sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
-    return window.kind == "rolling" and window.resets_at <= now and 0.0 < stale <= window.used - truly_used
+def _check_refill(window: Window, truly_used: float, reset_s: float, now: float) -> None:
+    """Does a window fill up all the time, as its preset's do? Then its reset is when all of it is back. Three times not so, and it rolls until it is."""
+    full_s = truly_used / window.known * window.span_s
+    if full_s < 0.1 * window.span_s:
+        return                      # too little to tell: Anthropic rounds to thousands of tokens and whole seconds
+    if abs(reset_s - full_s) <= max(0.25 * full_s, 0.05 * window.span_s):
+        window.n_wrong = max(window.n_wrong - 1, 0) if window.kind == "rolling" else 0
+        if window.kind == "rolling" and not window.n_wrong:
+            window.kind, window.at = "refill", now
+    else:
+        window.n_wrong = min(window.n_wrong + 1, _WRONG_MAX)
+        if window.kind == "refill" and window.n_wrong == _WRONG_MAX:
+            _make_rolling(window, now)
+
+
+def _make_rolling(window: Window, now: float) -> None:
+    """From now on what counts ends a span after it went out."""
+    window.kind, window.n_wrong, window.entries = "rolling", _WRONG_MAX, [entry for entry in window.entries if entry[0] > now - window.span_s]
+    counted = sum(amount for _, amount in window.entries)
+    if counted < window.used:
+        window.entries.append([max(now, window.entries[-1][0]) if window.entries else now, window.used - counted])
+    truly_used, window.used = window.used, max(counted, window.used)
+    _cut(window, truly_used)
+
+
+def _stale(window: Window, now: float) -> float:
+    """What counts though it went out before the reset that was named last, which has passed; where all of it has ended, the window is fixed."""
+    if window.kind != "rolling" or window.resets_at > now:
+        return 0.0
+    return sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
 
 
 def _unseen(window: Window, hold: Hold) -> float:
@@ -3474,6 +3548,10 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
 
     text: the body, or the provider's words.
     """
+    return _named_windows(text) or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+
+
+def _named_windows(text: str) -> list[tuple[str, float, float | None]]:
     found: dict[tuple[str, float], float | None] = {}
     for name, span, value in _QUOTA_ID.findall(text):
         measure = "input" if "Input" in name else "tokens" if "Token" in name else "requests"
@@ -3486,13 +3564,13 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
     if not found:
         for measure, span in _SAID_LETTERS.findall(text):
             found["requests" if measure == "R" else "tokens", _UNITS_S[span.lower()]] = None
-    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()] or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()]
 
 
-def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float) -> None:
-    """A provider refused for its limits: what it named is believed, else the count so far must have been the limit.
+def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float, hold: Hold | None = None) -> None:
+    """A provider refused for its limits: what it named is believed, else a limit that is known to be used up, else the count so far must have been one.
 
-    Call after release().  text: the body of the refusal.
+    Call after release().  text: the body of the refusal.  hold: the request that was refused.
     """
     buckets = find_buckets(ledger, route)
     if not buckets or failure.reason not in ("rate_minute", "rate_day", "request_over_tpm"):
@@ -3502,8 +3580,11 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
     if concurrency:
         buckets[0].learned_open, buckets[0].learned_open_at = float(concurrency[1] or max(buckets[0].n_open, 1)), now
         return
+    if hold is not None and not _named_windows(text) and any(_explains(window, hold, now, ledger.utc_less_now) for window in buckets[0].limited):
+        return
     for measure, span_s, limit in read_refusal(text, failure.reason):
         window = _window(buckets[0], measure, span_s, route.provider.preset.name)
+        size = sum(_amounts(window, hold.n_input, hold.n_output)) if hold is not None else 1.0
         _expire(window, now, ledger.utc_less_now)
         if limit:
             window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
@@ -3512,22 +3593,30 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
         if window.kind == "refill" and window.used + window.held < window.known:
             window.n_wrong += 1
             if window.n_wrong >= _WRONG_MAX:
-                window.kind, window.entries = "rolling", [[now, window.used]]
+                _make_rolling(window, now)
         if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
             window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
         if window.known != _NEVER and window.source in ("header", "refusal"):
-            if window.used < window.known:
-                _add(window, now, window.known - window.used)
+            missing = window.known - window.used - max(size - 1.0, 0.0)     # there was less left than it asked for
+            if missing > 0.0:
+                _add(window, now, missing)
         elif window.used + window.held >= 1.0:
-            _lower(window, now, now + ledger.utc_less_now)
+            _lower(window, _confirmed(buckets[0], window), hold.at if hold is not None else now, now, now + ledger.utc_less_now)
     _sort_out(buckets[0])
 
 
-def _lower(window: Window, now: float, utc: float) -> None:
-    """The limit must have been what is counted now; the longer it holds, the longer until more is tried."""
+def _explains(window: Window, hold: Hold, now: float, shift: float) -> bool:
+    """Had a window whose limit was told too little left for the request that was refused?"""
+    _expire(window, now, shift)
+    return window.origin in ("header", "refusal", "configured") and window.used + window.held + sum(_amounts(window, hold.n_input, hold.n_output)) > window.limit
+
+
+def _lower(window: Window, served: float, sent_at: float, now: float, utc: float) -> None:
+    """The limit must have been what was served; the longer it holds, the longer until more is tried. What went out before the last refusal came teaches no patience."""
     first_s = window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
-    window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
-    window.known, window.source, window.known_utc = max(min(window.used, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
+    if window.source != "learned" or sent_at >= window.grows_at - window.patience_s:
+        window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
+    window.known, window.source, window.known_utc = max(min(served, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
     window.grows_at = now + window.patience_s
 
 
@@ -3916,7 +4005,7 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     late: list[tuple[float, Route]] = []
     waits: list[tuple[float, bool]] = []
     skipped: list[tuple[Route, str]] = []
-    metric, ledger = _METRICS.get(strategy), state.ledger
+    metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
     asked_for: set[str] = set()
     for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
         cooldown = hindrance(state, route, now) if state.cooling else None
@@ -3926,6 +4015,8 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
                 waits.append((cooldown.until_at, True))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+            elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
+                waits.append((max(cooldown.until_at, shortage.at), False))       # refused, and counted full: asking now is in vain
             else:
                 late.append((cooldown.until_at, route))
             continue
@@ -3937,9 +4028,15 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
         elif shortage.soft:
             soft.append((shortage.at, route))
         else:
+            n_full += 1
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
                 waits.append((shortage.at, shortage.proven))
+    if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
+        paced = [pair for pair in ready if is_unknown(ledger, pair[1])]
+        skipped += [(route, "quota: unknown, others are being answered") for _, route in paced]
+        waits += [(now + _PROBE_S, False)] * len(paced)
+        ready = [pair for pair in ready if pair not in paced] if paced else ready
     if metric:
         ready.sort(key=lambda pair: pair[0])
     soft.sort(key=lambda pair: pair[0])
@@ -15041,7 +15138,7 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock())
+        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -16151,6 +16248,29 @@ _WIDTH = 80
 _PATIENCE_S = 1.0           #: longer than this nobody waits without being told for what
 
 
+def program_path() -> Path:
+    """The file that is run: this module, or the bundle that it stands in."""
+    module = Path(__file__).resolve()
+    return module.parent if is_bundled() else module
+
+
+def is_bundled() -> bool:
+    """Whether this module stands in a bundle."""
+    return Path(__file__).resolve().parent.is_file()
+
+
+def own_command() -> list[str]:
+    """How to run this program once more; a bundle needs nothing that is installed, and takes nothing."""
+    return [sys.executable, *(("-I", "-S") if is_bundled() else ()), str(program_path())]
+
+
+def read_beside(name: str) -> bytes | None:
+    """A file that stands beside this module, in its folder or in its bundle; None where there is none."""
+    with contextlib.suppress(OSError):
+        return __loader__.get_data(str(Path(__file__).with_name(name)))       # type: ignore[name-defined]
+    return None
+
+
 class Home(NamedTuple):
     """Where configuration and state live."""
     folder: Path
@@ -16175,7 +16295,7 @@ class Home(NamedTuple):
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
-    program = Path(__file__).resolve().parent
+    program = program_path().parent
     if named or (program / "models.json").is_file():
         folder = Path(named).expanduser().resolve() if named else program
         return Home(folder, folder / "data")
@@ -16194,9 +16314,17 @@ def _read_text(path: Path) -> str | None:
         raise ConfigError(str(path), getattr(error, "strerror", None) or "bytes that are not UTF-8", "a readable text file") from error
 
 
+def routing_text(home: Home) -> str | None:
+    """The text of models.json: the home's, else the bundle's, None where there is neither. Raises ConfigError."""
+    text = _read_text(home.models_path)
+    if text is None and is_bundled() and (bundled := read_beside("models.json")) is not None:
+        return bundled.decode("utf-8")
+    return text
+
+
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return _load_home(home, _read_text(home.models_path), _read_text(home.env_path), flags)
+    return _load_home(home, routing_text(home), _read_text(home.env_path), flags)
 
 
 def _load_home(home: Home, models_text: str | None, env_text: str | None, flags: Mapping[str, Any] = MappingProxyType({})) -> Config:
@@ -16272,7 +16400,7 @@ def change_models(home: Home, change: Callable[[str, Json], str]) -> Config:
     """
     with _locked(home):
         text, before = _read_text(home.models_path), read_config(home, {})      # on what is broken nothing is built
-        start = _models_text(before) if text is None else text
+        start = routing_text(home) or _models_text(before)
         new = change(start, json.loads(start.removeprefix("\ufeff")))
         config = _load_home(home, new, _read_text(home.env_path))
         if new != text:
@@ -16761,6 +16889,72 @@ def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
 
 
 ##############################################################################
+# 25. Bundle                                                I/O | uses 1-2, 23
+##############################################################################
+# The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
+# sources, wherever it is made: sorted names, one date, nothing compressed, nothing compiled.  Everything is read through the import system, so that a copy can make a copy.
+# One more package: its name in _PACKAGES.  Guarded by tests/test_bundle.py.
+
+_PACKAGES = ("h11", "certifi")
+_PACKAGE_FILES = re.compile(r".*\.(?:py|pem)|py\.typed")
+_LICENCE_FILES = re.compile(r"(?i)(?:LICEN[CS]E|COPYING|NOTICE|AUTHORS)[^/]*")
+#: -I: no folder, no variable and no package of the user's; -S: no site-packages, so that no .pth file of it ever runs.
+_SHEBANG = b"#!/usr/bin/env -S python3 -I -S\n"
+_START = b"import sys\nfrom aicarousel import main\nsys.exit(main())\n"
+
+
+def bundle_members(models: bytes | None) -> dict[str, bytes]:
+    """Path and bytes of everything in a bundle, sorted by path; `models` is the models.json to go with it. Raises ConfigError where a package is missing."""
+    own = {"aicarousel.py": read_beside(Path(__file__).name), "LICENSE": read_beside("LICENSE"), "models.json": models}
+    members = {"__main__.py": _START, **{name: data for name, data in own.items() if data is not None}}
+    for package in _PACKAGES:
+        members |= _package_members(package)
+    return dict(sorted(members.items()))
+
+
+def _package_members(package: str) -> dict[str, bytes]:
+    """The files of an installed package, its licence, and the little that tells its version. Raises ConfigError."""
+    import importlib.metadata
+    import importlib.resources
+    try:
+        about, top = importlib.metadata.distribution(package), importlib.resources.files(package)
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise ConfigError(f"package {package}", "it is not installed", f"python -m pip install {package}") from error
+    members = {f"{package}/{file.name}": file.read_bytes() for file in top.iterdir() if file.is_file() and _PACKAGE_FILES.fullmatch(file.name)}
+    info = f"{package}-{about.version}.dist-info"
+    members[f"{info}/METADATA"] = (about.read_text("METADATA") or about.read_text("PKG-INFO") or f"Name: {package}\nVersion: {about.version}\n").encode()
+    for path in about.files or ():
+        if _LICENCE_FILES.fullmatch(path.name):
+            members[f"{info}/licenses/{path.name}"] = path.read_binary()
+    # What a copy reads when it makes a copy; the installer's own list names files of one machine.
+    members[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in sorted([*members, f"{info}/RECORD"])).encode()
+    return members
+
+
+def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
+    """Write a bundle, in place of what was there only once it is whole; its SHA-256 in hex. Raises ConfigError."""
+    import io
+    import zipfile
+    packed = io.BytesIO(_SHEBANG)
+    packed.seek(len(_SHEBANG))
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, data)
+    whole, unfinished = packed.getvalue(), path.with_name(path.name + ".new")
+    try:
+        unfinished.write_bytes(whole)
+        unfinished.chmod(0o755)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be written") from error
+    return hashlib.sha256(whole).hexdigest()
+
+
+##############################################################################
 # 26. Set-up                                                I/O | uses 1-4, 17, 23
 ##############################################################################
 # The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
@@ -16979,7 +17173,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 26
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -17043,7 +17237,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
     if again:
-        os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:]])
+        os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
 
 
@@ -17152,7 +17346,7 @@ def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
 
 async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event, wanted: asyncio.Event, seen: list[tuple[int, int, int]]) -> bool:
     """Load the configuration anew when its files are no longer as `seen` or `wanted` is set; True when the program itself changed."""
-    log, program = logging.getLogger("aicarousel.config"), Path(__file__)
+    log, program = logging.getLogger("aicarousel.config"), program_path()
     seen_program = _stamp(program)
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
@@ -17710,6 +17904,35 @@ def _print_answer(answer: Any, stream: bool) -> int:
     return 1 if failed or not ended else 0
 
 
+def _bundle_command(arguments: Any) -> int:
+    home, path = find_home(arguments.home), Path(arguments.output)
+    models = routing_text(home)
+    read_config(home, {})               # nobody is handed a models.json that does not load
+    digest = write_bundle(path, bundle_members(models.encode() if models is not None else None))
+    if arguments.json:
+        print(json.dumps({"path": str(path), "sha256": digest, "models": models is not None}))
+    else:
+        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {digest}\nIt runs on any Python from 3.11 on: python -I -S {path.name} serve"
+              + (f"\nWithout a models.json beside it, it routes by {home.models_path if home.models_path.exists() else 'the one in this bundle'}." if models is not None else "")
+              + "\nIt holds no key.")
+    return 0
+
+
+def _version_command(arguments: Any) -> int:
+    told: Json = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "h11": getattr(h11, "__version__", None), "bundle": is_bundled()}
+    if arguments.verify:
+        home = find_home(arguments.home)
+        own = {program_path().name: program_path().read_bytes()} if is_bundled() else {}
+        members = own | bundle_members(read_beside("models.json") if is_bundled() else (text.encode() if (text := routing_text(home)) is not None else None))
+        told["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        print(f"AICarousel {told['version']}, Python {told['python']}, {'a bundle with ' if is_bundled() else ''}h11 {told['h11'] or 'not installed'}")
+        print("".join(f"{digest}  {name}\n" for name, digest in told.get("sha256", {}).items()), end="")
+    return 0
+
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "setup": _setup_command,
     "serve": _serve_command,
@@ -17727,6 +17950,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "bundle": _bundle_command,
+    "version": _version_command,
 }
 
 
@@ -17822,7 +18047,7 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
-    parser = argparse.ArgumentParser(prog="aicarousel.py", description="AICarousel: one address for many LLM APIs.")
+    parser = argparse.ArgumentParser(prog=program_path().name, description="AICarousel: one address for many LLM APIs.")
     parser.add_argument("--version", action="version", version=f"AICarousel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -17871,6 +18096,11 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+
+    commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
+        "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")
+    commands.add_parser("version", parents=[common, as_json], help="which version this is").add_argument(
+        "--verify", action="store_true", help="also the SHA-256 of all that a bundle is made of, and of the bundle that is run")
     return parser
 
 
