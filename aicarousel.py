@@ -238,6 +238,7 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    weight: int = 1                          #: its share of the requests, beside those of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -812,12 +813,12 @@ class Carousel:
     fallback: str = "chain"
     max_attempts: int = 6
     max_wait_s: float = 30.0
-    max_queue: int = 256
     tool_stream: str = "held"
     unknown_model: str = "carousel"
     echo_model: bool = False
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
+    max_queue: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -1210,12 +1211,13 @@ _PROVIDER_FIELDS = {
     "timeouts": _Field("timeouts", _want_object(_TIMEOUT_FIELDS)),
     "limits": _Field("limits", _LIMITS),
     "maxConcurrent": _Field("max_concurrent", _want_whole(1, 10_000)),
+    "weight": _Field("weight", _want_whole(1, 1000)),
     "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, **rest: PayloadRule(
         models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
 
 _CAROUSEL_FIELDS = {
-    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota")),
+    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota", "least-busy", "weighted")),
     "affinity": _Field("affinity", _want_word("auto", "on", "off")),
     "fallback": _Field("fallback", _want_word("chain", "same-model", "none")),
     "maxAttempts": _Field("max_attempts", _want_whole(1, 50)),
@@ -1353,7 +1355,7 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
            else keys_out)
     timeouts = replace(Timeouts(first_byte_s=preset.first_byte_s, idle_s=preset.idle_s), **entry.get("timeouts", {}))
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out, entry.get("weight", 1))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -3434,6 +3436,8 @@ class RoutingState:
     windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
     ledger: Ledger = field(default_factory=Ledger)
     speeds: dict[str, tuple[float, float]] = field(default_factory=dict)     #: route id -> (milliseconds to the first byte, when measured)
+    shares: dict[str, float] = field(default_factory=dict)  #: provider -> how many requests it was asked, each divided by its weight
+    shares_now: float = 0.0                                 #: those of the provider asked last, before that
     sessions: dict[str, Pin] = field(default_factory=dict)     #: by conversation, what was served longest ago first
 
 
@@ -3802,7 +3806,18 @@ def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> fl
     return 1.0 - share_left(state.ledger, route, now)
 
 
-_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
+def _n_open(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """Requests under way in what the provider counts together."""
+    return float(max((bucket.n_open for bucket in find_buckets(state.ledger, route)), default=0))
+
+
+def _shares_had(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """How many shares of 1/weight its provider has had; one that took no part for a while has no claim to what it missed."""
+    return max(state.shares.get(route.provider.name, 0.0), state.shares_now)
+
+
+_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({
+    "fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity, "least-busy": _n_open, "weighted": _shares_had})
 
 
 def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
@@ -3928,8 +3943,11 @@ def is_listed(route: Route) -> bool:
 
 def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     """Remember that `route` is being asked: the turn moves on, and ended cooldowns of it are being probed."""
+    provider = route.provider
+    state.shares_now = max(state.shares.get(provider.name, 0.0), state.shares_now)
+    state.shares[provider.name] = state.shares_now + 1.0 / provider.weight
     if choice.rotates:
-        state.turns[choice.turn_name] = route.provider.name
+        state.turns[choice.turn_name] = provider.name
     if len(route.provider.credentials) > 1 and is_listed(route):
         state.turns[route.keys[2]] = route.credential.id
     for key in route.keys if state.cooling else ():

@@ -225,7 +225,7 @@ def test_timeouts_and_defaults_are_those_of_the_module() -> None:
         [words] = re.findall(rf"`{name}` \(([^)]*)\)", text)
         assert re.search(rf"\b{getattr(given, kept.name):g}\b", words), name
     carousel = aicarousel.Carousel()
-    assert f"one request ({carousel.max_attempts})" in text and f"route is out ({carousel.max_wait_s:g})" in text
+    assert f"one request ({carousel.max_attempts})" in text and f"route is out ({carousel.max_wait_s:g})" in text and f"the same routes ({carousel.max_queue})" in text
     assert f"silent for {aicarousel._KEEP_ALIVE_FIRST_S} seconds" in README and f"every {aicarousel._KEEP_ALIVE_S:g} seconds" in README
 
 
