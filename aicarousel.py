@@ -3664,12 +3664,12 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     candidates = _candidates(catalogue, choice, state, strategy, fallback)
     routes, soft, late, waits, skipped, pinned = _survey(candidates, state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
     session = "" if not facts.sticks else "new" if pin is None else "moved"
-    if pin is not None and pinned is not None and pinned in routes:
-        routes.remove(pinned)
-        routes.insert(0, pinned)
-    elif pin is not None and routes:
+    if pin is not None and pinned is not None and routes:
+        place = next((place for place, route in enumerate(routes) if route is pinned), None)
         wait = next((wait for wait in waits if wait.route is pinned and wait.at <= give_up_at), None)
-        if wait is not None and not (fits and fits(wait.route)):
+        if place is not None:
+            routes.insert(0, routes.pop(place))
+        elif wait is not None and not (fits and fits(pinned)):
             if wait.at <= asked_at + _worth_s(pin, asked_at):
                 return Plan((), tuple(skipped), wait.at, "hit", wait.proven, (wait,))
             session = "repin"
@@ -14640,19 +14640,18 @@ class _Run:
         clock, turn, awaited = relay.world.clock, asyncio.Event(), frozenset[str]()
         began_at, alarm = clock(), Alarm(turn.set)
         try:
-            while True:
-                if (taken := self._take_unclaimed(found, awaited)) is not None:
-                    return taken
-                awaited = self._keep_place(found, awaited, turn)
-                first = first_in(relay.lines[awaited]) is turn
-                at = min(self._give_up_at, found.free_at or self._give_up_at) if first else self._give_up_at
-                alarm.set(max(at - clock(), 0.01))
-                turn.clear()
-                await turn.wait()
-                while not (first_in(relay.lines[awaited]) is turn or clock() >= self._give_up_at):
+            while (taken := self._take_unclaimed(found, awaited)) is None:
+                awaited, is_next = self._keep_place(found, awaited, turn), False
+                while not is_next:
+                    # Who waits for a cache looks by the time that is worth, whoever is first.
+                    looks_at = found.free_at if found.session == "hit" or first_in(relay.lines[awaited]) is turn else None
+                    looks_at = min(self._give_up_at, looks_at or self._give_up_at)
                     turn.clear()
+                    alarm.set(max(looks_at - clock(), 0.01))
                     await turn.wait()
+                    is_next = first_in(relay.lines[awaited]) is turn or clock() >= looks_at
                 found = self._look_for_routes()
+            return taken
         finally:
             self._waited_s += clock() - began_at
             alarm.stop()

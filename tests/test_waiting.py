@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -418,6 +420,20 @@ def test_small_requests_do_not_starve_a_large_one(build: Build, provider: Provid
     assert len(served(provider)[1]) > 5000
 
 
+def test_what_somebody_waits_for_is_left_to_him(build: Build, provider: Provider) -> None:
+    """A large picture waits for the room of `a`: a small one stands behind it, words go elsewhere, even those of a conversation that was served there."""
+    filler = answer(chat_answer(usage={"prompt_tokens": 2000, "completion_tokens": 0, "total_tokens": 2000}))
+    house = build(a=in_turn(filler, answer(chat_answer())), b=healthy(), entries={"a": {"limits": {"tpm": 4000}}, "b": BLIND}, carousel={"strategy": "priority", "maxWait": 100})
+    assert in_session(house).headers["x-aicarousel-provider"] == "a"
+    large = post(house, {**picture(max_tokens=1), "messages": [{"role": "user", "content": "word " * 2000}, IMAGE]})
+    small = post(house, picture(max_tokens=1))
+    told = in_session(house).headers
+    assert (told["x-aicarousel-provider"], told["x-aicarousel-session"]) == ("b", "repin") and len(provider.calls("a")) == 1
+    house.pass_time(62.0)
+    assert {reply.headers["x-aicarousel-provider"] for reply in (large.read_all(), small.read_all())} == {"a"}
+    assert [len(request.json["messages"]) for request in provider.calls("a")[1:]] == [2, 1]
+
+
 def test_a_restricted_key_that_waits_holds_no_other_up(build: Build, provider: Provider) -> None:
     house = build(a=healthy(), b=healthy(), entries={"a": {"limits": {"rpm": 1}}})
     narrow = aicarousel.create_key(house.database, "narrow", limits={"models": ["a/*"]})[0]
@@ -453,3 +469,105 @@ def test_a_conversation_waits_for_its_cache_or_leaves_it(build: Build, n_cached:
     house.settle()
     decision = next(one for one in house.gateway.decisions if one.id == reply.headers["x-aicarousel-request-id"])
     assert f"conversation: {told}" in aicarousel.explain_lines(decision)[-1]
+
+
+def test_each_conversation_waits_by_its_own_cache_whoever_is_first(build: Build, provider: Provider) -> None:
+    house = build(a=in_turn(healthy(), healthy(), [Pause("busy"), *answer(chat_answer())], healthy()), b=healthy(), entries={"a": {"maxConcurrent": 1}}, carousel={"strategy": "priority"})
+    for name in ("long", "short"):
+        assert house.post("/v1/chat/completions", chat_body(None), headers={"x-session-id": name}).headers["x-aicarousel-provider"] == "a"
+    house.settle()
+    busy = send(house, "busy")
+    provider.wait_paused("busy")
+    pins = house.gateway.relay.state.sessions
+    for name, pin in list(pins.items()):
+        pins[name] = pin._replace(n_cached={"long": 40_000, "short": 8_000}[name.split()[-1]])      # 20 and 4 seconds
+    long, short = (post(house, chat_body(None), {"x-session-id": name}) for name in ("long", "short"))
+    assert [sum(map(len, line.values())) for line in house.gateway.relay.lines.values()] == [2]
+    for _ in range(5):
+        house.pass_time(1.01)
+    assert (reply := short.read_all()).headers["x-aicarousel-session"] == "repin" and reply.headers["x-aicarousel-provider"] == "b"
+    provider.release("busy")
+    assert (reply := long.read_all()).headers["x-aicarousel-session"] == "hit" and reply.headers["x-aicarousel-provider"] == "a" and busy.read_all().status == 200
+
+
+# ------------------------------------------------------------------ section 20: all of it at once
+
+class Crowd:
+    """Requests that stand in line, hold their route for a while and leave, without a provider to ask; and what must hold of them at any time."""
+
+    def __init__(self, house: House, seed: int) -> None:
+        self.house, self.dice, self.relay = house, random.Random(seed), house.gateway.relay
+        self.outcomes, self.waited_s, self.order = Counter[str](), dict[int, list[float]](), dict[tuple[int, bool], list[int]]()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def arrive(self, key_id: int, *, seen: bool, session: str = "") -> None:
+        number = len(self.tasks)
+        body = {"model": "aicarousel", "messages": [IMAGE if seen else {"role": "user", "content": "Hi"}], **({"prompt_cache_key": session} if session else {})}
+        job = aicarousel.Job(id=f"{number}", raw=json.dumps(body).encode(), body=body, model="aicarousel", stream=False, received_at=self.relay.world.clock(), key_id=key_id)
+        self.tasks.append(self.house.loop.create_task(self._serve(job, number, seen)))
+
+    async def _serve(self, job: aicarousel.Job, number: int, seen: bool) -> None:
+        run, clock, state = aicarousel._Run(self.relay, job, None), self.relay.world.clock, self.relay.state      # type: ignore[arg-type]
+        run._choice, run._catalogue = self.relay.choose(job)
+        run._facts, run._give_up_at = run._read_facts(), clock() + 30.0
+        began_at = clock()
+        try:
+            found = await run._plan()
+        except aicarousel.GatewayError as error:
+            assert error.status == 429 and clock() - began_at >= 28.9, "who waits for a place is told so a second before its time is over"
+            self.outcomes["refused"] += 1
+            return
+        except asyncio.CancelledError:
+            self.outcomes["left"] += 1
+            raise
+        route = found.routes[0]
+        assert not (seen and route.provider.name == "b") and aicarousel.find_shortage(state.ledger, route, *run._facts[:2], clock()) is None
+        aicarousel.begin_attempt(state, run._choice, route)
+        hold = reserve(state.ledger, route, *run._facts[:2], clock())
+        self.waited_s.setdefault(job.key_id, []).append(clock() - began_at)
+        self.order.setdefault((job.key_id, seen), []).append(number)
+        note_served(state, route, run._facts, 100.0, clock())
+        try:
+            await asyncio.sleep(self.dice.uniform(0.2, 2.0))
+            note_cached(state, run._facts, 20_000)
+            self.outcomes["served"] += 1
+        finally:
+            settle(state.ledger, hold, 5, 5, clock())
+            self.relay.wake()
+
+    def check(self) -> None:
+        """No route stands free that somebody waits for, and none has more than it takes."""
+        buckets = self.relay.state.ledger.buckets
+        for name in "abc":
+            bucket = buckets[f"provider {name}"]
+            assert bucket.n_open <= bucket.max_open
+            assert bucket.n_open == bucket.max_open or not any(f"{name}/1:m" in awaited for awaited in self.relay.lines), (name, self.relay.lines.keys())
+        assert all(line and all(line.values()) for line in self.relay.lines.values())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_crowd_is_served_in_turn_and_no_route_stands_idle(build: Build, seed: int) -> None:
+    """Near 600 requests of four keys, one of which sends nine in ten, in bursts; a quarter are pictures, some belong to conversations, some leave."""
+    house = build(a=healthy(), b=healthy(), c=healthy(), entries={"a": {"maxConcurrent": 2}, "b": {**BLIND, "maxConcurrent": 2}, "c": {"maxConcurrent": 1}})
+    crowd = Crowd(house, seed)
+    dice = crowd.dice
+
+    def burst(size: int) -> None:
+        for _ in range(size):
+            crowd.arrive(1, seen=dice.random() < 0.25)
+    for step in range(240):
+        if step % 12 == 0 and step < 180:
+            house.do(lambda: burst(36))
+        if step % 4 == 0 and step < 180:
+            house.do(lambda: crowd.arrive(dice.choice((2, 3, 4)), seen=dice.random() < 0.25, session=dice.choice(("", f"s{dice.randrange(4)}"))))
+        if step % 7 == 0:
+            house.do(lambda: dice.choice(crowd.tasks).cancel())
+        house.pass_time(0.5)
+        house.do(crowd.check)
+    house.do(lambda: asyncio.gather(*crowd.tasks, return_exceptions=True))
+    assert all(task.cancelled() or task.exception() is None for task in crowd.tasks), [task.exception() for task in crowd.tasks if not task.cancelled() and task.exception()]
+    assert not house.gateway.relay.lines and all(bucket.n_open == 0 for bucket in house.gateway.relay.state.ledger.buckets.values())
+    for (key_id, _), numbers in crowd.order.items():
+        assert key_id != 1 or numbers == sorted(numbers), "within a key and a kind it is first come first served"
+    light = [waited for key_id in (2, 3, 4) for waited in crowd.waited_s[key_id]]
+    assert crowd.outcomes["refused"] > 10 and crowd.outcomes["left"] > 3 and max(crowd.waited_s[1]) > 25.0 and max(light) < 11.0, (crowd.outcomes, max(crowd.waited_s[1]), max(light))
