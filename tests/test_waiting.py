@@ -353,7 +353,7 @@ def test_a_burst_of_one_key_does_not_keep_another_waiting(build: Build, provider
 
 def test_a_line_has_an_end_and_whoever_comes_then_is_told_when_to_come_again(build: Build, provider: Provider) -> None:
     script = Enforcer(2, 60.0)
-    house = open_house(build, {"a": script}, entries={"a": {"limits": {"rpm": 2}}}, carousel={"maxQueue": 3, "maxWait": 130})
+    house = open_house(build, {"a": script}, entries={"a": {"limits": {"rpm": 2}}}, carousel={"limits": {"queue": 3}, "maxWait": 130})
     assert [house.chat("aicarousel", stream=False).status for _ in range(2)] == [200, 200]
     waiting = [send(house, f"number {number}") for number in range(3)]
     refused = house.chat("aicarousel", stream=False)
@@ -368,7 +368,7 @@ def test_a_line_has_an_end_and_whoever_comes_then_is_told_when_to_come_again(bui
 
 
 def test_without_a_queue_nobody_waits(build: Build) -> None:
-    house = build(a=healthy(), entries={"a": {"limits": {"rpm": 1}}}, carousel={"maxQueue": 0, "maxWait": 90})
+    house = build(a=healthy(), entries={"a": {"limits": {"rpm": 1}}}, carousel={"limits": {"queue": 0}, "maxWait": 90})
     assert house.chat("aicarousel", stream=False).status == 200
     refused = house.chat("aicarousel", stream=False)
     assert refused.status == 429 and 55 <= int(refused.headers["retry-after"]) <= 61 and not house.gateway.relay.lines
