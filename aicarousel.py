@@ -3531,6 +3531,9 @@ def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
 # A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
+# What fits a request is section 14's to say: plan() is handed it, and asks it as seldom as it can.
+# A conversation stays where its prompt is cached, and waits there no longer than another provider would take to read that part anew.
+# One more strategy: a function of what less is better of, a line in _METRICS, its word in section 4; a row in tests/test_quota.py shows it.
 
 CAROUSEL_NAMES = frozenset({"", "aicarousel", "auto", "router-maestro"})
 _FAMILIES = (("gpt-", "openai"), ("chatgpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"), ("claude-", "anthropic"), ("gemini-", "gemini"))
@@ -14443,6 +14446,8 @@ class Server:
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
 # error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
+# Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
+# first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
 
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
 _AFTER_END_S = 0.25             #: how long to wait for the end of the body once the end mark has come
@@ -14775,7 +14780,8 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        wait_ms = round((found.free_at - relay.world.clock()) * 1000) if found and not found.routes and found.free_at is not None and found.free_at <= self._give_up_at else 0
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "")
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -14890,7 +14896,7 @@ class _Run:
     def _keep_place(self, found: Plan, awaited: frozenset[str], turn: asyncio.Event) -> frozenset[str]:
         """Stand in the line for the routes of a plan, having left the one for `awaited`; those routes' ids. Raises GatewayError where too many stand there."""
         relay, key_id = self._relay, self._job.key_id
-        wanted = frozenset((*(route.id for route in found.routes), *(wait.route.id for wait in found.waits)))
+        wanted = frozenset(route.id for route in (*found.routes, *(wait.route for wait in found.waits)) if not self._why_not(route))
         if wanted == awaited:
             return awaited
         line = relay.lines.get(wanted, {})
@@ -15462,7 +15468,7 @@ def explain_lines(decision: Decision) -> list[str]:
     out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
     asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
-    notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
+    notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
     notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []

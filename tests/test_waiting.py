@@ -255,6 +255,16 @@ def test_a_picture_waits_for_the_route_that_sees_and_holds_nobody_up(build: Buil
     assert [request.json["messages"][0] == IMAGE for request in provider.calls("b")] == [False, True]
 
 
+def test_a_dry_run_tells_how_long_it_would_wait(build: Build) -> None:
+    house = build(a=healthy(), entries={"a": {"limits": {"rpm": 1}}})
+    key = aicarousel.create_key(house.database, "admin", limits={"admin": True})[0]
+    assert house.chat("aicarousel", stream=False).status == 200
+    assert house.request("POST", "/admin/explain", chat_body(None), key=key).json["lines"][1:] == ["left out:", "  a/1:m: quota: 1 requests a minute (configured), 60 s left"]
+    house.pass_time(45.0)
+    [told] = house.request("POST", "/admin/explain", chat_body(None), key=key).json["lines"][3:]
+    assert told.startswith("would wait 15") and told.endswith(" ms in line") and not house.gateway.relay.lines
+
+
 def test_what_will_not_be_free_in_time_is_a_429_and_what_fits_nowhere_a_400(build: Build, provider: Provider) -> None:
     house = build(a=healthy(), b=healthy(), entries={"a": BLIND, "b": {"limits": {"rpm": 1}}})
     assert house.chat("b/m", stream=False).status == 200
