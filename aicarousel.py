@@ -4082,7 +4082,8 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
-                waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))       # refused, and counted full: asking now is in vain
+                if shortage.at != _ENDLESS:         # refused, and counted full: asking now is in vain
+                    waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))
             else:
                 late.append((cooldown.until_at, route))
             continue

@@ -88,6 +88,13 @@ def test_last_resorts_and_routes_beyond_a_free_plan_must_fit_too() -> None:
         assert " ".join(route.provider.name for route in found.routes) == expected and {route.provider.name for route, why in found.skipped if why == "too_small"} == set(unfit)
 
 
+def test_a_request_too_large_for_a_route_that_cools_waits_for_no_end_of_days(build: Build) -> None:
+    house = build(a=in_turn(answer({"error": {"message": "Slow down."}}, 429), healthy()), entries={"a": {"limits": {"tpm": 300}}}, carousel={"maxWait": 0})
+    assert house.post("/v1/chat/completions", chat_body(None, "few words", max_tokens=1)).status == 429
+    reply = house.post("/v1/chat/completions", chat_body(None, "word " * 400, max_tokens=1))
+    assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
+
+
 def test_one_route_is_looked_at_where_the_first_fits() -> None:
     pool, asked = Pool({f"p{number:03}": entry("m") for number in range(200)}), list[str]()
     assert len(plan_of(pool, asked=asked).routes) == 200 and asked == ["p000"]
