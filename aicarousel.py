@@ -35,6 +35,7 @@ Contents
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
     25  Bundle              the copy that needs nothing installed
+    26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
@@ -241,6 +242,7 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
     weight: int = 1                          #: its share of the requests, beside those of the others
 
 
@@ -1494,7 +1496,8 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
                      else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out, entry.get("weight", 1))
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
+                    any(row["id"] == ALL_MODELS for row in entry["models"]), entry.get("weight", 1))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -1562,8 +1565,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
     The preset's limits are those of free plans and are not taken over: a paid key would be throttled by them.
     """
     known = {model.id: replace(model, limits=None) for model in preset.models}
-    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"]]
+    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"] if row["id"] != ALL_MODELS]
     default = entry["default"]
+    if len(models) < len(entry["models"]) and default not in [model.id for model in models]:
+        models.insert(0, known.get(default, Model(default)))
     _refuse_twice(models, place)
     if models and default not in [model.id for model in models]:
         raise place.at("default").refuse(_shown(default), 'a model of "models"; ' + _one_of(default, [model.id for model in models]))
@@ -1574,6 +1579,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
             models.insert(0, known.get(default, Model(default)))
     _warn_retired(load, name, models, preset, place)
     return tuple(models), default
+
+
+#: Among the models of a provider: all that it lists.
+ALL_MODELS = "*"
 
 
 def _refuse_twice(models: Sequence[Model], place: _Place) -> None:
@@ -3697,6 +3706,7 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
 _PREFILL_PER_S = 2000.0     #: tokens of a prompt that a provider reads in a second: what a cache saves in time
@@ -3782,6 +3792,9 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
 
 
 class Pin(NamedTuple):
@@ -3802,6 +3815,8 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
@@ -4039,46 +4054,59 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     pin = state.sessions.get(facts.session) if facts.sticks else None
     if pin is not None and now - pin.at > _SESSION_S:
         pin = None
-    candidates = _candidates(catalogue, choice, state, strategy, fallback)
-    routes, soft, late, waits, skipped, pinned = _survey(candidates, state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
-    session = "" if not facts.sticks else "new" if pin is None else "moved"
-    if pin is not None and pinned is not None and routes:
-        place = next((place for place, route in enumerate(routes) if route is pinned), None)
-        wait = next((wait for wait in waits if wait.route is pinned and wait.at <= give_up_at), None)
+    found = _survey(_candidates(catalogue, choice, state, strategy, fallback), state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
+    session, pinned = "" if not facts.sticks else "new" if pin is None else "moved", found.pinned
+    if pin is not None and pinned is not None and found.routes:
+        place = next((place for place, route in enumerate(found.routes) if route is pinned), None)
+        wait = next((wait for wait in found.waits if wait.route is pinned and wait.at <= give_up_at), None)
         if place is not None:
-            routes.insert(0, routes.pop(place))
+            found.routes.insert(0, found.routes.pop(place))
         elif wait is not None and not (fits and fits(pinned)):
             if wait.at <= asked_at + _worth_s(pin, asked_at):
-                return Plan((), tuple(skipped), wait.at, "hit", wait.proven, (wait,))
+                return Plan((), tuple(found.skipped), wait.at, "hit", wait.proven, (wait,))
             session = "repin"
     if fits is not None:
-        _leave_out_misfits(fits, routes, soft, late, waits, skipped)
-    if routes and routes[0] is pinned:
+        _leave_out_misfits(fits, found)
+    if found.routes and found.routes[0] is pinned:
         session = "hit"
-    first = min(waits, key=_end_of) if waits else None
+    first = min(found.waits, key=_end_of) if found.waits else None
     free_at, proven = (first.at, first.proven) if first is not None else (None, True)
-    if not routes and not soft and free_at is not None and now < free_at <= give_up_at:
-        return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven, tuple(waits))
-    return Plan((*routes, *(route for _, route in soft), *(route for _, route in late)), tuple(skipped), free_at, session, proven, tuple(waits))
+    routes, late = [*found.routes, *(route for _, route in found.soft)], found.late
+    if not routes and free_at is not None and now < free_at <= give_up_at:
+        return Plan((), tuple(found.skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven, tuple(found.waits))
+    if not routes and not late and found.probes:
+        late = [min(found.probes, key=_end_of)]
+    return Plan((*routes, *(route for _, route in late)), tuple(found.skipped), free_at, session, proven, tuple(found.waits))
 
 
-def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float,
-            pinned_id: str) -> tuple[list[Route], list[_Dated], list[_Dated], list[Wait], list[tuple[Route, str]], Route | None]:
-    """How things stand: free routes in order, soft ones, last resorts, those that are free again in time, all that are out with the reason; and the conversation's own."""
+@dataclass(slots=True)
+class _Survey:
+    """How things stand with every route that may serve a request."""
+    routes: list[Route]                 #: free, in order
+    soft: list[_Dated]                  #: full by the figures of a free plan alone
+    late: list[_Dated]                  #: last resorts: out by a guess
+    probes: list[_Dated]                #: out by their provider's word, which may be tested
+    waits: list[Wait]                   #: out until then
+    skipped: list[tuple[Route, str]]    #: all but the free and soft ones, with the reason
+    pinned: Route | None = None         #: the conversation's own
+
+
+def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float, pinned_id: str) -> _Survey:
+    """Ask of each route once whether it cools and whether it has room."""
     ready: list[tuple[tuple[float, ...], Route]] = []
-    soft: list[_Dated] = []
-    late: list[_Dated] = []
-    waits: list[Wait] = []
-    skipped: list[tuple[Route, str]] = []
-    metric, ledger, n_full, pinned = _METRICS.get(strategy), state.ledger, 0, None
+    found = _Survey([], [], [], [], [], [])
+    soft, late, probes, waits, skipped = found.soft, found.late, found.probes, found.waits, found.skipped
+    metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
     for place, is_own, route in candidates:
         if is_own and route.id == pinned_id:        # a conversation leads to no other route than was asked for
-            pinned = route
+            found.pinned = route
         cooldown = hindrance(state, route, now) if state.cooling else None
         if cooldown is not None:
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
                 waits.append(Wait(cooldown.until_at, True, route))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
@@ -4106,29 +4134,36 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
         ready.sort(key=lambda pair: pair[0])
     soft.sort(key=_end_of)
     late.sort(key=_end_of)
-    return [route for _, route in ready], soft, late, waits, skipped, pinned
+    found.routes = [route for _, route in ready]
+    return found
 
 
 def _end_of(dated: _Dated | Wait) -> float:
     return dated[0]
 
 
-def _leave_out_misfits(fits: Callable[[Route], str], routes: list[Route], soft: list[_Dated], late: list[_Dated], waits: list[Wait], skipped: list[tuple[Route, str]]) -> None:
-    """Move what does not fit from the front of `routes` to `skipped`; when none of them fits, from everywhere."""
+def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
+    """Move what does not fit from the front of the free routes to those left out; when none of them fits, from everywhere."""
+    routes, skipped = found.routes, found.skipped
     while routes and (why := fits(routes[0])):
         skipped.append((routes.pop(0), why))
     if routes:
         return
-    unfit = {route.id: why for route in (*(route for _, route in soft), *(route for route, _ in skipped)) if (why := fits(route))}
-    skipped[:] = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in soft if route.id in unfit]
-    soft[:] = [dated for dated in soft if dated[1].id not in unfit]
-    late[:] = [dated for dated in late if dated[1].id not in unfit]
-    waits[:] = [wait for wait in waits if wait.route.id not in unfit]
+    unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
+    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
+    found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
 
 
 def _worth_s(pin: Pin, now: float) -> float:
     """The seconds in which another provider would read what this conversation's cache holds; 0 for a cache that is small, old or was never found."""
     return pin.n_cached / _PREFILL_PER_S if pin.n_cached >= _CACHE_LEAST and now - pin.at <= _CACHE_S else 0.0
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -4355,6 +4390,7 @@ def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -4462,7 +4498,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4478,7 +4516,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
@@ -14637,6 +14675,11 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MODELS_FRESH_S = 300.0
+_MODELS_S = 20.0                #: how long a provider may take over its list
+_MODELS_BYTES = 8 << 20
+_MODELS_MAX = 5000
+_MODELS_PATHS: Mapping[str, str] = MappingProxyType({"messages": "/models?limit=1000"})
 _SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
@@ -14696,6 +14739,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14881,12 +14925,92 @@ class Relay:
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
+    async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
+        """What a provider says that it has, in its order. Raises UpstreamFailure."""
+        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
+        answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
+                                              replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
+        try:
+            body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
+        finally:
+            answer.release()
+        found = read_models(body)
+        if answer.status != 200 or not found:
+            failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
+            failure.detail = redact(failure.detail, self.config.secrets)
+            raise failure
+        return found
+
+
+def read_models(body: bytes) -> tuple[Model, ...]:
+    """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    rows = next((told[name] for name in ("data", "models") if isinstance(told.get(name), list)), ()) if isinstance(told, dict) else told if isinstance(told, list) else ()
+    found: dict[str, Model] = {}
+    for row in rows[:_MODELS_MAX]:
+        name = row.get("id") or row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+            sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
+            name = name.removeprefix("models/")         # as Gemini has them
+            found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
+    return tuple(found.values())
+
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
@@ -14901,7 +15025,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14962,7 +15086,7 @@ class _Run:
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
         wait_ms = round((found.free_at - relay.world.clock()) * 1000) if found and not found.routes and found.free_at is not None and found.free_at <= self._give_up_at else 0
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "")
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -15491,7 +15615,7 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15555,7 +15679,7 @@ class _Run:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
             note_cached(self._relay.state, self._facts, self._usage.cached)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15593,13 +15717,17 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 _CREATED_S = 1_790_000_000
 
 
-def list_models(config: Config) -> list[Json]:
-    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part. Limits where they are known."""
+Offers = Callable[[Provider], tuple[Model, ...]]
+
+
+def list_models(config: Config, offers: Offers) -> list[Json]:
+    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
     smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+        listed = {model.id for model in provider.models}
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
@@ -15609,9 +15737,9 @@ def _model_row(name: str, owner: str, model: Model) -> Json:
     return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": owner, **{label: value for label, value in limits.items() if value}}
 
 
-def find_model(config: Config, name: str) -> Json | None:
+def find_model(config: Config, offers: Offers, name: str) -> Json | None:
     """One row of the list; bare ids, aliases of models and provider names are known too."""
-    for row in list_models(config):
+    for row in list_models(config, offers):
         if row["id"] == name:
             return row
     for provider in config.active:
@@ -15651,11 +15779,20 @@ def explain_lines(decision: Decision) -> list[str]:
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
     notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -15785,6 +15922,7 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
+    "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15802,6 +15940,8 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.transport.bounds = self.bounds
+        self.lists = ModelLists(self.relay)
+        self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
@@ -15819,10 +15959,12 @@ class Gateway:
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
+        self.lists.look()
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
+        self.lists.close()
         self.transport.close()
 
     @property
@@ -15964,7 +16106,8 @@ class Gateway:
 
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
-        rows = list_models(self.config)
+        self.lists.look()
+        rows = list_models(self.config, self.lists.of)
         if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
@@ -15976,7 +16119,7 @@ class Gateway:
         """GET /v1/models/{id}; ids may hold slashes."""
         from urllib.parse import unquote
         name = unquote(request.path.partition("/models/")[2])
-        row = find_model(self.config, name)
+        row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
@@ -16097,6 +16240,10 @@ class Gateway:
         self.usage.save_routing(self.relay.rows())
         exchange.respond(200, _JSON, dump_json({"reset": found}))
 
+    async def admin_refresh(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/models/refresh: ask providers with "*" among their models for their lists now."""
+        exchange.respond(200, _JSON, dump_json({"providers": await self.lists.refresh()}))
+
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
         self.usage.flush(_FLUSH_S)
@@ -16130,7 +16277,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -16198,7 +16348,7 @@ class Gateway:
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
@@ -16905,16 +17055,10 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
     status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
     if status != 200:
         raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
-    try:
-        told = json.loads(answer)
-    except (ValueError, RecursionError):
-        told = None
-    rows = told if isinstance(told, list) else told.get("data", told.get("models")) if isinstance(told, dict) else None
-    names = [row.get("id", row.get("name")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    ids = [name.removeprefix("models/") for name in names if isinstance(name, str) and name and name == name.strip() and name.isprintable()]
-    if not ids:
+    found = read_models(answer)
+    if not found:
         raise transport_failure("not_json", "body", "no list of models")
-    return list(dict.fromkeys(ids))
+    return [model.id for model in found]
 
 
 def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
@@ -17118,7 +17262,225 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25
+# 26. Set-up                                                I/O | uses 1-4, 17, 23
+##############################################################################
+# The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
+
+class _Question(NamedTuple):
+    """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
+    prompt: str
+    read: Callable[[Home, str, Sequence[str]], list[str]]
+
+
+class _Action(NamedTuple):
+    """A line of a menu: the command's first words, and the questions that give the others."""
+    label: str
+    words: tuple[str, ...]
+    questions: tuple[_Question, ...] = ()
+
+
+class _Menu(NamedTuple):
+    """A part of the set-up: the command that shows how things are, and what can be done."""
+    label: str
+    shown: tuple[str, ...]
+    actions: tuple[_Action, ...]
+
+
+def _pick(text: str, names: Sequence[str], what: str) -> str:
+    """One of `names`, by itself or by its number. Raises Refused."""
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text in names:
+        return text
+    close = nearest(text, names)
+    raise Refused(f"there is no {what} {ascii(text)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"a number from 1 to {len(names)}, or a name" if names else "there are none"))
+
+
+def _read_provider(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [provider.name for provider in read_config(home, {}).providers], "provider")]
+
+
+def _read_known_model(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [model.id for model in find_provider(read_config(home, {}), words[-1]).models], "model")]
+
+
+def _read_order(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    names = [provider.name for provider in read_config(home, {}).providers]
+    return [",".join(_pick(part.strip(), names, "provider") for part in text.split(","))]
+
+
+def _read_word(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.startswith("-") or not text.isprintable():
+        raise Refused("that is no name")
+    return [text]
+
+
+def _read_switch(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.lower() not in ("on", "off"):
+        raise Refused("on or off")
+    return [text.lower()]
+
+
+def _read_count(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refused("a number is wanted")
+    return [text]
+
+
+def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text == "-" and words[-1] in PRESETS:
+        return []
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise Refused("an address like https://host/v1" + (", or - for its own" if words[-1] in PRESETS else ""))
+    return ["--url", text]
+
+
+def read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [] if text == "-" else ["--models", *_read_word(home, text, words)]
+
+
+_PROVIDER = _Question("Provider (number or name)", _read_provider)
+_MODEL = _Question("Model (number or name)", _read_known_model)
+_KEY_ID = _Question("Id of the key", _read_count)
+
+_MENUS: Mapping[str, _Menu] = {
+    "2": _Menu("provider keys", ("provider", "list"), (
+        _Action("add a key", ()),
+        _Action("test all keys", ("provider", "test")),
+        _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
+    )),
+    "3": _Menu("gateway keys", ("key", "list"), (
+        _Action("make a key", ("key", "create"), (_Question("A name for it", _read_word),)),
+        _Action("revoke a key", ("key", "revoke"), (_KEY_ID,)),
+        _Action("delete a key", ("key", "delete"), (_KEY_ID,)),
+    )),
+    "4": _Menu("providers and their order", ("provider", "list"), (
+        _Action("switch one on", ("provider", "enable"), (_PROVIDER,)),
+        _Action("switch one off", ("provider", "disable"), (_PROVIDER,)),
+        _Action("change the order", ("provider", "order"), (_Question("All of them in the new order (numbers or names, with commas)", _read_order),)),
+        _Action("add one", ("provider", "add"), (_Question("Its name", _read_word), _Question("Its address (- for that of a built-in provider)", _read_url),
+                                                 _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
+        _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
+    )),
+    "5": _Menu("models", ("model", "list"), (
+        _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
+        _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
+        _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
+        _Action("ask the providers what they list now", ("model", "refresh")),
+    )),
+}
+_TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _MENUS.items()}, "6": "status", "q": "leave"}
+
+
+def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the first answer that it takes; None for a mere Enter."""
+    while True:
+        text = input(f"{prompt}: ").strip()
+        if not text:
+            return None
+        try:
+            return read(text)
+        except Refused as refused:
+            print(f"  {printable(str(refused))}")
+
+
+def _choose(choices: Mapping[str, str]) -> str | None:
+    """The key of the choice that was made, None for a mere Enter."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise Refused(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    return _ask("Number", read)
+
+
+def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
+    """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
+    import getpass
+    key = getpass.getpass(f"{prompt}: ")
+    form = key_form(clean_key(key))
+    if key.strip() and name is None and (form is None or not form.sure):
+        names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
+        print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
+        own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
+        name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
+    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+
+
+def _take_keys(home: Home, prompt: str) -> None:
+    """Takes provider keys until a mere Enter."""
+    while True:
+        try:
+            told = ask_key(home, None, prompt)
+        except (Refused, ConfigError) as refused:
+            told = str(refused)
+        if told is None:
+            return
+        print(f"  {printable(told)}")
+        prompt = "One more key (Enter: that is all)"
+
+
+def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+    """From nothing to what `serve` needs: a provider's key, and a key for clients."""
+    free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
+    print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
+    _take_keys(home, "Paste a key (it is not shown; Enter: none)")
+    config = read_config(home, {})
+    active = [provider.name for provider in config.active]
+    print("", f"2. Providers that take part: {', '.join(active)}" if active else "2. No provider takes part yet; the built-in one answers offline: serve --demo", sep="\n")
+    open_database(home.database_path).close()
+    n_keys = sum(key.active for key in list_keys(home.database_path))
+    key = "" if n_keys else create_key(home.database_path, "first")[0]
+    print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+
+
+def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
+    """Asks for what an action lacks and runs its command; one that was refused is asked for again."""
+    if not action.words:
+        return _take_keys(home, "Paste a key (it is not shown; Enter: back)")
+    while True:
+        words = list(action.words)
+        for question in action.questions:
+            answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
+            if answer is None:
+                return
+            words += answer
+        if run(words) == 0 or not action.questions:
+            return
+
+
+def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+    """The dialogue; its exit status.
+
+    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    """
+    try:
+        print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
+        if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
+            _go_step_by_step(home, recipes)
+            print("", "`setup` shows all that can be set from now on.", sep="\n")
+            return 0
+        while (choice := _choose(_TOP)) not in (None, "q"):
+            if choice in ("1", "6"):
+                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                continue
+            menu = _MENUS[choice]
+            labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+                _do(home, menu.actions[int(number) - 1], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -17539,12 +17901,10 @@ def _test_providers(arguments: Any, home: Home) -> int:
 def _login_command(arguments: Any) -> int:
     """Take a provider's key, check it there, and keep it in .env."""
     home = find_home(arguments.home)
-    if arguments.stdin or not sys.stdin.isatty():
-        key = sys.stdin.readline()
-    else:
-        import getpass
-        key = getpass.getpass(f"Key of {arguments.provider or 'a provider'} (it is not shown): ", stream=sys.stderr)
-    text, state, place = take_key(home, key, arguments.provider)
+    if not arguments.stdin and sys.stdin and sys.stdin.isatty():
+        told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
+        return _say_done(arguments, told or "no key came", told is not None)
+    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
     return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
 
 
@@ -17579,6 +17939,22 @@ def _alias_command(arguments: Any) -> int:
         return _print_told(arguments, {"aliases": {name: list(targets) for name, targets in aliases.items()}},
                            [printable(f"{name} = {', '.join(targets)}") for name, targets in aliases.items()] or ["there are no aliases"])
     return _say_done(arguments, set_alias(home, arguments.name, arguments.target) if arguments.action == "set" else remove_alias(home, arguments.name))
+
+
+def _setup_command(arguments: Any) -> int:
+    """The dialogue; where there is nobody to talk to, help."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        make_parser().print_help(sys.stderr)
+        print("\nsetup asks questions and needs a terminal; every action of it is also one of these commands", file=sys.stderr)
+        return 2
+
+    def run(words: Sequence[str]) -> int:
+        try:
+            return main([*words, *(["--home", arguments.home] if arguments.home else [])])
+        except SystemExit:
+            return 2                    # argparse has said why
+
+    return run_setup(find_home(arguments.home), run, client_recipes)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -17865,6 +18241,7 @@ def _version_command(arguments: Any) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
+    "setup": _setup_command,
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
@@ -17985,6 +18362,7 @@ def make_parser() -> Any:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
     served = commands.add_parser("serve", parents=[common], help="run the gateway")
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")

@@ -180,8 +180,9 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
-             "bundle", "version",             "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
+COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
+            "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
+             "bundle", "version"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -705,6 +705,41 @@ def test_a_recovered_route_serves_within_one_probe_and_no_guess_lasts_over_ten_m
     assert pool.go(now) == "p/1" and not pool.state.cooling
 
 
+def test_a_proven_time_is_kept_but_for_one_probe_in_each_quarter_when_all_is_out() -> None:
+    """A weekly quota: asked after 25, 50 and 75 % of it, when nothing else is left; by one request at a time, and the time stays what it was."""
+    pool = Pool({"a": entry("m"), "b": entry("m")})
+    first, second = pool.routes()
+    week_s, body = 400_000.0, json.dumps(said("Sorry, you've exceeded your weekly rate limit.", code="user_weekly_rate_limited")).encode()
+
+    def refused(now: float) -> None:
+        cooldown = cool(pool.state, first, classify("github-copilot", "account", 429, {"retry-after": f"{week_s - now:.0f}"}, body, utc=UTC + now), now, jitter=0.5)
+        assert cooldown is not None and cooldown.until_at == pytest.approx(week_s) and cooldown.proven
+    refused(0.0)
+    assert pool.plan(0.3 * week_s).routes == (second,), "not while another one is there"
+    cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), 0.0, jitter=0.5)
+    asked = []
+    for percent in range(1, 100):
+        now = week_s * percent / 100.0
+        if (found := pool.plan(now)).routes and now < DAY or found.routes[:1] == (first,):
+            assert found.routes == (first,) and found.free_at is not None
+            asked.append(percent)
+            begin_attempt(pool.state, pool.choice, first)
+            assert first not in pool.plan(now).routes, "one at a time"
+            refused(now)
+        cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), now, jitter=0.5)
+    assert asked == [25, 50, 75]
+    pool.state.cooling["credential a/1"].n_asked = 2
+    begin_attempt(pool.state, pool.choice, first)
+    clear(pool.state, first)
+    assert pool.plan(0.8 * week_s).routes == (first,) and "credential a/1" not in pool.state.cooling, "and a success ends it"
+
+
+def test_a_short_proven_time_is_simply_kept() -> None:
+    pool, route, _ = pool_of("")
+    cool(pool.state, route, classify("custom", "account", 429, {"retry-after": "59"}, b"", utc=UTC), 0.0, jitter=0.5)
+    assert not any(pool.plan(float(now)).routes for now in range(59)) and pool.plan(59.0).routes == (route,)
+
+
 def test_while_a_limit_is_probed_the_others_wait() -> None:
     pool, route, _ = pool_of("")
     cool(pool.state, route, classify("custom", "account", 429, {}, b"", utc=UTC), 0.0, jitter=0.5)
