@@ -17337,7 +17337,7 @@ def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
     return ["--url", text]
 
 
-def read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
     return [] if text == "-" else ["--models", *_read_word(home, text, words)]
 
 
