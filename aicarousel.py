@@ -244,6 +244,7 @@ class Provider:
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
     lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
+    weight: int = 1                          #: its share of the requests, beside those of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -897,6 +898,7 @@ class Bounds:
     keep_alive_s: float = _bound(12.0, 0.1, 3600.0, "seconds", "of silence until each further one")
     drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
     request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
+    queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
     retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
     retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
     pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
@@ -1318,6 +1320,7 @@ _PROVIDER_FIELDS = {
     "timeouts": _Field("timeouts", _want_object(_TIMEOUT_FIELDS)),
     "limits": _Field("limits", _LIMITS),
     "maxConcurrent": _Field("max_concurrent", _want_whole(1, 10_000)),
+    "weight": _Field("weight", _want_whole(1, 1000)),
     "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, **rest: PayloadRule(
         models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
@@ -1334,7 +1337,7 @@ _BOUND_FIELDS = {
     for name, known in Bounds.__dataclass_fields__.items()}
 
 _CAROUSEL_FIELDS = {
-    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota")),
+    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota", "least-busy", "weighted")),
     "affinity": _Field("affinity", _want_word("auto", "on", "off")),
     "fallback": _Field("fallback", _want_word("chain", "same-model", "none")),
     "maxAttempts": _Field("max_attempts", _want_whole(1, 50)),
@@ -1495,7 +1498,7 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
                      else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
                     entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
-                    any(row["id"] == ALL_MODELS for row in entry["models"]))
+                    any(row["id"] == ALL_MODELS for row in entry["models"]), entry.get("weight", 1))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -3701,6 +3704,9 @@ def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
 # A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
+# What fits a request is section 14's to say: plan() is handed it, and asks it as seldom as it can.
+# A conversation stays where its prompt is cached, and waits there no longer than another provider would take to read that part anew.
+# One more strategy: a function of what less is better of, a line in _METRICS, its word in section 4; a row in tests/test_quota.py shows it.
 
 CAROUSEL_NAMES = frozenset({"", "aicarousel", "auto", "router-maestro"})
 _FAMILIES = (("gpt-", "openai"), ("chatgpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"), ("claude-", "anthropic"), ("gemini-", "gemini"))
@@ -3711,7 +3717,17 @@ _PROBE_S = 0.5
 _LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
+_PREFILL_PER_S = 2000.0     #: tokens of a prompt that a provider reads in a second: what a cache saves in time
+_CACHE_S = 300.0            #: how long a cache is waited for: most providers forget a prompt after five to ten minutes
+_CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter prompts no provider keeps
 
+#: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
+MISFITS: Mapping[str, str] = MappingProxyType({
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
+
+#: A route, and when what keeps it out ends.
+_Dated = tuple[float, Route]
 #: Routes of one provider that serve one request, by model and within a model by credential.
 Group = tuple[tuple[Route, ...], ...]
 
@@ -3746,16 +3762,26 @@ class Facts(NamedTuple):
 NO_FACTS = Facts()
 
 
+class Wait(NamedTuple):
+    """A route that is out, and when that ends."""
+    at: float
+    proven: bool
+    route: Route
+
+
 class Plan(NamedTuple):
     """Ordered routes for one request, why others were left out, and when the first of those is free.
 
-    session: hit when the conversation's route leads, moved when that one is out, new when there is none yet, "" when nothing sticks.
+    skipped: with the reason, which is a word of MISFITS where the route will not do for this request at all.
+    session: hit when the conversation's route leads or is waited for, moved when that one is out, repin when to wait for it costs more than its
+    cache is worth, new when there is none yet, "" when nothing sticks.
     """
     routes: tuple[Route, ...]
     skipped: tuple[tuple[Route, str], ...]
     free_at: float | None
     session: str = ""
     proven: bool = True             #: whether `free_at` was named by a provider or configured
+    waits: tuple[Wait, ...] = ()    #: routes that will be free in time
 
 
 class Decision(NamedTuple):
@@ -3777,6 +3803,13 @@ class Decision(NamedTuple):
     told: str = ""                  #: what the client was told when it was refused
     wish: Wish | None = None
     models: tuple[str, ...] = ()    #: globs of the models its key may use
+
+
+class Pin(NamedTuple):
+    """Where a conversation was served last, and how many tokens of its prompt were found in the cache there."""
+    route_id: str
+    at: float
+    n_cached: int = 0
 
 
 @dataclass(slots=True)
@@ -3804,7 +3837,9 @@ class RoutingState:
     windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
     ledger: Ledger = field(default_factory=Ledger)
     speeds: dict[str, tuple[float, float]] = field(default_factory=dict)     #: route id -> (milliseconds to the first byte, when measured)
-    sessions: dict[str, tuple[str, float]] = field(default_factory=dict)     #: conversation -> (route id, when it was served), oldest first
+    shares: dict[str, float] = field(default_factory=dict)  #: provider -> how many requests it was asked, each divided by its weight
+    shares_now: float = 0.0                                 #: those of the provider asked last, before that
+    sessions: dict[str, Pin] = field(default_factory=dict)     #: by conversation, what was served longest ago first
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -4015,40 +4050,81 @@ def _globbed_group(provider: Provider, glob: str) -> Group:
     return _group_of(provider, models)
 
 
-def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str,
-         facts: Facts = NO_FACTS, give_up_at: float = 0.0) -> Plan:
+def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str, facts: Facts = NO_FACTS,
+         asked_at: float = 0.0, give_up_at: float = 0.0, fits: Callable[[Route], str] | None = None) -> Plan:
     """Order the routes of one request: those that are free, those a paid key may have room on, guessed cooldowns as a last resort, soonest end first.
 
     Proven cooldowns and routes without room are left out, `free_at` tells when the first of them is free.  When nothing is free and waiting
-    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.
+    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.  Nor are there any while a conversation's own
+    route is worth waiting for, counted from `asked_at`.
+    fits: "" or a word of MISFITS.  It is asked of the route that leads, and of all others only when no free one fits: it may cost something.
     """
+    pin = state.sessions.get(facts.session) if facts.sticks else None
+    if pin is not None and now - pin.at > _SESSION_S:
+        pin = None
+    found = _survey(_candidates(catalogue, choice, state, strategy, fallback), state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
+    session, pinned = "" if not facts.sticks else "new" if pin is None else "moved", found.pinned
+    if pin is not None and pinned is not None and found.routes:
+        place = next((place for place, route in enumerate(found.routes) if route is pinned), None)
+        wait = next((wait for wait in found.waits if wait.route is pinned and wait.at <= give_up_at), None)
+        if place is not None:
+            found.routes.insert(0, found.routes.pop(place))
+        elif wait is not None and not (fits and fits(pinned)):
+            if wait.at <= asked_at + _worth_s(pin, asked_at):
+                return Plan((), tuple(found.skipped), wait.at, "hit", wait.proven, (wait,))
+            session = "repin"
+    if fits is not None:
+        _leave_out_misfits(fits, found)
+    if found.routes and found.routes[0] is pinned:
+        session = "hit"
+    first = min(found.waits, key=_end_of) if found.waits else None
+    free_at, proven = (first.at, first.proven) if first is not None else (None, True)
+    routes, late = [*found.routes, *(route for _, route in found.soft)], found.late
+    if not routes and free_at is not None and now < free_at <= give_up_at:
+        return Plan((), tuple(found.skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven, tuple(found.waits))
+    if not routes and not late and found.probes:
+        late = [min(found.probes, key=_end_of)]
+    return Plan((*routes, *(route for _, route in late)), tuple(found.skipped), free_at, session, proven, tuple(found.waits))
+
+
+@dataclass(slots=True)
+class _Survey:
+    """How things stand with every route that may serve a request."""
+    routes: list[Route]                 #: free, in order
+    soft: list[_Dated]                  #: full by the figures of a free plan alone
+    late: list[_Dated]                  #: last resorts: out by a guess
+    probes: list[_Dated]                #: out by their provider's word, which may be tested
+    waits: list[Wait]                   #: out until then
+    skipped: list[tuple[Route, str]]    #: all but the free and soft ones, with the reason
+    pinned: Route | None = None         #: the conversation's own
+
+
+def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float, pinned_id: str) -> _Survey:
+    """Ask of each route once whether it cools and whether it has room."""
     ready: list[tuple[tuple[float, ...], Route]] = []
-    soft: list[tuple[float, Route]] = []
-    late: list[tuple[float, Route]] = []
-    probes: list[tuple[float, Route]] = []
-    waits: list[tuple[float, bool]] = []
-    skipped: list[tuple[Route, str]] = []
+    found = _Survey([], [], [], [], [], [])
+    soft, late, probes, waits, skipped = found.soft, found.late, found.probes, found.waits, found.skipped
     metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
-    asked_for: set[str] = set()
-    for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
+    for place, is_own, route in candidates:
+        if is_own and route.id == pinned_id:        # a conversation leads to no other route than was asked for
+            found.pinned = route
         cooldown = hindrance(state, route, now) if state.cooling else None
         if cooldown is not None:
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
-                waits.append((cooldown.until_at, True))
+                waits.append(Wait(cooldown.until_at, True, route))
                 if _may_have_ended(cooldown, now):
                     probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
-                waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+                waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
-                waits.append((max(cooldown.until_at, shortage.at), False))       # refused, and counted full: asking now is in vain
+                if shortage.at != _ENDLESS:         # refused, and counted full: asking now is in vain
+                    waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))
             else:
                 late.append((cooldown.until_at, route))
             continue
         shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
         if shortage is None:
-            if is_own:
-                asked_for.add(route.id)
             ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
         elif shortage.soft:
             soft.append((shortage.at, route))
@@ -4056,25 +4132,40 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             n_full += 1
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
-                waits.append((shortage.at, shortage.proven))
+                waits.append(Wait(shortage.at, shortage.proven, route))
     if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
-        paced = [pair for pair in ready if is_unknown(ledger, pair[1])]
-        skipped += [(route, "quota: unknown, others are being answered") for _, route in paced]
-        waits += [(now + _PROBE_S, False)] * len(paced)
-        ready = [pair for pair in ready if pair not in paced] if paced else ready
+        paced = [route for _, route in ready if is_unknown(ledger, route)]
+        skipped += [(route, "quota: unknown, others are being answered") for route in paced]
+        waits += [Wait(now + _PROBE_S, False, route) for route in paced]
+        ready = [pair for pair in ready if not is_unknown(ledger, pair[1])] if paced else ready
     if metric:
         ready.sort(key=lambda pair: pair[0])
-    soft.sort(key=lambda pair: pair[0])
-    late.sort(key=lambda pair: pair[0])
-    free_at, proven = min(waits) if waits else (None, True)
-    routes = [route for _, route in ready]
-    session = _stick(routes, asked_for, state, facts, now)
-    routes += [route for _, route in soft]
-    if not routes and free_at is not None and now < free_at <= give_up_at:
-        return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
-    if not routes and not late and probes:
-        late = [min(probes, key=lambda pair: pair[0])]
-    return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+    soft.sort(key=_end_of)
+    late.sort(key=_end_of)
+    found.routes = [route for _, route in ready]
+    return found
+
+
+def _end_of(dated: _Dated | Wait) -> float:
+    return dated[0]
+
+
+def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
+    """Move what does not fit from the front of the free routes to those left out; when none of them fits, from everywhere."""
+    routes, skipped = found.routes, found.skipped
+    while routes and (why := fits(routes[0])):
+        skipped.append((routes.pop(0), why))
+    if routes:
+        return
+    unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
+    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
+    found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
+
+
+def _worth_s(pin: Pin, now: float) -> float:
+    """The seconds in which another provider would read what this conversation's cache holds; 0 for a cache that is small, old or was never found."""
+    return pin.n_cached / _PREFILL_PER_S if pin.n_cached >= _CACHE_LEAST and now - pin.at <= _CACHE_S else 0.0
 
 
 def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
@@ -4115,20 +4206,6 @@ def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, 
     return groups
 
 
-def _stick(routes: list[Route], asked_for: Collection[str], state: RoutingState, facts: Facts, now: float) -> str:
-    """Put the route that served the conversation last in front, unless it is another than was asked for; what Plan.session says of it."""
-    if not facts.sticks:
-        return ""
-    pinned, at = state.sessions.get(facts.session, ("", 0.0))
-    if not pinned or now - at > _SESSION_S:
-        return "new"
-    for place, route in enumerate(routes):
-        if route.id == pinned and pinned in asked_for:
-            routes.insert(0, routes.pop(place))
-            return "hit"
-    return "moved"
-
-
 def tell_shortage(shortage: Shortage, now: float) -> str:
     """What is short and until when, in words."""
     window = shortage.window
@@ -4159,7 +4236,18 @@ def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> fl
     return 1.0 - share_left(state.ledger, route, now)
 
 
-_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
+def _n_open(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """Requests under way in what the provider counts together."""
+    return float(max((bucket.n_open for bucket in find_buckets(state.ledger, route)), default=0))
+
+
+def _shares_had(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """How many shares of 1/weight its provider has had; one that took no part for a while has no claim to what it missed."""
+    return max(state.shares.get(route.provider.name, 0.0), state.shares_now)
+
+
+_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({
+    "fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity, "least-busy": _n_open, "weighted": _shares_had})
 
 
 def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
@@ -4205,10 +4293,17 @@ def note_served(state: RoutingState, route: Route, facts: Facts, first_ms: float
         if len(state.speeds) > _MAX_COOLDOWNS:
             del state.speeds[next(iter(state.speeds))]
     if facts.session:
-        state.sessions.pop(facts.session, None)
-        state.sessions[facts.session] = (route.id, now)
+        before = state.sessions.pop(facts.session, None)
+        state.sessions[facts.session] = Pin(route.id, now, before.n_cached if before is not None and before.route_id == route.id else 0)
         if len(state.sessions) > _MAX_SESSIONS:
             del state.sessions[next(iter(state.sessions))]
+
+
+def note_cached(state: RoutingState, facts: Facts, n_cached: int) -> None:
+    """Remember how much of a conversation's prompt came from the cache: more is believed at once, for prompts grow with every turn, less by half."""
+    pin = state.sessions.get(facts.session)
+    if pin is not None and n_cached != pin.n_cached:
+        state.sessions[facts.session] = pin._replace(n_cached=max(n_cached, (n_cached + pin.n_cached) // 2))
 
 
 def provider_of(group: Group) -> str:
@@ -4294,8 +4389,11 @@ def is_listed(route: Route) -> bool:
 
 def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     """Remember that `route` is being asked: the turn moves on, and ended cooldowns of it are being probed."""
+    provider = route.provider
+    state.shares_now = max(state.shares.get(provider.name, 0.0), state.shares_now)
+    state.shares[provider.name] = state.shares_now + 1.0 / provider.weight
     if choice.rotates:
-        state.turns[choice.turn_name] = route.provider.name
+        state.turns[choice.turn_name] = provider.name
     if len(route.provider.credentials) > 1 and is_listed(route):
         state.turns[route.keys[2]] = route.credential.id
     for key in route.keys if state.cooling else ():
@@ -14575,6 +14673,8 @@ class Server:
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
 # error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
+# Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
+# first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
 
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
 _AFTER_END_S = 0.25             #: how long to wait for the end of the body once the end mark has come
@@ -14660,6 +14760,15 @@ class Settled:
 _NO_PROFILE = Profile()
 
 
+#: Who waits for the same routes, by gateway key: keys take turns, within a key it is first come first served.
+Line = dict[int, deque[asyncio.Event]]
+
+
+def first_in(line: Line) -> asyncio.Event:
+    """Whose turn it is."""
+    return next(iter(line.values()))[0]
+
+
 def make_target(provider: Provider, credential: Credential, settings: Settings, user_agent: str, method: str, path: str) -> tuple[Origin, str]:
     """Where requests to `path` behind a provider's base URL go, and the lines of their head that are always the same."""
     scheme, host, port, base = split_url(provider.base_url)
@@ -14689,7 +14798,7 @@ class Relay:
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
-        self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
+        self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
         self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
@@ -14729,7 +14838,30 @@ class Relay:
     def wake(self) -> None:
         """Something has ended or changed: whoever is first in a line looks again."""
         for line in self.lines.values():
-            line[0].set()
+            first_in(line).set()
+
+    def leave_line(self, awaited: frozenset[str], key_id: int, turn: asyncio.Event) -> None:
+        """Give a place up. Behind the first comes another key's turn, and another line's."""
+        line = self.lines[awaited]
+        mates, was_first = line[key_id], first_in(line) is turn
+        mates.remove(turn)
+        if was_first or not mates:
+            del line[key_id]
+        if was_first:
+            del self.lines[awaited]
+            if mates:
+                line[key_id] = mates
+            if line:
+                self.lines[awaited] = line
+            self.wake()
+
+    def unclaimed(self, routes: Sequence[Route], awaited: frozenset[str]) -> Sequence[Route]:
+        """Those of `routes` for which no other line waits whose first has been first for longer than that of the line for `awaited`."""
+        for others in self.lines:
+            if others == awaited:
+                break
+            routes = [route for route in routes if route.id not in others]
+        return routes
 
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
@@ -14977,7 +15109,8 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "", wish=job.wish, models=job.models)
+        wait_ms = round((found.free_at - relay.world.clock()) * 1000) if found and not found.routes and found.free_at is not None and found.free_at <= self._give_up_at else 0
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -14993,11 +15126,11 @@ class _Run:
         self._facts = self._read_facts()
         self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
-        while (waiting or await self._replan(waiting)) and self._n_asked < carousel.max_attempts:
+        while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs)
+            why = misfit(route, self._needs) if self._attempts else ""         # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
@@ -15026,10 +15159,12 @@ class _Run:
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
+        return [route for route in routes if route.provider is routes[0].provider] if self._keeps_to_first() else routes
+
+    def _keeps_to_first(self) -> bool:
+        """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
-        if wish is None or wish.allow_fallbacks or wish.order or not routes:
-            return routes
-        return [route for route in routes if route.provider is routes[0].provider]
+        return wish is not None and not wish.allow_fallbacks and not wish.order
 
     def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
         """What a route that was passed over would have failed by."""
@@ -15063,57 +15198,96 @@ class _Run:
 
     async def _plan(self) -> Plan:
         """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
-        lines, name = self._relay.lines, self._choice.turn_name
-        if name not in lines:
-            found = self._look_for_routes()
-            if found.routes:
-                return found
-        line, turn = lines.setdefault(name, deque()), asyncio.Event()
-        alarm = Alarm(turn.set)
-        line.append(turn)
-        began_at = self._relay.world.clock()
+        found, relay = self._look_for_routes(), self._relay
+        if found.routes and not relay.lines:
+            return found
+        clock, turn, awaited = relay.world.clock, asyncio.Event(), frozenset[str]()
+        began_at, alarm = clock(), Alarm(turn.set)
         try:
-            while True:
-                at = self._give_up_at
-                if line[0] is turn or self._relay.world.clock() >= at:
-                    found = self._look_for_routes()
-                    if found.routes:
-                        return found
-                    at = min(at, found.free_at or at)
-                turn.clear()
-                alarm.set(max(at - self._relay.world.clock(), 0.01))
-                await turn.wait()
+            while (taken := self._take_unclaimed(found, awaited)) is None:
+                awaited, is_next = self._keep_place(found, awaited, turn), False
+                while not is_next:
+                    # Who waits for a cache looks by the time that is worth, whoever is first.
+                    looks_at = found.free_at if found.session == "hit" or first_in(relay.lines[awaited]) is turn else None
+                    looks_at = min(self._give_up_at, looks_at or self._give_up_at)
+                    turn.clear()
+                    alarm.set(max(looks_at - clock(), 0.01))
+                    await turn.wait()
+                    is_next = first_in(relay.lines[awaited]) is turn or clock() >= looks_at
+                found = self._look_for_routes()
+            return taken
         finally:
-            self._waited_s += self._relay.world.clock() - began_at
+            self._waited_s += clock() - began_at
             alarm.stop()
-            line.remove(turn)
-            if line:
-                line[0].set()
-            else:
-                del lines[name]
+            if awaited:
+                relay.leave_line(awaited, self._job.key_id, turn)
+
+    def _keep_place(self, found: Plan, awaited: frozenset[str], turn: asyncio.Event) -> frozenset[str]:
+        """Stand in the line for the routes of a plan, having left the one for `awaited`; those routes' ids. Raises GatewayError where too many stand there."""
+        relay, key_id = self._relay, self._job.key_id
+        wanted = frozenset(route.id for route in (*found.routes, *(wait.route for wait in found.waits)) if not self._why_not(route))
+        if wanted == awaited:
+            return awaited
+        line = relay.lines.get(wanted, {})
+        n_waiting, most = sum(map(len, line.values())), self._config.carousel.limits.queue
+        if not awaited and n_waiting >= most:
+            now = relay.world.clock()
+            raise no_route(f"{n_waiting} requests are waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
+        if awaited:
+            relay.leave_line(awaited, key_id, turn)
+        relay.lines.setdefault(wanted, {}).setdefault(key_id, deque()).append(turn)
+        return wanted
+
+    def _take_unclaimed(self, found: Plan, awaited: frozenset[str]) -> Plan | None:
+        """A plan with no more than the routes that it is this request's turn for, None for none; at the end of its time it takes any."""
+        routes = found.routes if self._relay.world.clock() >= self._give_up_at else self._relay.unclaimed(found.routes, awaited)
+        if len(routes) < len(found.routes):
+            routes = tuple(route for route in routes if not self._why_not(route))       # of the others than the first nobody has asked yet
+            session = "repin" if found.session == "hit" and routes[:1] != found.routes[:1] else found.session
+            self._plan_seen = found = found._replace(routes=routes, session=session)
+        return found if routes else None
 
     def _look_for_routes(self) -> Plan:
         """The plan as things are; without routes when waiting helps. Raises GatewayError when it does not."""
         relay, carousel = self._relay, self._config.carousel
         now = relay.world.clock()
         found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._may_fall_back() else "none",
-                     facts=self._facts, give_up_at=self._give_up_at)
+                     facts=self._facts, asked_at=self._job.received_at, give_up_at=self._give_up_at, fits=self._why_not)
         self._plan_seen = found
         if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
             return found
         if not found.skipped:
             raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
                                                         or "none has a usable key") + ".")
-        if all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
-            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
-        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
+        able = [(route, why) for route, why in found.skipped if why not in MISFITS]
+        if not able:
+            raise self._in_clients_words(answer_for([self._misfit_failure(route, why) for route, why in found.skipped], self._attempts))
+        if all(is_withdrawn(relay.state, route, now) for route, _ in able):
+            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in able)
+        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in able[:6])
         if found.free_at is None:
             raise bad_request(f"The request is larger than what any route grants at once ({why}).", code="context_length_exceeded")
         raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=max(found.free_at - now, 0.0))
 
+    def _why_not(self, route: Route) -> str:
+        """Why a route will not do for this request, "" when it may: a word of MISFITS.
+
+        What has failed the request is not asked again, unless its provider named the time until which a limit holds.
+        """
+        if self._attempts:
+            failure = next((failure for attempt, failure in zip(reversed(self._attempts), reversed(self._failures)) if attempt.route.id == route.id), None)
+            if failure is not None and not (failure.kind == "rate" and failure.proven):
+                return "failed"
+            if self._keeps_to_first() and route.provider is not self._attempts[0].route.provider:
+                return "not_wanted"
+        return misfit(route, self._needs)
+
     async def _replan(self, waiting: deque[Route]) -> bool:
-        """Whether there are routes again, in `waiting`: where a limit ended the last attempt and its provider named a time that can be waited for."""
-        if self._committed or not self._failures or not any(failure.kind == "rate" and failure.proven for failure in self._failures):
+        """Whether there are routes again, in `waiting`: after a wait where one that may serve is full, or cools for its limits, and that ends in time.
+
+        Guessed cooldowns of other kinds are not waited for: such a route was asked as a last resort, once, or has failed this request itself.
+        """
+        if self._committed or not self._failures:
             return False
         try:
             found = await self._plan()
@@ -15527,6 +15701,7 @@ class _Run:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
+            note_cached(self._relay.state, self._facts, self._usage.cached)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
                                     self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
@@ -15866,8 +16041,6 @@ def as_messages_model(row: Json) -> Json:
 
 _EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
 _OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
-_MISFITS: Mapping[str, str] = MappingProxyType({
-    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field"})
 
 
 def explain_lines(decision: Decision) -> list[str]:
@@ -15880,11 +16053,11 @@ def explain_lines(decision: Decision) -> list[str]:
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
              for attempt in decision.attempts]
     misfits = {route.id: why for route, why in decision.passed_over}
-    out = [f"  {route.id}: {_MISFITS.get(why, why)}" for route, why in decision.passed_over]
-    out += [f"  {route.id}: {why}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits]
+    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in decision.passed_over]
+    out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
     asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
-    notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
+    notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
     notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
     notes += [_tell_wish(decision.wish)] if decision.wish is not None else []

@@ -471,7 +471,7 @@ def test_what_was_passed_over_and_changed_is_kept_to_be_told(build: Build) -> No
     house.gateway.relay.settle = settled.append
     assert house.post(PATHS["chat"], ask("chat", "aicarousel")).status == 200
     house.settle()
-    assert [(route.id, why) for route, why in settled[0].passed_over] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
+    assert settled[0].plan is not None and [(route.id, why) for route, why in settled[0].plan.skipped] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
 
 
 def test_a_request_that_cannot_be_read_is_not_measured() -> None:

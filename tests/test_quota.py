@@ -786,6 +786,8 @@ STRATEGIES: list[tuple[str, Json, dict[str, int]]] = [        # 300 requests, on
      {"b/1": 150, "a/1": 150}),
     ("fastest", {"a": entry("m"), "b": entry("m", limits={"rpm": 30}), "c": entry("m")}, {"b/1": 150, "c/1": 149, "a/1": 1}),
     ("most-quota", {"a": entry("m", limits={"rpm": 20}), "b": entry("m", limits={"rpm": 60}), "c": entry("m", limits={"rpm": 40})}, {"a/1": 50, "b/1": 150, "c/1": 100}),
+    ("weighted", {"a": entry("m", weight=3), "b": entry("m"), "c": entry("m", weight=2)}, {"a/1": 150, "b/1": 50, "c/1": 100}),
+    ("least-busy", THREE, {"a/1": 100, "b/1": 100, "c/1": 100}),
 ]
 
 
