@@ -68,6 +68,7 @@ if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"] an
 
 import asyncio
 import base64
+import bisect
 import contextlib
 import email.utils
 import errno
@@ -91,7 +92,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -15993,6 +15994,177 @@ def _document(title: str, body: str, script: str, data: Any) -> tuple[Headers, b
             ("cache-control", "no-store"), ("x-frame-options", "DENY")], page.encode()
 
 
+# The API, described once: openapi.json, and the page that reads it and can send a request.
+
+_HELLO: Json = {"role": "user", "content": "Hello"}
+
+
+class _Call(NamedTuple):
+    """One endpoint as it is described; a body that can be sent as it stands, and query parameters with what they do."""
+    summary: str
+    access: Literal["open", "key", "admin"] = "key"
+    sample: Any = None
+    query: Mapping[str, str] = MappingProxyType({})
+    kind: str = "application/json"
+
+
+_API: Mapping[tuple[str, str], _Call] = MappingProxyType({
+    ("post", "/v1/chat/completions"): _Call("OpenAI Chat Completions", sample={"model": "aicarousel", "stream": True, "messages": [_HELLO]}),
+    ("post", "/v1/responses"): _Call("OpenAI Responses", sample={"model": "aicarousel", "stream": True, "input": "Hello"}),
+    ("get", "/v1/responses"): _Call("426: Responses are not served over WebSocket"),
+    ("post", "/v1/messages"): _Call("Anthropic Messages", sample={"model": "aicarousel", "stream": True, "max_tokens": 1000, "messages": [_HELLO]}),
+    ("post", "/v1/messages/count_tokens"): _Call("Tokens of a Messages request, counted or estimated", sample={"model": "aicarousel", "messages": [_HELLO]}),
+    ("post", "/v1/completions"): _Call("OpenAI Completions, what came before Chat", sample={"model": "aicarousel", "prompt": "Once upon a time"}),
+    ("post", "/v1/embeddings"): _Call("OpenAI Embeddings, by the model that is named and no other", sample={"model": "openai/text-embedding-3-small", "input": "Hello"}),
+    ("get", "/v1/models"): _Call("Names a client may use", "open"),
+    ("get", "/v1/models/{id}"): _Call("One of them", "open"),
+    ("post", "/chat"): _Call("A bare list of messages in, text out", sample=[_HELLO], kind="text/plain"),
+    ("get", "/health"): _Call("Alive, and with a key the state of every provider", "open", query={"deep": "1 for the providers; needs a key"}),
+    ("get", "/metrics"): _Call("Counters and gauges for Prometheus", kind="text/plain"),
+    ("get", "/openapi.json"): _Call("This description", "open"),
+    ("get", "/docs"): _Call("This description as a page", "open", kind="text/html"),
+    ("get", "/"): _Call("What this is; for browsers the page", "open", kind="text/plain"),
+    ("get", "/admin/stats"): _Call("What was used and what it cost", "admin", query={
+        "days": "local days, today being the last", "by": "comma list of key, model, provider, day", "provider": "of one provider", "model": "of one model", "heatmap": "1 for requests by weekday and hour"}),
+    ("get", "/admin/explain"): _Call("Why a request went where it went", "admin", query={"id": "its x-aicarousel-request-id; without it the one that ended last"}),
+    ("post", "/admin/explain"): _Call("Where a request would go, asking nobody", "admin", {"model": "aicarousel", "messages": [_HELLO]}, {"format": "chat, responses or messages"}),
+    ("get", "/admin/quota"): _Call("What is used and left of every limit", "admin"),
+    ("get", "/admin/requests"): _Call("Requests under way and those that ended last", "admin"),
+    ("get", "/admin/routes"): _Call("Every route and what keeps it out", "admin"),
+    ("post", "/admin/routes/reset"): _Call("Use routes again, whatever was held against them", "admin", {"route": "groq"}),
+    ("post", "/admin/models/refresh"): _Call("Ask providers for their lists of models anew", "admin", {}),
+})
+
+
+def describe_api() -> Json:
+    """The API as an OpenAPI 3.1 document."""
+    paths: dict[str, Json] = {}
+    for (method, path), call in _API.items():
+        answers: Json = {"200": {"description": "the answer", "content": {call.kind: {}}}, "4XX": {"description": "what is wrong, in the format of the endpoint", "content": {"application/json": {}}}}
+        told: Json = {"summary": call.summary, "operationId": f"{method}{re.sub('[^a-z]+', '_', path).rstrip('_') or '_page'}", "responses": answers, "security": [] if call.access == "open" else [{call.access: []}]}
+        parameters = [{"name": name, "in": "query", "description": about, "schema": {"type": "string"}} for name, about in call.query.items()]
+        parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)]
+        told |= {"parameters": parameters} if parameters else {}
+        if call.sample is not None:
+            schema = {"type": "array"} if isinstance(call.sample, list) else {"type": "object", "properties": {name: {} for name in call.sample}, "additionalProperties": True}
+            told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema, "example": call.sample}}}
+        paths.setdefault(path, {})[method] = told
+    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "a gateway key"}, "admin": {"type": "http", "scheme": "bearer", "description": "an admin key, from this machine"}}
+    return {"openapi": "3.1.0", "info": {"title": "AICarousel", "version": __version__, "description": "One address for many LLM APIs."}, "servers": [{"url": "/"}], "paths": paths,
+            "components": {"securitySchemes": schemes}}
+
+
+_DOCS_BODY = r"""
+<header>
+<h1>AICarousel API</h1><span id="about" class="soft small"></span><span class="right small"><a href="/">The carousel</a> <a href="/openapi.json">openapi.json</a></span>
+</header>
+<main>
+<form id="ask" autocomplete="off"><input id="key" type="password" aria-label="Gateway key" placeholder="gateway key, sk-..." autocomplete="off" spellcheck="false"><button>Keep in this tab</button></form>
+<div id="calls"></div>
+</main>
+<footer class="soft small">Requests go to this server alone, with the key above.</footer>
+"""
+
+_DOCS_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id), api = JSON.parse(at("data").textContent);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) name === "class" ? node.className = value : name.startsWith("on") ? node.addEventListener(name.slice(2), value) : node.setAttribute(name, value);
+  node.append(...inside);
+  return node;
+}
+async function send(method, path, body, out, button) {
+  const key = sessionStorage.getItem("key"), headers = {...(key ? {authorization: "Bearer " + key} : {}), ...(body === null ? {} : {"content-type": "application/json"})};
+  button.disabled = true;
+  try {
+    const answer = await fetch(path, {method, headers, ...(body === null ? {} : {body}), cache: "no-store"});
+    const told = ["content-type", "retry-after"].concat([...answer.headers.keys()].filter(name => name.startsWith("x-"))).filter(name => answer.headers.has(name)).map(name => name + ": " + answer.headers.get(name));
+    out.textContent = answer.status + " " + answer.statusText + "\n" + told.join("\n") + "\n\n";
+    const reader = answer.body.getReader(), decoder = new TextDecoder();
+    for (let read; !(read = await reader.read()).done;) out.append(decoder.decode(read.value, {stream: true}));
+  } catch (error) { out.append(String(error)); }
+  button.disabled = false;
+}
+for (const [path, methods] of Object.entries(api.paths)) for (const [method, call] of Object.entries(methods)) {
+  const sample = call.requestBody && call.requestBody.content["application/json"].example, out = make("pre", {tabindex: "0", "aria-live": "polite"});
+  const where = make("input", {"aria-label": "Path", value: path + (call.parameters || []).filter(one => one.in === "query" && one.example !== undefined).map((one, place) => (place ? "&" : "?") + one.name + "=" + one.example).join("")});
+  const body = sample === undefined ? null : make("textarea", {"aria-label": "Body", spellcheck: "false"}, JSON.stringify(sample, null, 2));
+  const button = make("button", {class: "main", onclick: () => send(method.toUpperCase(), where.value, body && body.value, out, button)}, "Send");
+  at("calls").append(make("details", {class: "card"}, make("summary", {}, make("b", {}, method.toUpperCase() + " " + path), " ", make("span", {class: "soft"}, call.summary)),
+    make("form", {onsubmit: event => { event.preventDefault(); button.click(); }}, where), ...(body ? [body] : []), make("p", {}, button), out));
+}
+at("about").textContent = api.info.version;
+at("key").value = sessionStorage.getItem("key") || "";
+at("ask").addEventListener("submit", event => { event.preventDefault(); sessionStorage.setItem("key", at("key").value.trim()); });
+at("key").addEventListener("change", () => sessionStorage.setItem("key", at("key").value.trim()));
+"""
+
+
+def render_docs() -> tuple[Headers, bytes]:
+    """The page of `/docs`."""
+    return _document("AICarousel API", _DOCS_BODY, _DOCS_SCRIPT, describe_api())
+
+
+# Metrics, in the text format of Prometheus.  Labels hold what configuration and this file name, never what clients send, so that their number is bounded.
+
+_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Tally:
+    """What is counted since the start; `add` is called once for each usage row."""
+
+    __slots__ = ("counts", "first_s", "total_s")
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, ...], float] = defaultdict(float)      #: name and label values -> count
+        self.first_s, self.total_s = ([0.0] * (len(_BUCKETS_S) + 2) for _ in range(2))    #: by bucket; the last but one is what is longer, the last the sum
+
+    def add(self, row: Any, attempts: Iterable[Attempt]) -> None:
+        """Count a UsageRow, and attempts of its request."""
+        counts, provider = self.counts, row.provider
+        counts["requests", row.client_format, row.outcome] += 1.0
+        counts["tokens", provider, "input"] += row.input + row.cached + row.cache_write
+        counts["tokens", provider, "output"] += row.output
+        if row.cost_usd:
+            counts["cost", provider] += row.cost_usd
+        for attempt in attempts:
+            counts["attempts", attempt.route.provider.name, attempt.reason or "served"] += 1.0
+        for spans, ms in ((self.first_s, row.first_ms), (self.total_s, row.total_ms)):
+            if ms is not None:
+                spans[bisect.bisect_left(_BUCKETS_S, ms / 1000.0)] += 1.0
+                spans[-1] += ms / 1000.0
+
+
+#: Name in Tally.counts -> name, labels and help of the metric.
+_COUNTERS: Mapping[str, tuple[str, tuple[str, ...], str]] = MappingProxyType({
+    "requests": ("aicarousel_requests_total", ("format", "outcome"), "Requests that ended, and answers thrown away (outcome discarded)."),
+    "attempts": ("aicarousel_attempts_total", ("provider", "result"), "Attempts, by what came of them."),
+    "tokens": ("aicarousel_tokens_total", ("provider", "kind"), "Tokens, those read from caches among the input."),
+    "cost": ("aicarousel_cost_usd_total", ("provider",), "US dollars, of requests with a known price."),
+})
+
+
+def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tuple[str, str], ...], float]]]) -> str:
+    """All metrics; gauges: name -> (help, labels -> value)."""
+    def label(pairs: Iterable[tuple[str, str]]) -> str:
+        text = ",".join('{}="{}"'.format(name, value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")) for name, value in pairs)
+        return f"{{{text}}}" if text else ""
+
+    lines = []
+    for kind, (name, labels, about) in _COUNTERS.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} counter"]
+        lines += [f"{name}{label(zip(labels, key[1:]))} {count:.10g}" for key, count in sorted(tally.counts.items()) if key[0] == kind]
+    for name, spans, about in (("aicarousel_first_content_seconds", tally.first_s, "Until the first content of an answer."), ("aicarousel_request_seconds", tally.total_s, "Until the end of a request.")):
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        sums = itertools.accumulate(spans[:-1])
+        lines += [f'{name}_bucket{{le="{f"{bound:g}"}"}} {count:.10g}' for bound, count in zip((*_BUCKETS_S, float("inf")), sums)]
+        lines += [f"{name}_sum {spans[-1]:.10g}", f"{name}_count {sum(spans[:-1]):.10g}"]
+    for name, (about, values) in gauges.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} gauge", *(f"{name}{label(pairs)} {value:.10g}" for pairs, value in values.items())]
+    return "\n".join(lines).replace('le="inf"', 'le="+Inf"') + "\n"
+
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
@@ -16205,6 +16377,9 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
     "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
+    "/metrics": _Endpoint({"GET": "metrics"}),
+    "/docs": _Endpoint({"GET": "docs", "HEAD": "docs"}, False),
+    "/openapi.json": _Endpoint({"GET": "openapi", "HEAD": "openapi"}, False),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -16227,6 +16402,7 @@ class Gateway:
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
+        self.tally = Tally()
         self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
@@ -16362,6 +16538,27 @@ class Gateway:
         if "text/html" in request.headers.get("accept", ""):
             return exchange.respond(200, *render_page(self.recipes))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
+
+    async def docs(self, request: Request, exchange: Exchange) -> None:
+        """GET /docs: the API as a page."""
+        exchange.respond(200, *render_docs())
+
+    async def openapi(self, request: Request, exchange: Exchange) -> None:
+        """GET /openapi.json: the API described."""
+        exchange.respond(200, _JSON, dump_json(describe_api()))
+
+    async def metrics(self, request: Request, exchange: Exchange) -> None:
+        """GET /metrics: for Prometheus."""
+        states: dict[tuple[tuple[str, str], ...], float] = defaultdict(float)
+        for row in describe_routes(self.config.active, self.relay.state, self.world.clock()):
+            states[("provider", row["provider"]), ("state", row["state"])] += 1.0
+        gauges = {
+            "aicarousel_running_requests": ("Requests under way.", {(): float(len(self.relay.running))}),
+            "aicarousel_routes": ("Routes, by whether they can be used.", states),
+            "aicarousel_uptime_seconds": ("Since the start.", {(): self.world.clock() - self._began_at}),
+            "aicarousel_info": ("The version.", {(("version", __version__),): 1.0}),
+        }
+        exchange.respond(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], metrics_text(self.tally, gauges).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
         """GET /health: alive; with ?deep=1 and a key, the state of every provider. Never asks a provider."""
@@ -16649,6 +16846,7 @@ class Gateway:
                      for number, (attempt, counted) in enumerate(settled.discarded, 1)]
         for row in rows:
             self.usage.put(row)
+            self.tally.add(row, () if row.outcome == "discarded" else settled.attempts)
         unknown_usd = 0.0
         if job.hold is not None:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
