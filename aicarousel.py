@@ -13702,8 +13702,13 @@ _BODY_S = 60.0
 _IDLE_S = 120.0
 _WRITE_STALL_S = 60.0
 _LINGER_S = 1.0
+_SURPLUS = 64               #: connections over the cap that are still told so
+_ACCEPT_AT_ONCE = 64
+_ACCEPT_PAUSE_S = 1.0
+_COMPLAIN_EVERY_S = 5.0
 _READ_BYTES_CLIENT = 64 * 1024
 _TARGET = re.compile(r"[!\"$-~]+")        # printable ASCII without # (and no space)
+_FIRST_LINE = re.compile(rb"([A-Z]{1,10}) (/[!->@-~]{0,1000})")
 
 
 @dataclass(slots=True)
@@ -13741,7 +13746,7 @@ class Application(Protocol):
     """What a server serves. `admit` raises GatewayError (or returns the handler) before the body is read; `explain` renders errors."""
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]: ...
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]: ...
 
 
 class _ClientInbox(asyncio.StreamReader):
@@ -13845,10 +13850,12 @@ class Exchange:
 class _Link:
     """One connection of a client, for its whole life."""
 
-    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
+    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "surplus", "_request", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
 
-    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter, surplus: bool) -> None:
         self.server, self.inbox, self.writer = server, inbox, writer
+        self.surplus = surplus          # over the cap: here only to be told so
+        self._request: Request | None = None
         self.alarm = Alarm(self._ring)
         self._write_alarm = Alarm(self.close)
         self.task: asyncio.Task[None] | None = None
@@ -13860,6 +13867,11 @@ class _Link:
 
     def write(self, data: bytes) -> None:
         self.writer.write(data)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has come of a next request."""
+        return self.exchange is None and not self._buffer and not self.writer.transport.is_closing()
 
     def close(self) -> None:
         """End the connection at once."""
@@ -13893,28 +13905,33 @@ class _Link:
     async def _serve_one(self) -> bool:
         """Read and answer one request; whether the connection goes on."""
         request: Request | None = None
+        head: bytes | None = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
-            request = self._read_request(head)
+            request = self._request = self._read_request(head)
             framing = request_framing(request.version, request.headers)
             self.exchange = Exchange(self, request, _keeps_alive(request))
+            if self.surplus:
+                self.exchange.keep_alive = False
+                raise GatewayError(f"The gateway has {self.server.max_connections} connections open and takes no more.", 503, "too_many_connections", retry_after_s=1.0)
             handler = self.server.application.admit(request)
             if framing.kind == "length" and framing.n_bytes > self.server.max_body_bytes:
                 raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
-            self._refuse(request, bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
+            self._refuse(request or _glimpse(head or self._buffer), bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
             return False
         except GatewayError as error:
-            unread = request is None or _has_body(request)      # what follows is a body nobody will read
+            assert request is not None
+            unread = _has_body(request)                         # what follows is a body nobody will read
             self._refuse(request, error, close=unread)
-            exchange, self.exchange = self.exchange, None
+            exchange, self.exchange, self._request = self.exchange, None, None
             return not unread and exchange is not None and exchange.keep_alive
         self.alarm.rest()
         await handler(request, self.exchange)
-        exchange, self.exchange = self.exchange, None
+        exchange, self.exchange, self._request = self.exchange, None, None
         self.inbox.on_gone = None
         await self.flush()
         return exchange.keep_alive and exchange.finished and self.server.open
@@ -13980,9 +13997,9 @@ class _Link:
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _refuse(self, request: Request | None, error: GatewayError, *, close: bool) -> None:
+    def _refuse(self, request: Request, error: GatewayError, *, close: bool) -> None:
         """Answer an error that was found before a handler ran."""
-        exchange = self.exchange or Exchange(self, request or Request("GET", "/", "", {}), False)
+        exchange = self.exchange or Exchange(self, request, False)
         if close:
             exchange.keep_alive = False
         headers, body = self.server.application.explain(request, error)
@@ -13993,7 +14010,7 @@ class _Link:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
             if not self._answered and (self.exchange is None or not self.exchange.head_sent):
-                self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
+                self._refuse(self._request or _glimpse(self._buffer), GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
 
     async def _linger(self) -> None:
@@ -14022,10 +14039,16 @@ class _Link:
     def _ring(self) -> None:
         """The client was too slow with its request, or has been idle for long enough."""
         if (self._buffer or self.exchange is not None) and not self._answered:
-            self._refuse(None, GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
+            self._refuse(self._request or _glimpse(self._buffer), GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
             self.writer.close()
         else:
             self.close()
+
+
+def _glimpse(buffer: bytes) -> Request:
+    """As much of a request as its first line tells, so that an error speaks the client's format."""
+    line = _FIRST_LINE.match(buffer)
+    return Request(line[1].decode("ascii"), line[2].decode("ascii"), "", {}) if line else Request("GET", "/", "", {})
 
 
 def _keeps_alive(request: Request) -> bool:
@@ -14040,29 +14063,62 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, application: Application, world: World, *, max_body_bytes: int = MAX_BODY_BYTES, max_connections: int = MAX_CONNECTIONS) -> None:
         self.application = application
         self.clock = world.clock
         self.max_body_bytes = max_body_bytes
+        self.max_connections = max_connections
         self.open = True
+        self._context: ssl.SSLContext | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._complain_at = float("-inf")
         self._utc = world.utc
         self._date = (0, "")
-        self._links: set[_Link] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._links: dict[_Link, None] = {}         #: the oldest first
+        self._listeners: list[socket.socket] = []
         self._done = asyncio.Event()
 
     async def listen(self, sockets: Sequence[socket.socket], context: ssl.SSLContext | None = None) -> None:
         """Accept connections on bound sockets; TLS when a context is given."""
-        loop = asyncio.get_running_loop()
-
-        def accept() -> asyncio.StreamReaderProtocol:
-            inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
-            protocol = _ClientProtocol(inbox, self._begin, loop=loop)
-            protocol.inbox = inbox
-            return protocol
-
+        self._context = context
         for listening in sockets:
-            self._listeners.append(await loop.create_server(accept, sock=listening, ssl=context, backlog=1024))
+            listening.listen(1024)
+            self._listeners.append(listening)
+            self._accept_from(listening)
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        if self.open:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take the connections that wait; where the system has no descriptor for one more, leave them waiting for a moment.
+        asyncio's own loop would complain a thousand times a second then."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPT_AT_ONCE):
+            try:
+                peer, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                loop.remove_reader(listening)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listening)
+                if self.clock() >= self._complain_at:
+                    self._complain_at = self.clock() + _COMPLAIN_EVERY_S
+                    logging.getLogger("aicarousel.server").error("accept.failed why=%s connections=%d", error.strerror, len(self._links))
+                return
+            peer.setblocking(False)
+            task = loop.create_task(self._welcome(peer))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    async def _welcome(self, peer: socket.socket) -> None:
+        """Give an accepted connection its transport; a TLS handshake that fails or takes too long is the end of it."""
+        loop = asyncio.get_running_loop()
+        inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
+        protocol = _ClientProtocol(inbox, self._begin, loop=loop)
+        protocol.inbox = inbox
+        with contextlib.suppress(OSError):
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=_HEAD_S if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -14078,8 +14134,10 @@ class Server:
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let answers under way finish, interrupt what is left after `within_s` seconds, close everything."""
         self.open = False
-        for listener in self._listeners:
-            listener.close()
+        for listening in self._listeners:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        self._listeners.clear()
         for link in list(self._links):
             if link.exchange is None:
                 link.writer.close()             # what is still on its way to a slow reader gets there
@@ -14092,6 +14150,10 @@ class Server:
         for link in list(self._links):
             link.close()
 
+    def hasten(self) -> None:
+        """Interrupt at once what a drain still waits for."""
+        self._done.set()
+
     async def _wait_for_links(self, within_s: float) -> None:
         if self._links:
             self._done.clear()
@@ -14103,12 +14165,16 @@ class Server:
     async def _begin(self, inbox: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
-        if len(self._links) >= MAX_CONNECTIONS or not self.open:
+        n_over = len(self._links) - self.max_connections
+        if n_over >= _SURPLUS or not self.open:
             writer.transport.abort()
             return
-        link = _Link(self, inbox, writer)
+        idle = next((link for link in self._links if link.idle), None) if n_over >= 0 else None
+        if idle is not None:
+            idle.close()                # who says nothing makes room for who may
+        link = _Link(self, inbox, writer, n_over >= 0 and idle is None)
         link.task = asyncio.current_task()
-        self._links.add(link)
+        self._links[link] = None
         peer_socket = writer.get_extra_info("socket")
         if peer_socket is not None and peer_socket.family in (socket.AF_INET, socket.AF_INET6):
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -14121,7 +14187,7 @@ class Server:
             await link.apologise()
         finally:
             link.end()
-            self._links.discard(link)
+            del self._links[link]
             if not self._links:
                 self._done.set()
 
@@ -15295,6 +15361,8 @@ class Gateway:
         """Refuse pages of other origins unless --cors-origin lists them."""
         origin = request.headers.get("origin")
         if origin is None:
+            if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") and request.headers.get("sec-fetch-mode") != "navigate":
+                raise forbidden("Pages of other origins may not call this server.")     # an image, a script: a browser names no origin for these
             return
         own = f"{'https' if request.secure else 'http'}://{request.headers.get('host', '')}"
         allowed = self.config.settings.cors_origins
@@ -15342,10 +15410,10 @@ class Gateway:
             raise unauthorized(EXPIRED_KEY)
         return key
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
-        speaks_messages = request is not None and ("/messages" in request.path or request.path.startswith(_MIRROR))
+        speaks_messages = "/messages" in request.path or request.path.startswith(_MIRROR)
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
     # Handlers.
@@ -15785,7 +15853,7 @@ class Demo:
             raise GatewayError("The demo provider answers POST /v1/chat/completions.", 404)
         return self._answer
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """Errors as OpenAI has them."""
         return _JSON, dump_json(chat_error(error))
 
@@ -15820,6 +15888,7 @@ _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
 _LOG_BATCH_S = 0.1
 _DRAIN_S = 30.0
+_OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
 
 
@@ -15896,10 +15965,10 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
-    server = Server(gateway, world)
+    server = Server(gateway, world, max_connections=_fitting_connections(MAX_CONNECTIONS))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
-    wanted = _handle_signals(stop)
+    wanted = _handle_signals(stop, server)
     _announce(home, gateway, port, new_key)
     if ready is not None:
         ready(gateway, port)
@@ -16017,11 +16086,34 @@ def client_recipes(address: str, key: str) -> list[str]:
     ]
 
 
-def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
-    """SIGTERM and SIGINT stop; SIGHUP sets the event that is returned, which asks for a reload."""
+def _fitting_connections(most: int) -> int:
+    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * most + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
+        return most
+    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+    if fitting < most:
+        logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
+    return fitting
+
+
+def _handle_signals(stop: asyncio.Event, server: Server) -> asyncio.Event:
+    """SIGTERM and SIGINT stop, the second time without waiting for answers under way; SIGHUP sets the event that is returned, which asks for a reload."""
     loop, wanted = asyncio.get_running_loop(), asyncio.Event()
+
+    def halt() -> None:
+        if stop.is_set():
+            server.hasten()
+        stop.set()
+
     if threading.current_thread() is threading.main_thread():
-        for name, action in (("SIGTERM", stop.set), ("SIGINT", stop.set), ("SIGHUP", wanted.set)):
+        for name, action in (("SIGTERM", halt), ("SIGINT", halt), ("SIGHUP", wanted.set)):
             loop.add_signal_handler(getattr(signal, name), action)
     return wanted
 
