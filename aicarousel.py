@@ -368,9 +368,14 @@ class UpstreamFailure(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-#: What looks like a secret wherever it stands: vendor prefixes, bearer values, long opaque words after "key".
-_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|pplx|r8)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
+#: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
+_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
+                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+_NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
+#: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
+_SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+_NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
 def printable(text: str) -> str:
@@ -380,10 +385,18 @@ def printable(text: str) -> str:
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without any of `secrets` (by value) and without what looks like a secret or an organisation id (by pattern)."""
-    for secret in secrets:
-        if len(secret) >= 6 and secret in text:
-            text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
+    text = redact_known(text, secrets)
+    if any(map(text.__contains__, _SECRET_HINTS)):
+        text = _SECRET.sub("***", text)
+    return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
+
+
+def redact_known(text: str, secrets: Iterable[str]) -> str:
+    """`text` without any of `secrets`."""
+    found = [secret for secret in secrets if len(secret) >= 6 and secret in text]
+    for secret in sorted(found, key=len, reverse=True):         # one may be the beginning of another
+        text = text.replace(secret, "***")
+    return text
 
 
 class ConfigError(Exception):
@@ -1061,6 +1074,7 @@ class _Url(NamedTuple):
     host: str = ""
     path: str = ""
     port: int | None = None
+    user: str = ""
     password: str = ""
 
 
@@ -1071,7 +1085,7 @@ def _split_url(text: Any, *, user: bool = False) -> _Url:
         return _Url()
     try:
         parts = urlsplit(text)
-        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.password or ""))
+        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.username or ""), unquote(parts.password or ""))
     except ValueError:
         return _Url()
     return url if url.host and (user or "@" not in parts.netloc) else _Url()
@@ -1695,9 +1709,17 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     for holder in holders:
         proxies.append(holder.proxy or "")
         headers += holder.headers
-    load.secrets |= {_split_url(proxy, user=True).password for proxy in proxies}
-    load.secrets |= {value for name, value in headers if re.search("key|token|secret|auth|cookie|password", name, re.IGNORECASE)}
+    for proxy in proxies:
+        url = _split_url(proxy, user=True)
+        load.secrets |= {url.password, base64.b64encode(f"{url.user}:{url.password}".encode()).decode()} if url.password else set()
+    load.secrets |= {value for name, value in headers if _SECRET_NAME.search(name) or _OPAQUE.fullmatch(value)}
+    load.secrets |= {value for name, value in load.dotenv.items() if _SECRET_NAME.search(name) and len(value) >= _OPAQUE_MIN}
     load.secrets.discard("")
+
+
+_SECRET_NAME = re.compile("key|token|secret|auth|cookie|password|passwd", re.IGNORECASE)
+_OPAQUE_MIN = 8
+_OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
 ##############################################################################
@@ -15063,8 +15085,13 @@ def error_headers(error: GatewayError) -> Headers:
 
 
 def log_text(text: str) -> str:
-    """`text` as it may stand in a log line: one line, no control characters, not endless."""
-    return printable(text[:300]) or "-"
+    """`text` as it may stand in a log line: one line, no control characters, nothing like a secret, not endless."""
+    return _known_log_text(text[:300])
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_log_text(text: str) -> str:
+    return redact(printable(text)) or "-"
 
 
 ##############################################################################
@@ -15470,6 +15497,7 @@ class Gateway:
         row = find_model(self.config, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
+            error.redact(self.config.secrets)
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
             return exchange.respond(404, _JSON, dump_json(body))
         exchange.respond(200, _JSON, dump_json(as_messages_model(row) if _wants_anthropic(request) else row))
@@ -15537,7 +15565,7 @@ class Gateway:
             file_trouble = error.where == str(self.usage.path)
             headers, body = self.explain(request, no_route("The usage table cannot be read.") if file_trouble else bad_request(str(error)))
             return exchange.respond(503 if file_trouble else 400, headers, body)
-        exchange.respond(200, _JSON, dump_json(stats))
+        exchange.respond(200, _JSON, redact(dump_json(stats).decode("ascii"), self.config.secrets).encode("ascii"))      # a client may name any model
 
     async def admin_explain(self, request: Request, exchange: Exchange) -> None:
         """GET /admin/explain?id=...: why a request of late went where it went; without an id the one that ended last."""
@@ -15609,6 +15637,7 @@ class Gateway:
         try:
             body = check_chat_request({"messages": parse_body(request.body), "stream": True})
         except GatewayError as error:
+            error.redact(self.config.secrets)
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
@@ -15955,7 +15984,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         flags = {**flags, "demo_url": f"http://127.0.0.1:{demo_socket.getsockname()[1]}/v1"}
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
-    logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
+    _fit_log(config)
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
     _check_exposure(config, keys)
@@ -16130,7 +16159,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(read_config(home, flags))
+                config = read_config(home, flags)
+                _fit_log(config)
+                gateway.reconfigure(config)
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -16175,6 +16206,7 @@ class _QueueLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.secrets: frozenset[str] = frozenset()      #: what no line may hold; what looks like a secret is left out besides
         self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -16199,19 +16231,30 @@ class _QueueLog(logging.Handler):
             while not self._records.empty():
                 batch.append(self._records.get())
             going = None not in batch
-            text = "".join(self.format(record) + "\n" for record in batch if record is not None)
+            text = redact_known("".join(self.format(record) + "\n" for record in batch if record is not None), self.secrets)
+            if any(record is not None and record.levelno != logging.INFO for record in batch):      # others may quote; a line about a request has names, and log_text saw to them
+                text = redact(text)
             with contextlib.suppress(OSError, ValueError):      # stderr is gone or full: the log is not worth a failure
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
 
+def _fit_log(config: Config) -> None:
+    """Log at the level of `config`, without its secrets; those of configurations before stay out, as requests may still be under way with them."""
+    log = logging.getLogger("aicarousel")
+    log.setLevel(config.settings.log_level.upper())
+    for handler in log.handlers:
+        if isinstance(handler, _QueueLog):
+            handler.secrets |= config.secrets
+
+
 def set_up_logging() -> None:
-    """Log lines of this program to stderr, through a thread; `serve` sets the level it is configured for."""
+    """Log lines of this program and of asyncio to stderr, through a thread; `serve` sets the level it is configured for, and what may not be shown."""
     handler = _QueueLog()
     handler.setFormatter(_LineFormatter())
-    root = logging.getLogger("aicarousel")
-    root.handlers[:] = [handler]
-    root.propagate = False
+    for name in ("aicarousel", "asyncio"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).propagate = False
     # The stack walk, thread and process of a record are never shown here: Logging HOWTO, "Optimization".
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
@@ -16324,10 +16367,10 @@ def _stats_command(arguments: Any) -> int:
     stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
                        heatmap=arguments.heatmap)
     if arguments.json:
-        print(json.dumps(stats, indent=1))
+        print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(map(printable, [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])))
+    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
     return 0
 
 
