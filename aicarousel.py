@@ -5534,7 +5534,7 @@ def _freeform_function(tool: Json) -> Json:
     lines = [tool.get("description", ""), 'The whole text goes in "input".']
     if tool.get("grammar"):
         lines += [f"It must match this {tool['grammar'].get('syntax', '')} grammar:", tool["grammar"].get("definition", "")]
-    return {"name": tool["name"], "description": "\n".join(filter(None, lines)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
+    return {"name": tool["name"], "description": "\n".join(line for line in lines if line and isinstance(line, str)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
             **({"namespace": tool["namespace"]} if tool.get("namespace") else {})}
 
 
@@ -5548,7 +5548,8 @@ def _web_search(tool: Json, profile: Profile) -> Json | None:
         filters = {"filters": {"allowed_domains": raw["allowed_domains"]}} if raw.get("allowed_domains") else {}
         return {**tool, "family": "openai", "raw": {"type": "web_search", **filters, **place}}
     if profile.format == "messages":
-        domains = (raw.get("filters") or {}).get("allowed_domains")
+        filters = raw.get("filters")
+        domains = filters.get("allowed_domains") if isinstance(filters, dict) else None
         return {**tool, "name": "web_search", "family": "anthropic",
                 "raw": {"type": "web_search_20250305", "name": "web_search", **({"allowed_domains": domains} if domains else {}), **place}}
     return None
@@ -5927,10 +5928,10 @@ def _fit_meta(ready: Json, profile: Profile) -> None:
     key = meta.get("cache_key") or (session if profile.family == "openai" else None)
     meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
     if not same:
-        meta["tier"] = _CLAUDE_TIERS.get(meta.get("tier") or "") if profile.format == "messages" else None
+        meta["tier"] = _CLAUDE_TIERS.get(str(meta.get("tier"))) if profile.format == "messages" else None
         meta.pop("speed", None)
         meta.pop("metadata", None)
-    elif profile.format != "messages" and (not profile.vendor or meta.get("tier") not in _OPENAI_TIERS):
+    elif profile.format != "messages" and (not profile.vendor or str(meta.get("tier")) not in _OPENAI_TIERS):
         meta["tier"] = None
     if profile.format == "messages":
         drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
@@ -7543,6 +7544,8 @@ def _read_chat_choice(value: Any) -> Json | None:
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
+    if not isinstance(kind, str):
+        return None
     if kind == "allowed_tools":
         allowed = _chat_inner(value, "allowed_tools")
         names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
@@ -12062,6 +12065,8 @@ def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
 def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     """What h11 and this section's own rules make of a head."""
     check_lines(head, MAX_CLIENT_HEADERS)
+    if b"\r\n " in head or b"\r\n\t" in head:
+        raise BadHttp("a folded line in the head")              # RFC 9112 5.2 lets us, and two readers could disagree
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         connection.receive_data(head)
@@ -12252,6 +12257,8 @@ class BodyReader:
                 if len(self.rest) + self._trailer_bytes > MAX_HEAD_BYTES or b"\n" in self.rest:
                     raise BadHttp("bad trailers")
                 return
+            if b"\n" in self.rest[:end] or b"\r" in self.rest[:end]:
+                raise BadHttp("a lone CR or LF in the trailers")
             self._trailer_bytes += end + 2
             self.done = end == 0
             self.rest = self.rest[end + 2:]
@@ -15846,6 +15853,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError(f"{text[:20]} is beyond every number")
+    return value
+
+
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> Json:
     """An object, unless a key stands in it twice: two readers could disagree about what it says."""
     made = dict(pairs)
@@ -15864,7 +15878,7 @@ def _is_deeper(value: Any, n_levels: int) -> bool:
 
 
 _MAX_DEPTH = 100
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_twins)
 
 
 class Demo:
