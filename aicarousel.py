@@ -11496,6 +11496,7 @@ class Translation:
             else:
                 n_tries -= n_tries > 0
                 end = position + len(next(frames)) if frames else block.find(b"\n\n", position) + 2
+                end = end if end > position else len(block)         # a third line end behind a blank line
                 self._take_frame(block[position:end])
             position = end
             if self._reader.done:
