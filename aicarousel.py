@@ -13732,8 +13732,8 @@ _BODY_S = 60.0
 _IDLE_S = 120.0
 _WRITE_STALL_S = 60.0
 _LINGER_S = 1.0
-_SURPLUS = 64               #: connections over the cap that are still told so
-_ACCEPT_AT_ONCE = 64
+_SURPLUS = 16               #: connections over the cap that are still told so
+_ACCEPT_AT_ONCE = 16
 _ACCEPT_PAUSE_S = 1.0
 _COMPLAIN_EVERY_S = 5.0
 _READ_BYTES_CLIENT = 64 * 1024
@@ -14036,6 +14036,13 @@ class _Link:
         exchange.respond(error.status, headers, body)
         self._answered = close
 
+    def dismiss(self) -> None:
+        """A drain ends what the client is still sending, or a handler that did not say so itself."""
+        if self.exchange is None or self._request is None or self.exchange.head_sent or not self.exchange.interrupted:
+            return self.close()
+        self._refuse(self._request, GatewayError(f"The request was not finished: {self.exchange.interrupted}.", 503, "shutting_down"), close=True)
+        self.writer.close()
+
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
@@ -14211,7 +14218,7 @@ class Server:
         try:
             await link.serve()
         except asyncio.CancelledError:
-            link.close()
+            link.dismiss()
         except Exception:
             logging.getLogger("aicarousel.server").exception("connection.failed")
             await link.apologise()
@@ -16038,8 +16045,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
 
 def _trim_memory() -> None:
     """Give back what compiling this file has left free, some 12 MB, where the C library can."""
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):      # also where there is no descriptor left to load it with
+        import ctypes
         ctypes.CDLL(None).mallopt(-8, 1)
         ctypes.CDLL(None).malloc_trim(0)
 
