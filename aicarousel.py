@@ -376,9 +376,14 @@ class UpstreamFailure(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-#: What looks like a secret wherever it stands: vendor prefixes, bearer values, long opaque words after "key".
-_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|pplx|r8)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
+#: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
+_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
+                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+_NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
+#: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
+_SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+_NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
 def printable(text: str) -> str:
@@ -388,10 +393,18 @@ def printable(text: str) -> str:
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without any of `secrets` (by value) and without what looks like a secret or an organisation id (by pattern)."""
-    for secret in secrets:
-        if len(secret) >= 6 and secret in text:
-            text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
+    text = redact_known(text, secrets)
+    if any(map(text.__contains__, _SECRET_HINTS)):
+        text = _SECRET.sub("***", text)
+    return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
+
+
+def redact_known(text: str, secrets: Iterable[str]) -> str:
+    """`text` without any of `secrets`."""
+    found = [secret for secret in secrets if len(secret) >= 6 and secret in text]
+    for secret in sorted(found, key=len, reverse=True):         # one may be the beginning of another
+        text = text.replace(secret, "***")
+    return text
 
 
 class ConfigError(Exception):
@@ -1173,6 +1186,7 @@ class _Url(NamedTuple):
     host: str = ""
     path: str = ""
     port: int | None = None
+    user: str = ""
     password: str = ""
 
 
@@ -1183,7 +1197,7 @@ def _split_url(text: Any, *, user: bool = False) -> _Url:
         return _Url()
     try:
         parts = urlsplit(text)
-        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.password or ""))
+        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.username or ""), unquote(parts.password or ""))
     except ValueError:
         return _Url()
     return url if url.host and (user or "@" not in parts.netloc) else _Url()
@@ -1858,9 +1872,17 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     for holder in holders:
         proxies.append(holder.proxy or "")
         headers += holder.headers
-    load.secrets |= {_split_url(proxy, user=True).password for proxy in proxies}
-    load.secrets |= {value for name, value in headers if re.search("key|token|secret|auth|cookie|password", name, re.IGNORECASE)}
+    for proxy in proxies:
+        url = _split_url(proxy, user=True)
+        load.secrets |= {url.password, base64.b64encode(f"{url.user}:{url.password}".encode()).decode()} if url.password else set()
+    load.secrets |= {value for name, value in headers if _SECRET_NAME.search(name) or _OPAQUE.fullmatch(value)}
+    load.secrets |= {value for name, value in load.dotenv.items() if _SECRET_NAME.search(name) and len(value) >= _OPAQUE_MIN}
     load.secrets.discard("")
+
+
+_SECRET_NAME = re.compile("key|token|secret|auth|cookie|password|passwd", re.IGNORECASE)
+_OPAQUE_MIN = 8
+_OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
 # Edits.
@@ -6049,7 +6071,7 @@ def _freeform_function(tool: Json) -> Json:
     lines = [tool.get("description", ""), 'The whole text goes in "input".']
     if tool.get("grammar"):
         lines += [f"It must match this {tool['grammar'].get('syntax', '')} grammar:", tool["grammar"].get("definition", "")]
-    return {"name": tool["name"], "description": "\n".join(filter(None, lines)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
+    return {"name": tool["name"], "description": "\n".join(line for line in lines if line and isinstance(line, str)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
             **({"namespace": tool["namespace"]} if tool.get("namespace") else {})}
 
 
@@ -6063,7 +6085,8 @@ def _web_search(tool: Json, profile: Profile) -> Json | None:
         filters = {"filters": {"allowed_domains": raw["allowed_domains"]}} if raw.get("allowed_domains") else {}
         return {**tool, "family": "openai", "raw": {"type": "web_search", **filters, **place}}
     if profile.format == "messages":
-        domains = (raw.get("filters") or {}).get("allowed_domains")
+        filters = raw.get("filters")
+        domains = filters.get("allowed_domains") if isinstance(filters, dict) else None
         return {**tool, "name": "web_search", "family": "anthropic",
                 "raw": {"type": "web_search_20250305", "name": "web_search", **({"allowed_domains": domains} if domains else {}), **place}}
     return None
@@ -6442,10 +6465,10 @@ def _fit_meta(ready: Json, profile: Profile) -> None:
     key = meta.get("cache_key") or (session if profile.family == "openai" else None)
     meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
     if not same:
-        meta["tier"] = _CLAUDE_TIERS.get(meta.get("tier") or "") if profile.format == "messages" else None
+        meta["tier"] = _CLAUDE_TIERS.get(str(meta.get("tier"))) if profile.format == "messages" else None
         meta.pop("speed", None)
         meta.pop("metadata", None)
-    elif profile.format != "messages" and (not profile.vendor or meta.get("tier") not in _OPENAI_TIERS):
+    elif profile.format != "messages" and (not profile.vendor or str(meta.get("tier")) not in _OPENAI_TIERS):
         meta["tier"] = None
     if profile.format == "messages":
         drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
@@ -8058,6 +8081,8 @@ def _read_chat_choice(value: Any) -> Json | None:
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
+    if not isinstance(kind, str):
+        return None
     if kind == "allowed_tools":
         allowed = _chat_inner(value, "allowed_tools")
         names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
@@ -12014,6 +12039,7 @@ class Translation:
             else:
                 n_tries -= n_tries > 0
                 end = position + len(next(frames)) if frames else block.find(b"\n\n", position) + 2
+                end = end if end > position else len(block)         # a third line end behind a blank line
                 self._take_frame(block[position:end])
             position = end
             if self._reader.done:
@@ -12583,6 +12609,8 @@ def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
 def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     """What h11 and this section's own rules make of a head."""
     check_lines(head, MAX_CLIENT_HEADERS)
+    if b"\r\n " in head or b"\r\n\t" in head:
+        raise BadHttp("a folded line in the head")              # RFC 9112 5.2 lets us, and two readers could disagree
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         connection.receive_data(head)
@@ -12773,6 +12801,8 @@ class BodyReader:
                 if len(self.rest) + self._trailer_bytes > MAX_HEAD_BYTES or b"\n" in self.rest:
                     raise BadHttp("bad trailers")
                 return
+            if b"\n" in self.rest[:end] or b"\r" in self.rest[:end]:
+                raise BadHttp("a lone CR or LF in the trailers")
             self._trailer_bytes += end + 2
             self.done = end == 0
             self.rest = self.rest[end + 2:]
@@ -14240,8 +14270,13 @@ class Transport:
 
 MAX_TARGET_BYTES = 8 * 1024
 _LINGER_S = 1.0
+_SURPLUS = 16               #: connections over the cap that are still told so
+_ACCEPT_AT_ONCE = 16
+_ACCEPT_PAUSE_S = 1.0
+_COMPLAIN_EVERY_S = 5.0
 _READ_BYTES_CLIENT = 64 * 1024
 _TARGET = re.compile(r"[!\"$-~]+")        # printable ASCII without # (and no space)
+_FIRST_LINE = re.compile(rb"([A-Z]{1,10}) (/[!->@-~]{0,1000})")
 
 
 @dataclass(slots=True)
@@ -14281,7 +14316,7 @@ class Application(Protocol):
     def bounds(self) -> Bounds: ...
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]: ...
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]: ...
 
 
 class _ClientInbox(asyncio.StreamReader):
@@ -14385,10 +14420,12 @@ class Exchange:
 class _Link:
     """One connection of a client, for its whole life."""
 
-    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
+    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "surplus", "_request", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
 
-    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter, surplus: bool) -> None:
         self.server, self.inbox, self.writer = server, inbox, writer
+        self.surplus = surplus          # over the cap: here only to be told so
+        self._request: Request | None = None
         self.alarm = Alarm(self._ring)
         self._write_alarm = Alarm(self.close)
         self.task: asyncio.Task[None] | None = None
@@ -14400,6 +14437,11 @@ class _Link:
 
     def write(self, data: bytes) -> None:
         self.writer.write(data)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has come of a next request."""
+        return self.exchange is None and not self._buffer and not self.writer.transport.is_closing()
 
     def close(self) -> None:
         """End the connection at once."""
@@ -14433,29 +14475,34 @@ class _Link:
     async def _serve_one(self) -> bool:
         """Read and answer one request; whether the connection goes on."""
         request: Request | None = None
+        head: bytes | None = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
-            request = self._read_request(head)
+            request = self._request = self._read_request(head)
             framing = request_framing(request.version, request.headers)
             self.exchange = Exchange(self, request, _keeps_alive(request))
+            if self.surplus:
+                self.exchange.keep_alive = False
+                raise GatewayError(f"The gateway has {self.server.max_connections} connections open and takes no more.", 503, "too_many_connections", retry_after_s=1.0)
             handler = self.server.application.admit(request)
             max_bytes = self.server.application.bounds.body_bytes
             if framing.kind == "length" and framing.n_bytes > max_bytes:
                 raise too_large(f"the body is larger than {max_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
-            self._refuse(request, bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
+            self._refuse(request or _glimpse(head or self._buffer), bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
             return False
         except GatewayError as error:
-            unread = request is None or _has_body(request)      # what follows is a body nobody will read
+            assert request is not None
+            unread = _has_body(request)                         # what follows is a body nobody will read
             self._refuse(request, error, close=unread)
-            exchange, self.exchange = self.exchange, None
+            exchange, self.exchange, self._request = self.exchange, None, None
             return not unread and exchange is not None and exchange.keep_alive
         self.alarm.rest()
         await handler(request, self.exchange)
-        exchange, self.exchange = self.exchange, None
+        exchange, self.exchange, self._request = self.exchange, None, None
         self.inbox.on_gone = None
         await self.flush()
         return exchange.keep_alive and exchange.finished and self.server.open
@@ -14522,20 +14569,27 @@ class _Link:
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _refuse(self, request: Request | None, error: GatewayError, *, close: bool) -> None:
+    def _refuse(self, request: Request, error: GatewayError, *, close: bool) -> None:
         """Answer an error that was found before a handler ran."""
-        exchange = self.exchange or Exchange(self, request or Request("GET", "/", "", {}), False)
+        exchange = self.exchange or Exchange(self, request, False)
         if close:
             exchange.keep_alive = False
         headers, body = self.server.application.explain(request, error)
         exchange.respond(error.status, headers, body)
         self._answered = close
 
+    def dismiss(self) -> None:
+        """A drain ends what the client is still sending, or a handler that did not say so itself."""
+        if self.exchange is None or self._request is None or self.exchange.head_sent or not self.exchange.interrupted:
+            return self.close()
+        self._refuse(self._request, GatewayError(f"The request was not finished: {self.exchange.interrupted}.", 503, "shutting_down"), close=True)
+        self.writer.close()
+
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
             if not self._answered and (self.exchange is None or not self.exchange.head_sent):
-                self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
+                self._refuse(self._request or _glimpse(self._buffer), GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
 
     async def _linger(self) -> None:
@@ -14564,10 +14618,16 @@ class _Link:
     def _ring(self) -> None:
         """The client was too slow with its request, or has been idle for long enough."""
         if (self._buffer or self.exchange is not None) and not self._answered:
-            self._refuse(None, GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
+            self._refuse(self._request or _glimpse(self._buffer), GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
             self.writer.close()
         else:
             self.close()
+
+
+def _glimpse(buffer: bytes) -> Request:
+    """As much of a request as its first line tells, so that an error speaks the client's format."""
+    line = _FIRST_LINE.match(buffer)
+    return Request(line[1].decode("ascii"), line[2].decode("ascii"), "", {}) if line else Request("GET", "/", "", {})
 
 
 def _keeps_alive(request: Request) -> bool:
@@ -14582,28 +14642,67 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World) -> None:
+    def __init__(self, application: Application, world: World, *, n_fitting: int = 1_000_000) -> None:
+        """n_fitting: connections that descriptors suffice for."""
         self.application = application
         self.clock = world.clock
+        self._n_fitting = n_fitting
         self.open = True
+        self._context: ssl.SSLContext | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._complain_at = float("-inf")
         self._utc = world.utc
         self._date = (0, "")
-        self._links: set[_Link] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._links: dict[_Link, None] = {}         #: the oldest first
+        self._listeners: list[socket.socket] = []
         self._done = asyncio.Event()
+
+    @property
+    def max_connections(self) -> int:
+        """How many clients may be connected."""
+        return min(self.application.bounds.connections, self._n_fitting)
 
     async def listen(self, sockets: Sequence[socket.socket], context: ssl.SSLContext | None = None) -> None:
         """Accept connections on bound sockets; TLS when a context is given."""
-        loop = asyncio.get_running_loop()
-
-        def accept() -> asyncio.StreamReaderProtocol:
-            inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
-            protocol = _ClientProtocol(inbox, self._begin, loop=loop)
-            protocol.inbox = inbox
-            return protocol
-
+        self._context = context
         for listening in sockets:
-            self._listeners.append(await loop.create_server(accept, sock=listening, ssl=context, backlog=1024))
+            listening.listen(1024)
+            self._listeners.append(listening)
+            self._accept_from(listening)
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        if self.open:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take the connections that wait; where the system has no descriptor for one more, leave them waiting for a moment.
+        asyncio's own loop would complain a thousand times a second then."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPT_AT_ONCE):
+            try:
+                peer, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                loop.remove_reader(listening)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listening)
+                if self.clock() >= self._complain_at:
+                    self._complain_at = self.clock() + _COMPLAIN_EVERY_S
+                    logging.getLogger("aicarousel.server").error("accept.failed why=%s connections=%d", error.strerror, len(self._links))
+                return
+            peer.setblocking(False)
+            task = loop.create_task(self._welcome(peer))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    async def _welcome(self, peer: socket.socket) -> None:
+        """Give an accepted connection its transport; a TLS handshake that fails or takes too long is the end of it."""
+        loop = asyncio.get_running_loop()
+        inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
+        protocol = _ClientProtocol(inbox, self._begin, loop=loop)
+        protocol.inbox = inbox
+        with contextlib.suppress(OSError):
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -14619,8 +14718,10 @@ class Server:
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let answers under way finish, interrupt what is left after `within_s` seconds, close everything."""
         self.open = False
-        for listener in self._listeners:
-            listener.close()
+        for listening in self._listeners:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        self._listeners.clear()
         for link in list(self._links):
             if link.exchange is None:
                 link.writer.close()             # what is still on its way to a slow reader gets there
@@ -14633,6 +14734,10 @@ class Server:
         for link in list(self._links):
             link.close()
 
+    def hasten(self) -> None:
+        """Interrupt at once what a drain still waits for."""
+        self._done.set()
+
     async def _wait_for_links(self, within_s: float) -> None:
         if self._links:
             self._done.clear()
@@ -14644,25 +14749,29 @@ class Server:
     async def _begin(self, inbox: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
-        if len(self._links) >= self.application.bounds.connections or not self.open:
+        n_over = len(self._links) - self.max_connections
+        if n_over >= _SURPLUS or not self.open:
             writer.transport.abort()
             return
-        link = _Link(self, inbox, writer)
+        idle = next((link for link in self._links if link.idle), None) if n_over >= 0 else None
+        if idle is not None:
+            idle.close()                # who says nothing makes room for who may
+        link = _Link(self, inbox, writer, n_over >= 0 and idle is None)
         link.task = asyncio.current_task()
-        self._links.add(link)
+        self._links[link] = None
         peer_socket = writer.get_extra_info("socket")
         if peer_socket is not None and peer_socket.family in (socket.AF_INET, socket.AF_INET6):
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             await link.serve()
         except asyncio.CancelledError:
-            link.close()
+            link.dismiss()
         except Exception:
             logging.getLogger("aicarousel.server").exception("connection.failed")
             await link.apologise()
         finally:
             link.end()
-            self._links.discard(link)
+            del self._links[link]
             if not self._links:
                 self._done.set()
 
@@ -15717,8 +15826,13 @@ def error_headers(error: GatewayError) -> Headers:
 
 
 def log_text(text: str) -> str:
-    """`text` as it may stand in a log line: one line, no control characters, not endless."""
-    return printable(text[:300]) or "-"
+    """`text` as it may stand in a log line: one line, no control characters, nothing like a secret, not endless."""
+    return _known_log_text(text[:300])
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_log_text(text: str) -> str:
+    return redact(printable(text)) or "-"
 
 
 ##############################################################################
@@ -16473,6 +16587,8 @@ class Gateway:
         """Refuse pages of other origins unless --cors-origin lists them."""
         origin = request.headers.get("origin")
         if origin is None:
+            if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") and request.headers.get("sec-fetch-mode") != "navigate":
+                raise forbidden("Pages of other origins may not call this server.")     # an image, a script: a browser names no origin for these
             return
         own = f"{'https' if request.secure else 'http'}://{request.headers.get('host', '')}"
         allowed = self.config.settings.cors_origins
@@ -16520,10 +16636,10 @@ class Gateway:
             raise unauthorized(EXPIRED_KEY)
         return key
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
-        speaks_messages = request is not None and ("/messages" in request.path or request.path.startswith(_MIRROR))
+        speaks_messages = "/messages" in request.path or request.path.startswith(_MIRROR)
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
     # Handlers.
@@ -16604,6 +16720,7 @@ class Gateway:
         row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
+            error.redact(self.config.secrets)
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
             return exchange.respond(404, _JSON, dump_json(body))
         exchange.respond(200, _JSON, dump_json(as_messages_model(row) if _wants_anthropic(request) else row))
@@ -16671,7 +16788,7 @@ class Gateway:
             file_trouble = error.where == str(self.usage.path)
             headers, body = self.explain(request, no_route("The usage table cannot be read.") if file_trouble else bad_request(str(error)))
             return exchange.respond(503 if file_trouble else 400, headers, body)
-        exchange.respond(200, _JSON, dump_json(stats))
+        exchange.respond(200, _JSON, redact(dump_json(stats).decode("ascii"), self.config.secrets).encode("ascii"))      # a client may name any model
 
     async def admin_explain(self, request: Request, exchange: Exchange) -> None:
         """GET /admin/explain?id=...: why a request of late went where it went; without an id the one that ended last."""
@@ -16771,6 +16888,7 @@ class Gateway:
         try:
             body = check_chat_request({"messages": parse_body(request.body), "stream": True})
         except GatewayError as error:
+            error.redact(self.config.secrets)
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
@@ -16991,6 +17109,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError(f"{text[:20]} is beyond every number")
+    return value
+
+
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> Json:
     """An object, unless a key stands in it twice: two readers could disagree about what it says."""
     made = dict(pairs)
@@ -17009,7 +17134,7 @@ def _is_deeper(value: Any, n_levels: int) -> bool:
 
 
 _MAX_DEPTH = 100
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_twins)
 
 
 class Demo:
@@ -17028,7 +17153,7 @@ class Demo:
             raise GatewayError("The demo provider answers POST /v1/chat/completions.", 404)
         return self._answer
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """Errors as OpenAI has them."""
         return _JSON, dump_json(chat_error(error))
 
@@ -17997,6 +18122,7 @@ _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
 _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
 _LOG_BATCH_S = 0.1
+_OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
 
 
@@ -18016,7 +18142,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
-    logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
+    _fit_log(config)
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
     _check_exposure(config, keys)
@@ -18026,10 +18152,10 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
-    server = Server(gateway, world)
+    server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
-    wanted = _handle_signals(stop)
+    wanted = _handle_signals(stop, server)
     _announce(home, gateway, port, new_key)
     if ready is not None:
         ready(gateway, port)
@@ -18057,8 +18183,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
 
 def _trim_memory() -> None:
     """Give back what compiling this file has left free, some 12 MB, where the C library can."""
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):      # also where there is no descriptor left to load it with
+        import ctypes
         ctypes.CDLL(None).mallopt(-8, 1)
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -18149,11 +18275,34 @@ def client_recipes(address: str, key: str) -> list[str]:
     ]
 
 
-def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
-    """SIGTERM and SIGINT stop; SIGHUP sets the event that is returned, which asks for a reload."""
+def _fitting_connections(most: int) -> int:
+    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * most + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
+        return most
+    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+    if fitting < most:
+        logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
+    return fitting
+
+
+def _handle_signals(stop: asyncio.Event, server: Server) -> asyncio.Event:
+    """SIGTERM and SIGINT stop, the second time without waiting for answers under way; SIGHUP sets the event that is returned, which asks for a reload."""
     loop, wanted = asyncio.get_running_loop(), asyncio.Event()
+
+    def halt() -> None:
+        if stop.is_set():
+            server.hasten()
+        stop.set()
+
     if threading.current_thread() is threading.main_thread():
-        for name, action in (("SIGTERM", stop.set), ("SIGINT", stop.set), ("SIGHUP", wanted.set)):
+        for name, action in (("SIGTERM", halt), ("SIGINT", halt), ("SIGHUP", wanted.set)):
             loop.add_signal_handler(getattr(signal, name), action)
     return wanted
 
@@ -18170,7 +18319,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(await asyncio.to_thread(read_config, home, flags))       # a cmd: reference takes its time
+                config = await asyncio.to_thread(read_config, home, flags)          # a cmd: reference takes its time
+                _fit_log(config)
+                gateway.reconfigure(config)
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -18218,6 +18369,7 @@ class _QueueLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.secrets: frozenset[str] = frozenset()      #: what no line may hold; what looks like a secret is left out besides
         self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -18242,19 +18394,30 @@ class _QueueLog(logging.Handler):
             while not self._records.empty():
                 batch.append(self._records.get())
             going = None not in batch
-            text = "".join(self.format(record) + "\n" for record in batch if record is not None)
+            text = redact_known("".join(self.format(record) + "\n" for record in batch if record is not None), self.secrets)
+            if any(record is not None and record.levelno != logging.INFO for record in batch):      # others may quote; a line about a request has names, and log_text saw to them
+                text = redact(text)
             with contextlib.suppress(OSError, ValueError):      # stderr is gone or full: the log is not worth a failure
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
 
+def _fit_log(config: Config) -> None:
+    """Log at the level of `config`, without its secrets; those of configurations before stay out, as requests may still be under way with them."""
+    log = logging.getLogger("aicarousel")
+    log.setLevel(config.settings.log_level.upper())
+    for handler in log.handlers:
+        if isinstance(handler, _QueueLog):
+            handler.secrets |= config.secrets
+
+
 def set_up_logging() -> None:
-    """Log lines of this program to stderr, through a thread; `serve` sets the level it is configured for."""
+    """Log lines of this program and of asyncio to stderr, through a thread; `serve` sets the level it is configured for, and what may not be shown."""
     handler = _QueueLog()
     handler.setFormatter(_LineFormatter())
-    root = logging.getLogger("aicarousel")
-    root.handlers[:] = [handler]
-    root.propagate = False
+    for name in ("aicarousel", "asyncio"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).propagate = False
     # The stack walk, thread and process of a record are never shown here: Logging HOWTO, "Optimization".
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
@@ -18470,10 +18633,10 @@ def _stats_command(arguments: Any) -> int:
     stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
                        heatmap=arguments.heatmap)
     if arguments.json:
-        print(json.dumps(stats, indent=1))
+        print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(map(printable, [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])))
+    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
     return 0
 
 
