@@ -76,6 +76,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import mmap
@@ -1844,7 +1845,7 @@ def _with_demo(providers: Sequence[Provider], url: str) -> list[Provider]:
     """The providers and the built-in one that answers offline: last, or first when nothing else answers."""
     if any(provider.name == "demo" for provider in providers):
         raise _Place("flag --demo").refuse('a provider named "demo" in models.json', "another name for it, or no --demo")
-    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo"),), (Credential("demo/1"),), proxy="")
+    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo", price=Price(0.0, 0.0, 0.0, 0.0)),), (Credential("demo/1"),), proxy="")
     return [*providers, demo] if any(not provider.why_out for provider in providers) else [demo, *providers]
 
 
@@ -2739,6 +2740,8 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
             waits.append(read_wait(value, utc))
         elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
+            if wait_s is not None and name.replace("reset", "renewalperiod") in headers:
+                wait_s /= 1000.0        # Azure
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
             elif left is not None and re.fullmatch(r"\s*(?:0+(?:\.0*)?|-\d+)\s*", left):
@@ -3400,12 +3403,12 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
 
 _PERIOD = r"(?:-(?:(\d{1,4})-)?(second|minute|hour|day|month))?"
 _HEADERS = tuple(re.compile(pattern) for pattern in (
-    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens))?{_PERIOD}",
+    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens|project-tokens))?{_PERIOD}",
     r"anthropic-ratelimit-(?P<measure>requests|tokens|input-tokens|output-tokens)-(?P<field>limit|remaining|reset)",
     rf"(?:x-)?(?P<measure>ratelimitbysize|tokenlimit)-(?P<field>limit|remaining|reset){_PERIOD}",
 ))
 _MEASURES: Mapping[str | None, str] = MappingProxyType({
-    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output",
+    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output", "project-tokens": "project",
     "ratelimitbysize": "tokens", "tokenlimit": "tokens",
 })
 #: Spans that the names do not tell and that cannot be worked out.
@@ -3437,12 +3440,17 @@ def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float
             words[field_name] = value
             if not named:
                 words["bare"] = value
-    return [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    found = [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    if ("project", 0.0) in said:        # OpenAI: a project's share of the account's tokens; the tighter of the two is what counts
+        tokens = [one for one in found if one.measure in ("project", "tokens")]
+        found = [one for one in found if one not in tokens] + [min(tokens, key=lambda one: _NEVER if one.left is None else one.left)._replace(measure="tokens")] if tokens else found
+    return found
 
 
 def _tell_window(preset_name: str, measure: str, span_s: float, words: Mapping[str, str], utc: float) -> Told | None:
     limit, left, period_s = (float(value) if _COUNT_TEXT.fullmatch(value := words.get(name, "").strip()) else None for name in ("limit", "remaining", "renewalperiod"))
     reset_s = read_wait(words["reset"], utc) if "reset" in words else None
+    reset_s = reset_s / 1000.0 if reset_s is not None and period_s is not None else reset_s     # Azure, which alone tells the period, counts milliseconds
     reset_s = reset_s if reset_s is not None and 0.0 <= reset_s <= 32 * 86_400.0 else None
     if (limit is None and left is None) or limit == 0.0 or (limit or left or 0.0) > _MAX_LIMIT:
         return None                 # a limit of 0 is what projects without one are told
@@ -4331,13 +4339,14 @@ def hindrance(state: RoutingState, route: Route, now: float) -> Cooldown | None:
 
 
 def describe_routes(providers: Iterable[Provider], state: RoutingState, now: float) -> list[Json]:
-    """Every configured route: {route, state: free, cooling or full, why, left_s, proven}."""
+    """Every configured route: {route, provider, key, model, buckets, state: free, cooling or full, why, left_s, proven}."""
     rows = []
     for provider in providers:
         for group in _group_of(provider, _known_models(provider)):
             for route in group:
                 cooldown, shortage = hindrance(state, route, now), find_shortage(state.ledger, route, 0, 0, now)
-                row: Json = {"route": route.id, "state": "free", "why": "", "left_s": None, "proven": None}
+                row: Json = {"route": route.id, "provider": provider.name, "key": route.credential.label or route.credential.id.rpartition("/")[2], "model": route.model.id,
+                             "buckets": [bucket.key for bucket in find_buckets(state.ledger, route)], "state": "free", "why": "", "left_s": None, "proven": None}
                 if cooldown is not None:
                     row |= {"state": "cooling", "why": cooldown.reason, "left_s": round(max(cooldown.until_at - now, 0.0)), "proven": cooldown.proven}
                 elif shortage is not None and not shortage.soft:
@@ -14792,6 +14801,7 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
+        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
@@ -14878,19 +14888,25 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        await _Run(self, job, sink).go()
+        run = self.running[job.id] = _Run(self, job, sink)
+        try:
+            await run.go()
+        finally:
+            del self.running[job.id]
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
 
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        No quota counts it: Anthropic's limits of counting are none of those of messages.
         """
         hub = FORMATS["messages"].read_request(job.body)
         choice, catalogue = self.choose(job)
         routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
-        route = routes[0]
+        needs = Needs(job.raw, job.body, self.state.windows, self.world.utc(), FORMATS["messages"].read_request, self.calibration.ratio)
+        route = next((route for route in routes if not misfit(route, needs)), routes[0])     # where it would be sent
         profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
@@ -15075,6 +15091,14 @@ class _Run:
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
+
+    def describe(self, now: float) -> Json:
+        """How far it is: {id, format, model, streamed, for_s, route, attempts, state: in line, asking or answering}."""
+        job, attempt = self._job, self._attempts[-1] if self._attempts else None
+        asking = attempt is not None and not attempt.reason
+        return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
+                "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
+                "state": "answering" if self._committed else "asking" if asking else "in line"}
 
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
@@ -15714,6 +15738,262 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 (python aicarousel.py key create NAME) and the model name aicarousel.  README.md tells the rest.
 """
 
+# The page, in three parts that a browser gets as one document.  It has no data in it but how clients are set up: what it shows it asks for with the key it is given.
+# Texts from elsewhere become text nodes, never markup; numbers it draws stand in data-value too, where tests compare them with `stats`.
+
+_PAGE_STYLE = r"""
+:root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2330;--soft:#5b6675;--line:#dde2ea;--accent:#2f5fd0;--good:#1d7f4e;--warm:#9a5b00;--bad:#b3261e;--fill:#e7ecf5;--in:#2f5fd0;--out:#c2620a}
+@media(prefers-color-scheme:dark){:root{--paper:#11151c;--card:#1a202b;--ink:#e6eaf1;--soft:#9aa5b5;--line:#2c3442;--accent:#8fb2ff;--good:#5fd39a;--warm:#f0b35a;--bad:#ff8f86;--fill:#283246;--in:#7ea4ff;--out:#f0a25a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:1240px;margin:0 auto;padding:0 16px}
+header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center;padding-top:18px}
+header svg{width:34px;height:34px;flex:none}
+h1{font-size:22px;margin:0;letter-spacing:-.01em}
+h2{font-size:16px;margin:30px 0 10px}
+h3{font-size:14px;margin:0}
+p{margin:6px 0}
+a{color:var(--accent)}
+.soft{color:var(--soft)}
+.right{margin-left:auto}
+.small{font-size:13px}
+.cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.card>.head{display:flex;gap:8px;align-items:baseline;margin-bottom:6px}
+.route{border-top:1px solid var(--line);padding:8px 0;overflow-wrap:anywhere}
+.route .head{display:flex;gap:8px;align-items:baseline;justify-content:space-between}
+.state{font-size:12px;border-radius:99px;padding:1px 9px;border:1px solid currentColor;white-space:nowrap;flex:none}
+.free{color:var(--good)}.cooling{color:var(--bad)}.full{color:var(--warm)}.out{color:var(--soft)}
+.meter{display:block;height:6px;border-radius:3px;background:var(--fill);margin:4px 0 2px;overflow:hidden}
+.meter>i{display:block;height:100%;background:var(--good)}
+.meter>i.low{background:var(--warm)}
+.meter>i.none{background:var(--bad)}
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:6px 12px;border-top:1px solid var(--line);vertical-align:top}
+thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.long{overflow-wrap:anywhere;min-width:130px}
+pre{margin:0;padding:10px 12px;background:var(--fill);border-radius:8px;overflow-x:auto;font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+button,input,select{font:inherit;color:inherit}
+button{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:4px 12px;cursor:pointer}
+button:hover{border-color:var(--accent)}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--paper)}
+button.plain{border:0;background:none;padding:0;color:var(--accent);text-align:left}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+input,select,textarea{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:5px 10px;min-width:0}
+textarea{width:100%;min-height:170px;color:inherit;font:13px/1.45 ui-monospace,monospace}
+form{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0}
+form input{flex:1 1 260px}
+.plots{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}
+figure{margin:0;overflow-x:auto}
+figure td,figure th{padding:6px 4px}
+figure td.long{min-width:70px}
+figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
+.columns{display:flex;align-items:flex-end;gap:2px;height:130px;border-bottom:1px solid var(--line)}
+.columns>i{flex:1;display:flex;flex-direction:column;justify-content:flex-end;height:100%;min-width:3px}
+.columns b{display:block;min-height:0}
+.b-in{background:var(--in)}.b-out{background:var(--out)}
+.key::before{content:"";display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
+.key.in::before{background:var(--in)}.key.outward::before{background:var(--out)}
+.ends{display:flex;justify-content:space-between}
+.bar{display:block;height:5px;border-radius:3px;background:var(--in);margin-top:3px}
+.heat{display:grid;grid-template-columns:34px repeat(24,1fr);gap:2px;align-items:center}
+.heat i{aspect-ratio:1;border-radius:2px;background:var(--fill)}
+.heat span{font-size:11px;color:var(--soft)}
+.h1{background:color-mix(in srgb,var(--in) 30%,var(--fill))!important}.h2{background:color-mix(in srgb,var(--in) 55%,var(--fill))!important}.h3{background:color-mix(in srgb,var(--in) 80%,var(--fill))!important}.h4{background:var(--in)!important}
+.tabs{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}
+[aria-selected=true]{border-color:var(--accent);color:var(--accent)}
+.copied{position:relative}
+.copied button{position:absolute;top:6px;right:6px}
+.copied pre{padding-right:80px}
+.warn{color:var(--bad)}
+footer{padding:24px 16px 40px}
+[hidden]{display:none!important}
+@media(max-width:520px){th,td{padding:6px 8px}.heat{gap:1px}.heat span{font-size:10px}}
+"""
+
+_PAGE_BODY = r"""
+<header>
+<svg viewBox="0 0 34 34" aria-hidden="true"><g fill="currentColor"><circle cx="17" cy="5" r="4"/><circle cx="27" cy="11" r="3.4" opacity=".8"/><circle cx="27" cy="23" r="3" opacity=".6"/><circle cx="17" cy="29" r="2.6" opacity=".45"/><circle cx="7" cy="23" r="2.2" opacity=".35"/><circle cx="7" cy="11" r="2" opacity=".25"/></g></svg>
+<h1>AICarousel</h1><span id="about" class="soft small"></span>
+<span class="right small"><a href="/docs">API</a> <button id="forget" hidden>Forget the key</button></span>
+</header>
+<main>
+<form id="ask" autocomplete="off">
+<p class="soft">What the carousel does is shown to holders of an admin key: <code>python aicarousel.py key create --admin</code>. It is kept in this tab and sent to this server alone.</p>
+<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required><button class="main">Show</button>
+</form>
+<p id="trouble" class="warn" role="alert"></p>
+<div id="shown" hidden>
+<h2 id="t-carousel">The carousel</h2><div id="carousel" class="cards" aria-labelledby="t-carousel"></div>
+<h2>Now</h2><div class="wide"><table><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
+<h2>Use in the last <select id="days" aria-label="Days"><option>7<option selected>30<option>90</select> days</h2>
+<div class="plots"><figure class="card" id="p-tokens"></figure><figure class="card" id="p-cost"></figure><figure class="card" id="p-model"></figure><figure class="card" id="p-key"></figure><figure class="card" id="p-heat"></figure></div>
+<h2>The last requests</h2><div class="wide"><table><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody></table></div>
+</div>
+<h2 id="t-connect">Connect</h2><div class="card"><div id="clients" class="tabs" role="tablist" aria-labelledby="t-connect"></div><div class="copied" role="tabpanel"><pre id="recipe" tabindex="0"></pre><button id="copy">Copy</button></div>
+<p class="soft small">In place of sk-... goes a gateway key: <code>python aicarousel.py key create NAME</code></p></div>
+</main>
+<footer class="soft small">This page asks this server alone and nobody else.</footer>
+"""
+
+_PAGE_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) {
+    if (name === "class") node.className = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "width" || name === "height") node.style[name] = value;
+    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...inside.filter(one => one !== null && one !== undefined && one !== ""));
+  return node;
+}
+const fill = (id, ...inside) => at(id).replaceChildren(...inside);
+const number = value => value === null || value === undefined ? "-" : Math.round(value).toLocaleString("en");
+const dollars = value => value === null || value === undefined ? "unknown" : "$" + value.toLocaleString("en", {minimumFractionDigits: value < 1 ? 4 : 2, maximumFractionDigits: value < 1 ? 4 : 2});
+const span = s => s === null || s === undefined ? "-" : s >= 172800 ? (s / 86400).toPrecision(3) + " d" : s >= 7200 ? (s / 3600).toPrecision(3) + " h" : s >= 120 ? (s / 60).toPrecision(3) + " min" : Math.round(s) + " s";
+const ms = value => value !== null ? (value < 1000 ? value + " ms" : (value / 1000).toFixed(1) + " s") : "-";
+
+async function ask(path) {
+  const answer = await fetch(path, {headers: {authorization: "Bearer " + sessionStorage.getItem("key")}, cache: "no-store"});
+  const body = await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(body.error ? body.error.message : "status " + answer.status), {status: answer.status});
+  return body;
+}
+
+function showRoutes(routes, windows) {
+  const groups = new Map(), byBucket = new Map();
+  for (const row of windows) byBucket.set(row.bucket, [...(byBucket.get(row.bucket) || []), row]);
+  for (const row of routes) groups.set(row.provider, [...(groups.get(row.provider) || []), row]);
+  fill("carousel", ...[...groups].map(([name, rows]) => {
+    const free = rows.filter(row => row.state === "free").length;
+    return make("section", {class: "card", "data-provider": name}, make("div", {class: "head"}, make("h3", {}, name), make("span", {class: "soft small right"}, free + " of " + rows.length + " free")),
+      ...rows.map(row => {
+        const limits = row.buckets.flatMap(bucket => byBucket.get(bucket) || []).filter(one => one.limit);
+        const tight = limits.sort((one, other) => one.left / one.limit - other.left / other.limit)[0];
+        const left = tight ? tight.left / tight.limit : 1;
+        const state = row.state === "free" ? "serving" : row.state + (row.left_s === null ? "" : " " + span(row.left_s) + (row.proven ? "" : " at most"));
+        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  " + row.key)), make("span", {class: "state " + row.state}, state)),
+          tight ? make("span", {class: "meter"}, make("i", {class: left <= 0 ? "none" : left < .2 ? "low" : "", width: Math.max(left * 100, left <= 0 ? 100 : 1) + "%"})) : null,
+          tight ? make("div", {class: "soft small"}, number(tight.left) + " of " + number(tight.limit) + " " + tight.measure + " a " + tight.per + " left" + (tight.resets_in_s === null ? "" : ", resets in " + span(tight.resets_in_s)) + " (" + tight.origin + ")") : null,
+          row.why ? make("div", {class: "small " + row.state}, row.why) : null,
+          row.last_error && row.state !== "free" ? make("div", {class: "soft small"}, "last error: " + row.last_error) : null);
+      }));
+  }));
+  if (!routes.length) fill("carousel", make("p", {class: "soft"}, "No provider takes part yet: put a key into .env, or run python aicarousel.py setup."));
+}
+
+function showRequests(seen) {
+  fill("live", ...(seen.live.length ? seen.live.map(row => make("tr", {}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
+    make("td", {class: "long"}, row.route || "-"), make("td", {}, row.state), make("td", {class: "n"}, span(row.for_s)))) : [make("tr", {}, make("td", {colspan: 5, class: "soft"}, "Nothing is under way."))]));
+  const open = new Map([...at("last").querySelectorAll("[data-lines]")].map(node => [node.dataset.lines, node.textContent]));
+  fill("last", ...(seen.last.length ? seen.last.flatMap(row => {
+    const more = make("tr", {hidden: open.has(row.id) ? null : ""}, make("td", {colspan: 7}, make("pre", {"data-lines": open.has(row.id) ? row.id : null}, open.get(row.id) || "")));
+    const why = make("button", {class: "plain", "aria-expanded": open.has(row.id), onclick: async () => {
+      const pre = more.querySelector("pre"), closed = more.hidden;
+      if (closed) { try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; } pre.dataset.lines = row.id; }
+      else delete pre.dataset.lines;
+      more.hidden = !closed; why.setAttribute("aria-expanded", closed);
+    }}, row.id);
+    return [make("tr", {"data-request": row.id}, make("td", {}, new Date(row.at_utc * 1000).toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
+      make("td", {class: row.outcome === "ok" ? "free" : "cooling"}, (row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status) + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
+      make("td", {class: "n"}, ms(row.first_ms || null)), make("td", {class: "n"}, ms(row.total_ms))), more];
+  }) : [make("tr", {}, make("td", {colspan: 7, class: "soft"}, "None since the start."))]));
+}
+
+const inward = row => row.input + row.cached + row.cache_write;
+function columns(id, title, days, parts, text, total) {
+  const most = Math.max(...days.map(day => parts.reduce((sum, part) => sum + part.of(day), 0)), 1e-9);
+  fill(id, make("figcaption", {}, make("h3", {}, title), make("span", {"data-total": total}, text(total))),
+    make("div", {class: "columns", role: "img", "aria-label": title + ": " + text(total)}, ...days.map(day => make("i", {title: day.day + ": " + parts.map(part => (part.name ? part.name + " " : "") + text(part.of(day))).join(", "), "data-day": day.day},
+      ...parts.map(part => make("b", {class: part.color, height: 100 * part.of(day) / most + "%", "data-value": part.of(day)}))))),
+    make("div", {class: "ends soft small"}, make("span", {}, days.length ? days[0].day : ""), ...parts.filter(part => part.name).map(part => make("span", {class: "key " + part.key}, part.name)), make("span", {}, days.length ? days[days.length - 1].day : "")));
+}
+function bars(id, title, rows, name) {
+  rows = rows.filter(row => row.requests).sort((one, other) => inward(other) + other.output - inward(one) - one.output).slice(0, 8);
+  const most = Math.max(...rows.map(row => inward(row) + row.output), 1);
+  fill(id, make("figcaption", {}, make("h3", {}, title)), make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, ""), make("th", {class: "n"}, "requests"), make("th", {class: "n"}, "tokens"), make("th", {class: "n"}, "cost"))),
+    make("tbody", {}, ...rows.map(row => make("tr", {"data-name": row[name] || "-"}, make("td", {class: "long"}, row[name] || "-", make("span", {class: "bar", width: 100 * (inward(row) + row.output) / most + "%"})), make("td", {class: "n"}, number(row.requests)),
+      make("td", {class: "n", "data-value": inward(row) + row.output}, number(inward(row) + row.output)), make("td", {class: "n"}, row.unpriced_requests && !row.cost_usd ? "unknown" : dollars(row.cost_usd)))))));
+}
+function showStats(days, models, keys, n_days) {
+  const byDay = new Map(days.groups.map(row => [row.day, row])), none = {input: 0, cached: 0, cache_write: 0, output: 0, cost_usd: 0}, all = [];
+  for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
+  columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
+  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd || 0);
+  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
+  bars("p-model", "By model", models.groups, "model");
+  bars("p-key", "By key", keys.groups, "key");
+  const most = Math.max(...days.hours.flat(), 1), names = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"];
+  fill("p-heat", make("figcaption", {}, make("h3", {}, "Requests by weekday and hour"), make("span", {}, number(days.total.requests))),
+    make("div", {class: "heat", role: "img", "aria-label": "Requests by weekday and hour, " + number(days.total.requests) + " in all"}, make("span", {}), ...Array.from({length: 24}, (_, hour) => make("span", {}, hour % 6 ? "" : String(hour))),
+      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((count, hour) => make("i", {class: count ? "h" + Math.ceil(4 * count / most) : "", title: names[day] + " " + hour + ":00, " + number(count) + " requests", "data-value": count}))])));
+}
+
+let timer = 0, turn = 0;
+async function look() {
+  clearTimeout(timer);
+  const mine = ++turn;
+  try {
+    if (!document.hidden) {
+      const n_days = Number(at("days").value), due = !look.statsAt || performance.now() - look.statsAt > 15000;
+      const [routes, quota, requests, ...stats] = await Promise.all(["/admin/routes", "/admin/quota", "/admin/requests", ...(due ? [`/admin/stats?days=${n_days}&by=day&heatmap=1`, `/admin/stats?days=${n_days}&by=model`, `/admin/stats?days=${n_days}&by=key`] : [])].map(ask));
+      if (mine !== turn) return;
+      at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
+      showRoutes(routes.routes, quota.windows); showRequests(requests);
+      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
+      if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
+    }
+  } catch (error) {
+    if (mine !== turn) return;
+    at("trouble").textContent = error.status ? error.message : "The gateway does not answer.";
+    if (error.status === 401 || error.status === 403) return forget();
+  }
+  timer = setTimeout(look, 2000);
+}
+function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
+at("ask").addEventListener("submit", event => { event.preventDefault(); at("trouble").textContent = ""; sessionStorage.setItem("key", at("key").value.trim()); look(); });
+at("forget").addEventListener("click", () => { at("trouble").textContent = ""; forget(); });
+at("days").addEventListener("change", () => { look.statsAt = 0; look(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden && sessionStorage.getItem("key")) look(); });
+
+const recipes = JSON.parse(at("data").textContent), tabs = Object.keys(recipes).map(name => make("button", {role: "tab", onclick: () => pick(name), onkeydown: event => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (step) { const next = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length]; next.focus(); next.click(); }
+}}, name));
+function pick(name) { tabs.forEach(tab => { const mine = tab.textContent === name; tab.setAttribute("aria-selected", mine); tab.tabIndex = mine ? 0 : -1; }); at("recipe").textContent = recipes[name].replaceAll("{url}", location.origin).replaceAll("{key}", "sk-..."); }
+at("clients").append(...tabs);
+if (tabs.length) pick(tabs[0].textContent);
+at("copy").addEventListener("click", async () => {
+  try { await navigator.clipboard.writeText(at("recipe").textContent); } catch { getSelection().selectAllChildren(at("recipe")); }
+  at("copy").textContent = "Copied"; setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
+});
+if (sessionStorage.getItem("key")) look(); else at("key").focus();
+"""
+
+
+def render_page(recipes: Mapping[str, str]) -> tuple[Headers, bytes]:
+    """The page of `/` for browsers; `recipes` are set-ups of clients by name, with {url} and {key} in them."""
+    return _document("AICarousel", _PAGE_BODY, _PAGE_SCRIPT, recipes)
+
+
+def _document(title: str, body: str, script: str, data: Any) -> tuple[Headers, bytes]:
+    """A page of its own: nothing is loaded from anywhere, no script runs but `script`, nobody may frame it. `data` is what the script reads under the id data."""
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    written = json.dumps(data).replace("<", "\\u003c")
+    policy = (f"default-src 'none'; style-src {source(_PAGE_STYLE)}; script-src {source(script)}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+            f'<link rel="icon" href="data:,"><style>{_PAGE_STYLE}</style></head><body>{body}<script type="application/json" id="data">{written}</script><script>{script}</script></body></html>\n')
+    return [("content-type", "text/html; charset=utf-8"), ("content-security-policy", policy), ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-store"), ("x-frame-options", "DENY")], page.encode()
+
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
@@ -15887,6 +16167,7 @@ MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
 _DECISIONS_MAX = 200        #: requests that can still be explained
+_SHOWN_MAX = 100            #: of them are listed
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
@@ -15921,6 +16202,7 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
     "/admin/explain": _Endpoint({"GET": "admin_explain", "POST": "admin_foresee"}, admin=True),
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
+    "/admin/requests": _Endpoint({"GET": "admin_requests"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
     "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
@@ -15946,6 +16228,7 @@ class Gateway:
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
+        self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -16076,7 +16359,9 @@ class Gateway:
                                ("access-control-allow-headers", "Content-Type, Authorization, x-api-key, anthropic-version")], b"")
 
     async def front_page(self, request: Request, exchange: Exchange) -> None:
-        """GET /: what this is."""
+        """GET /: the page for a browser, a few lines for all else."""
+        if "text/html" in request.headers.get("accept", ""):
+            return exchange.respond(200, *render_page(self.recipes))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
@@ -16223,9 +16508,33 @@ class Gateway:
         """GET /admin/quota: what is used and left of every limit."""
         exchange.respond(200, _JSON, dump_json({"windows": describe_ledger(self.relay.state.ledger, self.world.clock())}))
 
+    async def admin_requests(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/requests: those under way, and those that ended last, newest first."""
+        now = self.world.clock()
+        last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
+                 "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
+                for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
+        live = [run.describe(now) for run in self.relay.running.values()]
+        self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
+
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
-        """GET /admin/routes: every route and what keeps it out."""
-        exchange.respond(200, _JSON, dump_json({"routes": describe_routes(self.config.active, self.relay.state, self.world.clock())}))
+        """GET /admin/routes: every route, what keeps it out, and what it failed by last."""
+        rows = describe_routes(self.config.active, self.relay.state, self.world.clock())
+        errors: dict[str, str] = {}
+        for decision in self.decisions:
+            errors |= {attempt.route.id: f"{attempt.reason}{f' ({attempt.status})' if attempt.status else ''} {attempt.detail[:200]}".strip()
+                       for attempt in decision.attempts if attempt.reason and attempt.reason != "client_closed"}
+        self._show(exchange, {"routes": [{**row, "last_error": errors.get(row["route"])} for row in rows]})
+
+    def _show(self, exchange: Exchange, told: Json) -> None:
+        """Answer with what holds words of clients and providers: no secret in it, every text one printable line."""
+        def clean(value: Any) -> Any:
+            if isinstance(value, str):
+                return printable(redact(value, self.config.secrets))
+            if isinstance(value, dict):
+                return {name: clean(inner) for name, inner in value.items()}
+            return [clean(inner) for inner in value] if isinstance(value, list) else value
+        exchange.respond(200, _JSON, dump_json(clean(told)))
 
     async def admin_reset(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/routes/reset {"route": glob}: use routes again, whatever was held against them."""
