@@ -4181,7 +4181,8 @@ def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
     if routes:
         return
     unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
-    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.skipped = [(route, why if unfit.get(route.id, "failed") == "failed" else unfit[route.id]) for route, why in skipped]      # since it failed it cools: that tells more
+    found.skipped += [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
     found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
     found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
 
