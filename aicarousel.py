@@ -453,6 +453,7 @@ class Preset:
     needs: tuple[str, ...] = ()              #: further variables that fill {NAME} in the URLs
     gone: str = ""                           #: why the whole service cannot be used any more
     check: tuple[str, str] = ("GET", "/models")   #: cheapest call that proves a key; /chat/completions: with one token of output
+    login: bool = False                      #: its keys are logins, exchanged for tokens of the hour
     name: str = ""                           #: its key in PRESETS
 
 
@@ -601,7 +602,9 @@ _ROWS: Mapping[str, Preset] = {
         "GitHub Copilot", "https://api.githubcopilot.com", ("COPILOT_GITHUB_TOKEN", "GITHUB_COPILOT_TOKEN"),
         default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0, rejects=("store",), max_field="max_completion_tokens",
         other_urls={"messages": "https://api.githubcopilot.com/v1", "responses": "https://api.githubcopilot.com"},
-        headers=(("openai-intent", "conversation-edits"),),
+        login=True, check=("GET", "/copilot_internal/v2/token"),
+        headers=(("user-agent", "GitHubCopilotChat/0.35.0"), ("editor-version", "vscode/1.107.0"), ("editor-plugin-version", "copilot-chat/0.35.0"),
+                 ("copilot-integration-id", "vscode-chat"), ("openai-intent", "conversation-edits"), ("x-github-api-version", "2026-06-01")),
         models=(
             _known_model("gpt-6-luna", 922000, 128000, "tvr", (0.1, 0.5, 0.01), long=(272_000,)),
             _known_model("claude-haiku-5.5", 128000, 16000, "tvr", (0.1, 0.5, 0.01)),
@@ -959,6 +962,7 @@ class Settings:
     no_auth: bool = False
     demo: bool = False
     secret_commands: bool = False                          #: whether cmd: references may run
+    github: str = "github.com"                             #: where GitHub Copilot is logged in at: a host, or the address of a server of this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -1716,6 +1720,12 @@ def _want_host(value: Any, place: _Place) -> str:
     raise place.refuse(_shown(value), "a host name or an address, without scheme and port")
 
 
+def _want_github(value: Any, place: _Place) -> str:
+    if re.fullmatch(r"github\.com|[a-z0-9-]+\.ghe\.com", str(value)) or is_loopback(_split_url(value).host):
+        return str(value).rstrip("/")
+    raise place.refuse(_shown(value), "github.com, a company's name.ghe.com, or the address of a server on this machine")
+
+
 def _want_switch(value: Any, place: _Place) -> bool:
     if str(value).lower() in _SWITCH:
         return _SWITCH[str(value).lower()]
@@ -1764,6 +1774,7 @@ _SETTINGS = (
     _Setting("no_auth", "no_auth", (), _want_flag),
     _Setting("demo", "demo", (), _want_flag),
     _Setting("secret_commands", "", ("AICAROUSEL_SECRET_COMMANDS",), _want_switch),
+    _Setting("github", "", ("GITHUB_COPILOT_HOST",), _want_github),
 )
 
 
@@ -14822,6 +14833,16 @@ def _is_relayed(name: str) -> bool:
 EVENT_STREAM_HEADERS: Headers = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
 
 
+class Tokens(Protocol):
+    """Who exchanges logins for tokens of the hour."""
+
+    async def sign(self, route: Route, client: ClientFormat) -> Route:
+        """`route` as it is asked now: with its token, its address, and a format that its model speaks, the client's own if it does. Raises UpstreamFailure."""
+
+    def forget(self, route: Route) -> None:
+        """The token of a route's login is not accepted any more."""
+
+
 @dataclass(slots=True)
 class Job:
     """One request as the relay needs it. `raw` is the client's body, `body` the same parsed and checked."""
@@ -14905,6 +14926,7 @@ class Relay:
         self.settle = settle
         self.keep = keep                #: kind, key and JSON value of something that was learned
         self.state = RoutingState()
+        self.tokens: Tokens | None = None
         self.config: Config
         self.catalogue: Catalogue
         self.memo = Memo()
@@ -15036,8 +15058,8 @@ class Relay:
         finally:
             answer.release()
 
-    def message(self, route: Route, job: Job, body: bytes, path: str) -> tuple[Origin, bytes]:
-        """Where a request goes and its bytes, head and body; `path` stands behind the base URL. The head's fixed part is written once per route and path."""
+    def message(self, route: Route, job: Job, body: bytes, path: str, own: str = "") -> tuple[Origin, bytes]:
+        """Where a request goes and its bytes, head and body; `path` stands behind the base URL. The head's fixed part is written once per route and path; `own`: further lines."""
         known = self._targets.get((route.id, path))
         if known is not None and known[0] is route.provider:
             target = known[1]
@@ -15046,7 +15068,7 @@ class Relay:
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
             self._targets[route.id, path] = route.provider, target
-        own = f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
+        own += f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
         if route.provider.format == "messages":
             own += f"anthropic-version: {job.version or '2023-06-01'}\r\n" + (f"anthropic-beta: {job.betas}\r\n" if job.betas else "")
         accept = "text/event-stream" if job.stream else "application/json"
@@ -15248,7 +15270,8 @@ class _Run:
             failure = await self._try(route)
             if failure is None or self._committed:
                 return
-            self._failures.append(failure)
+            if not self._repaired or failure.reason != "auth_refreshable":      # a token that had run out says nothing of the login
+                self._failures.append(failure)
             rule = FAILURE_RULES[failure.kind]
             if self._repaired:
                 waiting.appendleft(route)
@@ -15431,9 +15454,10 @@ class _Run:
         answer: Answer | None = None
         body, self._repaired = b"", False
         try:
-            body = self._request_body(route)
+            target = await self._sign(route) if route.provider.preset.login else route
+            body = self._request_body(target)
             attempt.changed = self._dropped
-            origin, message = relay.message(route, self._job, body, self._wire.path)
+            origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
             answer = await relay.transport.request(origin, message, route.provider.timeouts)
@@ -15446,6 +15470,7 @@ class _Run:
         except UpstreamFailure as failure:
             if answer is not None:
                 answer.abort()
+            self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
             self._learn(route, failure, body)
@@ -15462,6 +15487,32 @@ class _Run:
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
+
+    async def _sign(self, route: Route) -> Route:
+        """What a route behind a login is asked as. Raises UpstreamFailure, also where its account's own limits are too small."""
+        if self._relay.tokens is None:
+            return route
+        target = await self._relay.tokens.sign(route, self._job.client)
+        why = misfit(target, self._needs)
+        if why:
+            raise self._misfit_failure(target, why)
+        return target
+
+    def _renew(self, route: Route, failure: UpstreamFailure) -> bool:
+        """Whether a token was refused that a new one may mend: once for each route."""
+        if failure.reason != "auth_refreshable" or self._relay.tokens is None or any(attempt.route is route and attempt.reason == failure.reason for attempt in self._attempts):
+            return False
+        self._relay.tokens.forget(route)
+        return True
+
+    def _turn_headers(self) -> str:
+        """Copilot's headers on a turn: who began it, and whether an image is in it."""
+        turns: list[Json] = []
+        with contextlib.suppress(UpstreamFailure, GatewayError):        # what has no hub form goes as it is
+            turns = self._needs.hub()["turns"] if self._job.client != "embeddings" else []
+        by_agent = bool(turns) and (turns[-1]["role"] != "user" or any(part["type"] == "result" for part in turns[-1]["parts"]))
+        sees = any(shows_image({"turns": [turn]}) for turn in turns)
+        return f"X-Initiator: {'agent' if by_agent else 'user'}\r\n" + ("Copilot-Vision-Request: true\r\n" if sees else "")
 
     def _discard(self, attempt: Attempt) -> None:
         """Before commit a failed attempt leaves nothing to the next one but what its provider has counted."""
@@ -15570,7 +15621,7 @@ class _Run:
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
         lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
-        cooldown = None if lacks_endpoint else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
+        cooldown = None if lacks_endpoint or self._repaired else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
             relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
@@ -17667,6 +17718,12 @@ async def check_key(transport: Transport, provider: Provider, credential: Creden
         return Verdict("unsure", "the Python package h11 is missing, so it was not checked")
     if "{" in provider.base_url and not provider.preset.check[1].startswith("https:"):
         return Verdict("unsure", provider.why_out)
+    if provider.preset.login:
+        try:
+            await CopilotTokens(real_world(), transport, lambda: settings).login(provider, credential)
+        except UpstreamFailure as failure:
+            return Verdict("bad" if failure.kind == "credential" else "unsure", printable(failure.detail or failure.reason))
+        return Verdict("good", "works")
     try:
         where, method, path, body = _cheap_call(provider)
         status, headers, answer = await ask_provider(transport, where, credential, settings, method, path, body)
@@ -17685,6 +17742,8 @@ async def check_key(transport: Transport, provider: Provider, credential: Creden
 
 async def list_offers(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> list[str]:
     """The models that a provider lists. Raises UpstreamFailure."""
+    if provider.preset.login:
+        return copilot_offers(await CopilotTokens(real_world(), transport, lambda: settings).login(provider, credential))
     status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
     if status != 200:
         raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
@@ -17779,6 +17838,213 @@ def make_entry(home: Home, name: str, given: Json) -> Json:
             raise Refused(f"{name} does not list its models ({printable(str(failure))}); name them: --models LIST") from failure
     default = given.get("default") or (preset.default if preset.default in models else models[0])
     return {**_entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+
+
+# GitHub Copilot.
+#
+# A login (an OAuth token of the device flow, kept as a key) is exchanged for a token of half an hour, which names the address to ask.
+# Source: editors and gateways that do the same, read 2026-08 to 2026-11.  The login presents itself as the editor, which is said before it is made.
+
+COPILOT = "github-copilot"
+_COPILOT_CLIENT = "Iv1.b507a08c87ecfe98"
+_COPILOT_NOTICE = ("This uses your GitHub Copilot subscription in the way an editor does. GitHub may see that as misuse of the account;",
+                   "it is for your own use alone, and what Copilot costs is charged to the account. Ctrl-C ends it here.")
+_RENEW_BEFORE_S = 60.0
+_RENEW_PAUSE_S = 10.0       #: between two tries while the old token still holds
+_MINT_PAUSES_S = (0.3, 0.6, 0.0)
+_USUAL_TOKEN_S = 1500.0
+_POLL_S = 5.0
+#: What a model is asked in where the catalogue does not say.
+_COPILOT_FORMATS = (("claude-*", "messages"), ("gpt-5*", "responses"), ("gpt-6*", "responses"), ("grok-4.*", "responses"), ("mai-*", "responses"), ("oswe*", "responses"), ("*", "chat"))
+_COPILOT_PATHS = {"messages": "/v1/messages", "responses": "/responses", "chat": "/chat/completions"}
+
+
+def _github_urls(host: str) -> tuple[str, str]:
+    """Where a GitHub is logged in at, and its API."""
+    return (host, host) if "://" in host else (f"https://{host}", f"https://api.{host}")
+
+
+def _trusted_api(url: Any, host: str) -> str:
+    """An address for a login's requests, "" for one that is none of GitHub's."""
+    try:
+        scheme, name, _, _ = split_url(url) if isinstance(url, str) and re.fullmatch(r"https?://[\w.:/-]+", url, re.ASCII) else ("", "", 0, "")
+    except ValueError:
+        return ""
+    own = is_loopback(name) if "://" in host else scheme == "https" and (name == "githubcopilot.com" or name.endswith((".githubcopilot.com", f".{host}") if host != "github.com" else ".githubcopilot.com"))
+    return url.rstrip("/") if own else ""
+
+
+@dataclass(slots=True)
+class _Login:
+    """What is known of one login; lives as long as the process."""
+    lock: asyncio.Lock
+    token: str = ""
+    ends_at: float = 0.0
+    next_try_at: float = 0.0
+    api: str = ""
+    models: dict[str, Json] = field(default_factory=dict)      #: by id, as the catalogue has them
+    signed: dict[tuple[str, str], tuple[Provider, Route]] = field(default_factory=dict)
+
+
+class CopilotTokens:
+    """Tokens of all logins, renewed a minute before they end."""
+
+    def __init__(self, world: World, transport: Transport, settings: Callable[[], Settings]) -> None:
+        self._world, self._transport, self._settings = world, transport, settings
+        self._logins: dict[str, _Login] = {}
+
+    async def sign(self, route: Route, client: ClientFormat) -> Route:
+        """`route` with its token, its address, and the format and limits of its model. Raises UpstreamFailure."""
+        login = await self.login(route.provider, route.credential)
+        known = login.signed.get((route.id, client))
+        if known is None or known[0] is not route.provider:
+            if len(login.signed) >= 1024:
+                login.signed.clear()
+            known = login.signed[route.id, client] = route.provider, _signed(route, login, client)
+        return known[1]
+
+    def forget(self, route: Route) -> None:
+        """The token of a route's login is not accepted any more."""
+        self._logins.pop(route.credential.secret, None)
+
+    async def login(self, provider: Provider, credential: Credential) -> _Login:
+        """A login with a token that holds. Raises UpstreamFailure."""
+        if credential.secret not in self._logins and len(self._logins) >= 64:
+            self._logins.clear()
+        login, clock = self._logins.setdefault(credential.secret, _Login(asyncio.Lock())), self._world.clock
+        if login.ends_at - clock() >= _RENEW_BEFORE_S:
+            return login
+        async with login.lock:
+            if login.ends_at - clock() < _RENEW_BEFORE_S and not clock() < login.next_try_at < login.ends_at:
+                login.next_try_at = clock() + _RENEW_PAUSE_S
+                try:
+                    await self._mint(login, provider, credential)
+                except UpstreamFailure as failure:
+                    if clock() >= login.ends_at:
+                        raise
+                    logging.getLogger("aicarousel.accounts").warning("token.kept credential=%s until_s=%.0f reason=%s", credential.id, login.ends_at - clock(), failure.reason)
+        return login
+
+    async def _mint(self, login: _Login, provider: Provider, credential: Credential) -> None:
+        """Exchange a login for a token. Raises UpstreamFailure."""
+        settings = self._settings()
+        github = replace(provider, base_url=_github_urls(settings.github)[1])
+        for pause_s in _MINT_PAUSES_S:
+            try:
+                status, headers, body = await ask_provider(self._transport, github, credential, settings, "GET", "/copilot_internal/v2/token")
+                if status not in (408, 429) and status < 500:
+                    break
+                failure = classify(COPILOT, "account", status, dict(headers), body, utc=self._world.utc())
+            except UpstreamFailure as caught:
+                failure = caught
+            if not pause_s:
+                failure.phase = "connect"
+                raise failure
+            await self._world.sleep(pause_s)
+        if status != 200:
+            raise UpstreamFailure("credential", "auth_invalid", _LOST_LOGIN[status == 403], status, "connect", "credential")
+        try:
+            told = json.loads(body)
+            token, api, ends_utc = told["token"], _trusted_api((told.get("endpoints") or {}).get("api"), settings.github), float(told["expires_at"])
+            if not re.fullmatch(r"[!-~]{1,8000}", token):
+                raise ValueError("token")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise transport_failure("protocol", "connect", "GitHub's answer holds no Copilot token") from error
+        held_s = ends_utc - self._world.utc()
+        usual_s = told.get("refresh_in")
+        if not 0.0 < held_s < 86_400.0:         # one of the two clocks is wrong
+            held_s = _RENEW_BEFORE_S + (usual_s if isinstance(usual_s, (int, float)) and 0 < usual_s < 86_400 else _USUAL_TOKEN_S)
+        login.token, login.ends_at, login.signed = token, self._world.clock() + held_s, {}
+        login.api = provider.base_url if provider.base_url != provider.preset.base_url else api or provider.base_url
+        await self._read_catalogue(login, provider, credential, settings)
+
+    async def _read_catalogue(self, login: _Login, provider: Provider, credential: Credential, settings: Settings) -> None:
+        """What the account's plan offers; what was known stays where that cannot be told."""
+        with contextlib.suppress(UpstreamFailure, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            status, _, body = await ask_provider(self._transport, replace(provider, base_url=login.api), replace(credential, secret=login.token), settings, "GET", "/models")
+            rows = {row["id"]: row for row in json.loads(body)["data"] if isinstance(row.get("capabilities"), dict)}
+            login.models = rows if status == 200 and rows else login.models
+
+
+#: Why there is no token, by whether the account is known and has no right to one.
+_LOST_LOGIN = {False: "GitHub does not accept this login any more: python aicarousel.py login github-copilot",
+               True: "this GitHub account has no Copilot plan, or its organisation does not allow this use (github.com/settings/copilot); for another account: python aicarousel.py login github-copilot"}
+
+
+def _signed(route: Route, login: _Login, client: ClientFormat) -> Route:
+    """`route` as a login's token and its account's catalogue make it."""
+    row = login.models.get(route.model.id, {})
+    capabilities = row.get("capabilities", {})
+    limits, supports = (found if isinstance(found := capabilities.get(name), dict) else {} for name in ("limits", "supports"))
+    spoken = [name for name, path in _COPILOT_PATHS.items() if path in (row.get("supported_endpoints") or ())]
+    usual = next(name for glob, name in _COPILOT_FORMATS if fnmatch.fnmatchcase(route.model.id, glob))
+    wire = client if client in spoken else usual if usual in spoken or not spoken else spoken[0]
+    wire = "chat" if client in ("embeddings", "completions") else wire
+    counts = [count if type(count) is int and count > 0 else None for count in (limits.get("max_prompt_tokens") or limits.get("max_context_window_tokens"), limits.get("max_output_tokens"))]
+    model = replace(route.model, context=counts[0] or route.model.context, max_output=counts[1] or route.model.max_output,
+                    vision=supports["vision"] if isinstance(supports.get("vision"), bool) else route.model.vision,
+                    tools=supports["tool_calls"] if isinstance(supports.get("tool_calls"), bool) else route.model.tools)
+    provider = replace(route.provider, base_url=login.api + ("/v1" if wire == "messages" else ""), format=wire)
+    return replace(route, provider=provider, credential=replace(route.credential, secret=login.token), model=model)
+
+
+def copilot_offers(login: _Login) -> list[str]:
+    """The models that an account may chat with."""
+    rows = [row for row in login.models.values() if row["capabilities"].get("type") in (None, "chat")]
+    state = {row["id"]: (row.get("policy") or {}).get("state") for row in rows}
+    picked = [row["id"] for row in rows if row.get("model_picker_enabled") is not False and state[row["id"]] != "disabled"]
+    return picked or [name for name, word in state.items() if word == "enabled"]
+
+
+async def copilot_login(world: World, transport: Transport, provider: Provider, settings: Settings, tell: Callable[[str, str], None]) -> str:
+    """A new login by the device flow. tell: shows the address to open and the code to enter there. Raises Refused and UpstreamFailure."""
+    host, _ = _github_urls(settings.github)
+    github, nobody = replace(provider, base_url=host), Credential(f"{COPILOT}/login")
+
+    async def ask(path: str, **fields: str) -> Json:
+        status, headers, body = await ask_provider(transport, github, nobody, settings, "POST", path, dump_json({"client_id": _COPILOT_CLIENT, **fields}))
+        if status != 200:
+            raise classify(COPILOT, "account", status, dict(headers), body, utc=world.utc())
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(told := json.loads(body), dict):
+                return told
+        raise transport_failure("not_json", "body", "GitHub's answer is none of a device login")
+
+    begun = await ask("/login/device/code", scope="read:user")
+    code, shown, address = (str(begun.get(name, "")) for name in ("device_code", "user_code", "verification_uri"))
+    if not code or not re.fullmatch(r"[A-Z0-9-]{4,20}", shown) or not re.fullmatch(r"https?://[\w.-]+(?::[0-9]{1,5})?/[\w./-]*", address, re.ASCII) or split_url(address)[:3] != split_url(host)[:3]:
+        raise Refused("GitHub's answer holds no code, or an address that is not its own")
+    tell(address, shown)
+    interval_s, within_s = (float(value) if isinstance(value := begun.get(name), (int, float)) and 0 < value < 7200 else usual for name, usual in (("interval", _POLL_S), ("expires_in", 900.0)))
+    ends_at = world.clock() + within_s
+    while world.clock() < ends_at:
+        await world.sleep(interval_s)
+        told = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code")
+        if isinstance(told.get("access_token"), str):
+            return told["access_token"]
+        if told.get("error") == "slow_down":
+            interval_s = float(told["interval"]) if isinstance(told.get("interval"), (int, float)) and told["interval"] > interval_s else interval_s + _POLL_S
+        elif told.get("error") != "authorization_pending":
+            break
+    raise Refused({"access_denied": "the login was declined on GitHub", "expired_token": "the code has run out; try again"}.get(
+        str(told.get("error")), "the code has run out; try again" if world.clock() >= ends_at else f"GitHub ended the login: {printable(str(told.get('error')))[:100]}"))
+
+
+def log_in_copilot(home: Home) -> str:
+    """Log in to GitHub Copilot, telling the person what to do; what came of it. Raises Refused and ConfigError."""
+    entry = _with_entry(_read_text(home.models_path) or "{}", COPILOT) or "{}"
+    config = _load_home(home, entry, _read_text(home.env_path))
+    provider = find_provider(config, COPILOT)
+
+    def tell(address: str, code: str) -> None:
+        print(f"Open {address} and enter the code {code}; this waits until you have.", file=sys.stderr, flush=True)
+
+    print(*_COPILOT_NOTICE, sep="\n", file=sys.stderr)
+    try:
+        token = run_asking(lambda transport: copilot_login(real_world(), transport, provider, config.settings, tell), "asking GitHub")
+    except UpstreamFailure as failure:
+        raise Refused(f"no login: {printable(str(failure))}") from failure
+    return take_key(home, token, COPILOT)[0]
 
 
 # As they are shown.
@@ -17981,6 +18247,7 @@ _KEY_ID = _Question("Id of the key", _read_count)
 _MENUS: Mapping[str, _Menu] = {
     "2": _Menu("provider keys", ("provider", "list"), (
         _Action("add a key", ()),
+        _Action("log in to GitHub Copilot", ("login", COPILOT)),
         _Action("test all keys", ("provider", "test")),
         _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
     )),
@@ -18153,6 +18420,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
+    gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
@@ -18572,6 +18840,8 @@ def _test_providers(arguments: Any, home: Home) -> int:
 def _login_command(arguments: Any) -> int:
     """Take a provider's key, check it there, and keep it in .env."""
     home = find_home(arguments.home)
+    if arguments.provider == COPILOT and not arguments.stdin:
+        return _say_done(arguments, log_in_copilot(home))
     if not arguments.stdin and sys.stdin and sys.stdin.isatty():
         told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
         return _say_done(arguments, told or "no key came", told is not None)
