@@ -6263,7 +6263,8 @@ def error_kind(status: int, code: Any = None, message: str = "") -> str:
 
 
 def read_error(error: Any, status: int = 502) -> Json:
-    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text."""
+    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
+    found = error
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6280,7 +6281,7 @@ def read_error(error: Any, status: int = 502) -> Json:
     message = _error_message(error)
     row = ERROR_ROWS[error_kind(status, kind_word, message)]
     told = 400 <= status < 600 and status != 502
-    return error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type)
+    return {**error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type), "found": found}
 
 
 def _error_message(error: Json) -> str:
@@ -8095,9 +8096,9 @@ def _read_chat_error(found: Json) -> Json:
     """The error delta for what find_chat_error found."""
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
-        return read_error({"message": status.get("status_msg"), "code": status.get("status_code")})
+        return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
     inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
-    return read_error({"error": inside} if inside else found)
+    return {**read_error({"error": inside} if inside else found), "found": found}
 
 
 def chat_read_answer(body: Any, source: Source) -> list[Json]:
@@ -11517,7 +11518,7 @@ class Translation:
         """What one delta tells of the answer."""
         kind = delta["delta"]
         if kind == "error":
-            self.error = {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
+            self.error = error_of(delta)
             return
         if kind in ("text", "think", "args", "refuse"):
             self.n_content_bytes += len(delta["text"])
@@ -11547,6 +11548,11 @@ class Translation:
             out += self._writer.close()
             self.done = True
         return b"".join(out)
+
+
+def error_of(delta: Json) -> Any:
+    """What an error delta stands for, as it is judged: in the provider's own words where it has any, so that they mean the same as in a passage."""
+    return delta.get("found") or {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
 
 
 #: How often a block is searched for a run of alike events in vain: each search reads all of the block.
@@ -14786,8 +14792,7 @@ class _Run:
     def _translate_whole(self, deltas: list[Json], route: Route) -> Json:
         """A whole answer in the client's format. Raises UpstreamFailure when its deltas end in an error."""
         if deltas and deltas[-1]["delta"] == "error":
-            last = deltas[-1]
-            raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
+            raise self._in_answer(route, error_of(deltas[-1]))
         made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens)
         remember(self._relay.memo, fold_deltas(whole))
         return made
