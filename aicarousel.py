@@ -33,7 +33,8 @@ Contents
     20  Relay               attempts, commit, pump, keep-alives, cancellation
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
-    25  Command line        serve, key, status, stats, call, db, config
+    23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -70,6 +71,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import json
@@ -375,7 +377,7 @@ _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|p
 
 def printable(text: str) -> str:
     """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -802,7 +804,43 @@ DEFAULT_MODELS: Mapping[str, Json] = MappingProxyType({
 # Three layers: checkers (`_want_*`: a value and its place -> the value as we keep it, or a complaint), tables of
 # fields that name a checker each, and `_make_*`, which join what was checked with presets and variables.
 # No complaint repeats what may be a secret.  Guarded by tests/test_config.py: a row per rule.
-# One more field: a line in its table.  One more setting: a field of Settings, a line in _SETTINGS, a README line.
+# One more field: a line in its table.  One more limit: a line in Bounds, and the row that tests/test_docs.py then wants in README.  One more setting: a field of Settings, a line in _SETTINGS, a README line.
+
+def _bound(default: float, low: float, high: float, unit: str, about: str) -> Any:
+    """A field of Bounds: its default, the range it may be set in, its unit, and what README says of it."""
+    return field(default=default, metadata={"low": low, "high": high, "unit": unit, "about": about})
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """`carousel.limits` of models.json: how long, how much and how many.  This table is what checks, defaults, `config show` and README are made from.
+
+    A field's name in models.json is its own in camel case, without _s for seconds.  What is under way keeps what it began with.
+    """
+    client_head_s: float = _bound(10.0, 0.1, 3600.0, "seconds", "until the head of a client's request is there")
+    client_body_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "until its body is there")
+    client_idle_s: float = _bound(120.0, 1.0, 86_400.0, "seconds", "a client's connection may wait for the next request")     # Codex keeps its own for 90
+    client_stall_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a client may read nothing of its answer")
+    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; further ones are closed at once")
+    body_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of a request's body")
+    answer_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of an answer that is not streamed, or that comes compressed")
+    event_bytes: int = _bound(8 << 20, 1 << 17, 1 << 30, "bytes", "of one event of a stream, as long as it is not whole")
+    keep_alive_first_s: float = _bound(4.5, 0.1, 3600.0, "seconds", "of silence until a stream's first sign of life")
+    keep_alive_s: float = _bound(12.0, 0.1, 3600.0, "seconds", "of silence until each further one")
+    drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
+    request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
+    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
+    retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
+    pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
+    pool_size: int = _bound(256, 0, 10_000, "connections", "kept so for each provider")
+    cool_rate_s: float = _bound(1.0, 0.1, 86_400.0, "seconds", "a key or model is left out after a first 429 that names no time")
+    cool_server_s: float = _bound(5.0, 0.1, 86_400.0, "seconds", "a key and model after a first `server` failure")
+    cool_network_s: float = _bound(5.0, 0.1, 86_400.0, "seconds", "a provider after a first `network` failure")
+    cool_model_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a model after a first `model` failure")
+    cool_most_s: float = _bound(600.0, 0.1, 86_400.0, "seconds", "where these four, doubling with each failure in a row, end")
+    cool_credential_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `credential` failure")
+    cool_payment_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `payment` failure")
+
 
 @dataclass(frozen=True, slots=True)
 class Carousel:
@@ -817,6 +855,7 @@ class Carousel:
     echo_model: bool = False
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
+    limits: Bounds = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -835,6 +874,7 @@ class Settings:
     no_proxy: tuple[str, ...] = ()
     no_auth: bool = False
     demo: bool = False
+    secret_commands: bool = False                          #: whether cmd: references may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -849,6 +889,7 @@ class Config:
     looked_for: tuple[str, ...]              #: key variables that were not set
     secrets: frozenset[str] = field(repr=False)
     models_path: str
+    secret_files: tuple[str, ...] = ()       #: what file: references name; read again when they change
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1023,17 +1064,17 @@ def _want_model(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_key(value: Any, place: _Place) -> dict[str, Any]:
-    """A credential as env:NAME or an object; `variable` is the NAME."""
+    """A credential as a reference or an object; `variable` is the NAME of env:NAME, or the reference as it stands."""
     return {"variable": _want_reference(value, place)} if not isinstance(value, dict) else _want_object(_KEY_FIELDS, ("key",))(value, place)
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
-        return match[1]
+        return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME"; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1213,6 +1254,17 @@ _PROVIDER_FIELDS = {
         models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
 
+def camel_name(name: str) -> str:
+    """The name in models.json of a field we keep."""
+    first, *rest = name.removesuffix("_s").split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+_BOUND_FIELDS = {
+    camel_name(name): _Field(name, (_want_whole if isinstance(known.default, int) else functools.partial(_want_number, unit=known.metadata["unit"]))(
+        known.metadata["low"], known.metadata["high"]))
+    for name, known in Bounds.__dataclass_fields__.items()}
+
 _CAROUSEL_FIELDS = {
     "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota")),
     "affinity": _Field("affinity", _want_word("auto", "on", "off")),
@@ -1224,6 +1276,7 @@ _CAROUSEL_FIELDS = {
     "echoModel": _Field("echo_model", _want_flag),
     "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
+    "limits": _Field("limits", _want_record(Bounds, _BOUND_FIELDS)),
 }
 
 
@@ -1299,6 +1352,25 @@ class _Load:
     warnings: list[str] = field(default_factory=list)
     looked_for: list[str] = field(default_factory=list)
     secrets: set[str] = field(default_factory=set)
+    secret_files: list[str] = field(default_factory=list)
+    read_secret: Callable[[str], str] | None = None
+    may_run: bool = False
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        kind, found, target = reference.partition(":")
+        if not found:
+            return self.look(reference)
+        if kind == "cmd" and not self.may_run:
+            self.warnings.append(f"{redact(reference)} is not run: AICAROUSEL_SECRET_COMMANDS=true in the environment or .env allows it")
+            return "", ""
+        if kind == "file":
+            self.secret_files.append(target)
+        try:
+            return self.read_secret(reference) if self.read_secret is not None else "", redact(reference)
+        except ConfigError as error:
+            self.warnings.append(str(error))
+            return "", ""
 
     def look(self, variable: str) -> tuple[str, str]:
         """(value, origin) of a variable, two empty strings when it is unset or blank.  One that is blank in the environment hides that of .env."""
@@ -1349,7 +1421,10 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     out = (switch if not enabled else f"no model: name one in models.json or in {variable_name(name, 'MODEL')}" if not default
            else f"no account: {unset} is not set" if unset
            else keys_out)
-    timeouts = replace(Timeouts(first_byte_s=preset.first_byte_s, idle_s=preset.idle_s), **entry.get("timeouts", {}))
+    usual = replace(Timeouts(), first_byte_s=preset.first_byte_s, idle_s=preset.idle_s)
+    timeouts = replace(usual, **entry.get("timeouts", {}))
+    load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
+                     else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
                     entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
 
@@ -1458,10 +1533,8 @@ def _choose_enabled(load: _Load, name: str, entry: Mapping[str, Any]) -> tuple[b
     value, origin = load.look(variable)
     if not value:
         return entry.get("enabled", True), "switched off in models.json"
-    if value.lower() not in _SWITCH:
-        raise _Place(origin).refuse(_shown(value), "true or false")
     load.origins[f"{name}.enabled"] = origin
-    return _SWITCH[value.lower()], f"switched off by {variable}"
+    return _want_switch(value, _Place(origin)), f"switched off by {variable}"
 
 
 _SWITCH: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -1483,7 +1556,7 @@ def _choose_credentials(load: _Load, name: str, entry: Mapping[str, Any], preset
         first.setdefault(key.secret, key)
     if first:
         load.origins.update({f"{name}.keys.{number}": key.origin for number, key in enumerate(first.values(), 1)})
-        return tuple(Credential(f"{name}/{number}", key.secret, source=f"env:{key.variable}", **key.options)
+        return tuple(Credential(f"{name}/{number}", key.secret, source=redact(key.variable) if ":" in key.variable else f"env:{key.variable}", **key.options)
                      for number, key in enumerate(first.values(), 1)), ""
     needs_none = not entry["keys"] if "keys" in entry else preset.keyless or is_loopback(_split_url(base_url).host)
     if needs_none:
@@ -1496,7 +1569,7 @@ def _keys_in(load: _Load, variables: Iterable[str], options: Mapping[str, Any]) 
     """The keys in these variables; one variable may hold several, parted by commas."""
     found = []
     for variable in variables:
-        value, origin = load.look(variable)
+        value, origin = load.resolve(variable)
         found += [_Found(_want_secret(part, _Place(origin)), variable, origin, options) for part in _split_list(value)]
     load.secrets |= {key.secret for key in found}
     return found
@@ -1510,7 +1583,8 @@ def _listed_keys(load: _Load, name: str, keys: Sequence[Mapping[str, Any]]) -> t
         here = _keys_in(load, [key["variable"]], options)
         if not here:
             lacking.append(redact(key["variable"]))
-            load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
+            if ":" not in key["variable"]:
+                load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
         found += here if not key.get("disabled") else []
     return found, lacking
 
@@ -1547,6 +1621,12 @@ def _want_host(value: Any, place: _Place) -> str:
     if re.fullmatch(r"[\w.:%-]+|\[[\w.:%-]+\]", str(value), re.ASCII):
         return str(value).strip("[]")
     raise place.refuse(_shown(value), "a host name or an address, without scheme and port")
+
+
+def _want_switch(value: Any, place: _Place) -> bool:
+    if str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
+    raise place.refuse(_shown(value), "true or false")
 
 
 def _want_parts(item: _Want) -> _Want:
@@ -1590,6 +1670,7 @@ _SETTINGS = (
     _Setting("no_proxy", "", ("no_proxy", "NO_PROXY"), _want_parts(_want_text)),
     _Setting("no_auth", "no_auth", (), _want_flag),
     _Setting("demo", "demo", (), _want_flag),
+    _Setting("secret_commands", "", ("AICAROUSEL_SECRET_COMMANDS",), _want_switch),
 )
 
 
@@ -1614,15 +1695,17 @@ def _make_settings(load: _Load, flags: Mapping[str, Any]) -> Settings:
 # The whole.
 
 def load_config(models_text: str | None, *, models_path: str, environment: Mapping[str, str], dotenv: Mapping[str, str],
-                flags: Mapping[str, Any]) -> Config:
+                flags: Mapping[str, Any], read_secret: Callable[[str], str] | None = None) -> Config:
     """The configuration that these say together.
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
+    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
-    load = _Load(environment, dotenv)
+    load = _Load(environment, dotenv, read_secret=read_secret)
     settings = _make_settings(load, flags)
+    load.may_run = settings.secret_commands
     place = _Place(models_path)
     tree = _parse_models(models_text, models_path) if models_text is not None else {}
     carousel = _make_carousel(load, tree.pop("carousel", {}), place.at("carousel"))
@@ -1634,13 +1717,14 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
         providers = _with_demo(providers, str(flags.get("demo_url") or ""))
     _gather_secrets(load, providers, settings)
     return Config(tuple(providers), tuple(provider for provider in providers if not provider.why_out), carousel, settings, load.origins,
-                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path)
+                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path, tuple(load.secret_files))
 
 
 def _make_carousel(load: _Load, value: Any, place: _Place) -> Carousel:
     """The carousel from its entry."""
     carousel = Carousel(**_want_object(_CAROUSEL_FIELDS)(value, place))
     load.note("carousel", _CAROUSEL_FIELDS, value, "models.json")
+    load.note("carousel.limits", _BOUND_FIELDS, value.get("limits", {}), "models.json")
     return carousel
 
 
@@ -1700,8 +1784,137 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     load.secrets.discard("")
 
 
+# Edits.
+#
+# Files that people write are changed as text: what an edit does not touch stays as it was, byte for byte.  Texts that come here have been loaded before.
+
+class _Node(NamedTuple):
+    """A value in JSON text from `start` to `end`; members of an object or list: (name or index, where the member begins, value)."""
+    start: int
+    end: int
+    members: tuple[tuple[str | int, int, _Node], ...] | None
+
+
+_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,\]}]+')
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the blanks from `at` on end."""
+    match = _BLANKS.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _scan(text: str, at: int = 0) -> _Node:
+    """The JSON value that begins behind the blanks at `at`."""
+    start = _skip(text, at)
+    close = {"{": "}", "[": "]"}.get(text[start])
+    if close is None:
+        match = _SCALAR.match(text, start)
+        assert match is not None
+        return _Node(start, match.end(), None)
+    members: list[tuple[str | int, int, _Node]] = []
+    at = _skip(text, start + 1)
+    while text[at] != close:
+        begin, name = at, len(members)
+        if close == "}":
+            label = _scan(text, at)
+            name, at = json.loads(text[label.start:label.end]), _skip(text, label.end) + 1
+        value = _scan(text, at)
+        members.append((name, begin, value))
+        at = _skip(text, value.end)
+        at = _skip(text, at + 1) if text[at] == "," else at
+    return _Node(start, at + 1, tuple(members))
+
+
+def _find_node(text: str, path: Sequence[str | int]) -> tuple[_Node, list[str | int]]:
+    """The value at `path`, or the deepest one on the way to it; and what of the path is left then."""
+    node, rest = _scan(text), list(path)
+    while rest and (found := next((child for name, _, child in node.members or () if name == rest[0]), None)) is not None:
+        node = found
+        del rest[0]
+    return node, rest
+
+
+def _dump_at(text: str, at: int, value: Any, pretty: bool) -> str:
+    """JSON for a place in `text`: on one line, or in the file's own indentation."""
+    if not pretty or not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    indent = re.match(r"[ \t]*", text[max(text.rfind("\n", 0, at), text.rfind("\r", 0, at)) + 1:])
+    unit = re.search(r"^([ \t]+)", text, re.M)
+    assert indent is not None
+    lines = json.dumps(value, ensure_ascii=False, indent=unit[1] if unit else "  ").split("\n")
+    return ("\r\n" if "\r\n" in text else "\n").join([lines[0], *(indent[0] + line for line in lines[1:])])
+
+
+def set_json(text: str, path: Sequence[str | int], value: Any) -> str:
+    """`text` with `value` at `path`: in place of what stands there, else as the last member, in the way its neighbours are written."""
+    node, rest = _find_node(text, path)
+    if not rest:
+        return text[:node.start] + _dump_at(text, node.start, value, "\n" in text[node.start:node.end]) + text[node.end:]
+    for name in reversed(rest[1:]):
+        value = {name: value}
+    label = "" if text[node.start] == "[" else json.dumps(rest[0], ensure_ascii=False)
+    if not node.members:
+        inner = label + (": " if label else "") + json.dumps(value, ensure_ascii=False)
+        inner = f"\n  {inner}\n" if len(path) == 1 else inner
+        return text[:node.start + 1] + inner + text[node.end - 1:]
+    _, begin, last = node.members[-1]
+    gap = text[len(text[:begin].rstrip(" \t\r\n")):begin]
+    gap = gap if "\n" in gap or len(node.members) > 1 else " "
+    colon = text[_scan(text, begin).end:last.start] if label else ""
+    pretty = any("\n" in text[child.start:child.end] for _, _, child in node.members)
+    return text[:last.end] + "," + gap + label + colon + _dump_at(text, begin, value, pretty) + text[last.end:]
+
+
+def cut_json(text: str, path: Sequence[str | int]) -> str:
+    """`text` without the member at `path`, which is there."""
+    members = _find_node(text, path[:-1])[0].members or ()
+    index = next(number for number, (name, _, _) in enumerate(members) if name == path[-1])
+    if index + 1 < len(members):
+        start, end = members[index][1], members[index + 1][1]
+    else:
+        start, end = members[index - 1][2].end if index else members[0][1], members[index][2].end
+    return text[:start] + text[end:]
+
+
+def order_json(text: str, path: Sequence[str | int], order: Sequence[int]) -> str:
+    """`text` with the members at `path` in another order: `order` holds the index of each now."""
+    members = _find_node(text, path)[0].members or ()
+    made, at = [], 0
+    for (_, begin, child), index in zip(members, order, strict=True):
+        made += [text[at:begin], text[members[index][1]:members[index][2].end]]
+        at = child.end
+    return "".join([*made, text[at:]])
+
+
+def set_dotenv(text: str, name: str, value: str) -> str:
+    """The .env file `text` with `name` set: in its own line where there is one, else in a new line at the end."""
+    quoted = value if re.fullmatch(r"[\w.,:/@+=*~-]+", value, re.ASCII) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    lines = re.split(r"(\r\n|\r|\n)", text)
+    for number in range(len(lines) - 1, -1, -2):
+        line = lines[number]
+        match = _DOTENV_LINE.fullmatch(line, 1 if line.startswith("\ufeff") else 0) if not line.lstrip().startswith("#") else None
+        if match is not None and match["name"] == name:
+            group = next(group for group in ("double", "single", "plain") if match[group] is not None)
+            start, end = match.span(group) if group == "plain" else (match.start(group) - 1, match.end(group) + 1)
+            comment = " " + line[start:end] if group == "plain" and line[start:end].startswith("#") else ""
+            lines[number] = line[:start] + quoted + comment + line[end:]
+            return "".join(lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text + (end if text and not text.endswith(("\n", "\r")) else "") + f"{name}={quoted}{end}"
+
+
+def cut_dotenv(text: str, name: str) -> str:
+    """The .env file `text` without the lines that set `name`."""
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
+    named = re.compile(rf"\ufeff?\s*(?:export\s+)?{re.escape(name)}\s*=", re.ASCII)
+    return "".join(line for line in lines if not named.match(line))
+
+
 ##############################################################################
-# 5. Failures                                               pure | uses 1-3
+# 5. Failures                                               pure | uses 1-4
 ##############################################################################
 # What came back from a provider, made into an UpstreamFailure: which kind, which finer reason, what cools, for how long.
 # A failure is judged once, from top to bottom: rows of _SIGNS (words and codes of one provider, or too plain to mistake),
@@ -1719,18 +1932,24 @@ class Rule:
     again: bool            #: once more on the same route when nothing else is left?
 
 
-#: Guesses end at ten minutes, but for credentials and money: those change by somebody's hand only, so one look an hour is enough.
-FAILURE_RULES: Mapping[Kind, Rule] = MappingProxyType({
-    "request":    Rule(False, "",           0.0,    0.0,    False),
-    "parameter":  Rule(False, "",           0.0,    0.0,    False),
-    "fit":        Rule(True,  "",           0.0,    0.0,    False),
-    "model":      Rule(True,  "model",      60.0,   600.0,  False),
-    "credential": Rule(True,  "credential", 3600.0, 3600.0, False),
-    "payment":    Rule(True,  "credential", 3600.0, 3600.0, False),
-    "rate":       Rule(True,  "route",      1.0,    600.0,  False),
-    "server":     Rule(True,  "route",      5.0,    600.0,  True),
-    "network":    Rule(True,  "provider",   5.0,    600.0,  False),
-})
+def failure_rules(bounds: Bounds) -> Mapping[Kind, Rule]:
+    """What follows from each kind.  Credentials and money change by somebody's hand only, so one look an hour is enough, and nothing doubles."""
+    most_s, credential_s, payment_s = bounds.cool_most_s, bounds.cool_credential_s, bounds.cool_payment_s
+    return MappingProxyType({
+        "request":    Rule(False, "",           0.0,                   0.0,          False),
+        "parameter":  Rule(False, "",           0.0,                   0.0,          False),
+        "fit":        Rule(True,  "",           0.0,                   0.0,          False),
+        "model":      Rule(True,  "model",      bounds.cool_model_s,   most_s,       False),
+        "credential": Rule(True,  "credential", credential_s,          credential_s, False),
+        "payment":    Rule(True,  "credential", payment_s,             payment_s,    False),
+        "rate":       Rule(True,  "route",      bounds.cool_rate_s,    most_s,       False),
+        "server":     Rule(True,  "route",      bounds.cool_server_s,  most_s,       True),
+        "network":    Rule(True,  "provider",   bounds.cool_network_s, most_s,       False),
+    })
+
+
+#: With the limits as they are where nobody has set them.
+FAILURE_RULES = failure_rules(Bounds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -3400,6 +3619,7 @@ class Cooldown:
 class RoutingState:
     """What routing remembers between requests; owned by the relay, lives as long as the process."""
     cooling: dict[str, Cooldown] = field(default_factory=dict)
+    rules: Mapping[Kind, Rule] = field(default_factory=lambda: FAILURE_RULES)     #: with the limits in force
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
     repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
     windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
@@ -3961,7 +4181,7 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
     end_probe(state, route)
     if not failure.scope or (failure.scope in ("model", "route") and not is_listed(route)):
         return None
-    rule = FAILURE_RULES[failure.kind]
+    rule = state.rules[failure.kind]
     key = route.keys[SCOPES[failure.scope]]
     before = state.cooling.get(key)
     if before is not None and before.until_at > now and not failure.proven:
@@ -4017,15 +4237,16 @@ class Event(NamedTuple):
 class FrameSplitter:
     """Cuts a byte stream into whole SSE frames, blank line included; what is unfinished stays inside."""
 
-    __slots__ = ("rest", "_began", "_searched")
+    __slots__ = ("rest", "max_bytes", "_began", "_searched")
 
     def __init__(self) -> None:
         self.rest = b""
+        self.max_bytes = MAX_EVENT_BYTES        #: of one frame
         self._began = False     # past the byte order mark
         self._searched = 0      # no blank line ends before here
 
     def feed(self, chunk: bytes) -> bytes:
-        """All frames that `chunk` completes, as one piece of bytes. Raises UpstreamFailure past MAX_EVENT_BYTES."""
+        """All frames that `chunk` completes, as one piece of bytes. Raises UpstreamFailure past max_bytes."""
         buffer = self.rest + chunk if self.rest else chunk
         if not self._began and buffer:
             if buffer[:3] != b"\xef\xbb\xbf"[:len(buffer[:3])]:
@@ -4040,8 +4261,8 @@ class FrameSplitter:
             cut = max(cut if cut >= 2 else 0, self._last_blank(buffer, cut if cut >= 2 else self._searched))
         self.rest = buffer[cut:]
         self._searched = max(0, len(self.rest) - 3)
-        if len(self.rest) > MAX_EVENT_BYTES:
-            raise UpstreamFailure("server", "too_big", f"one event is larger than {MAX_EVENT_BYTES} bytes", phase="body")
+        if len(self.rest) > self.max_bytes:
+            raise UpstreamFailure("server", "too_big", f"one event is larger than {self.max_bytes} bytes", phase="body")
         return buffer[:cut]
 
     @staticmethod
@@ -6919,9 +7140,9 @@ def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str
 
 def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
     """The messages without fields the provider rejects and with its word for developer; the same list when nothing changes."""
-    unwanted = set(preset.message_rejects)
-    rename = preset.system_role if any(message["role"] == "developer" for message in messages) else ""
-    if not rename and not any(unwanted.intersection(message) for message in messages):
+    unwanted = preset.message_rejects
+    rename = preset.system_role if "developer" in [message["role"] for message in messages] else ""
+    if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
     fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
@@ -7046,7 +7267,7 @@ class ChatPassage:
     Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_frames", "_prefix", "_suffix", "_last", "_called")
+    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "frames", "_echo", "_prefix", "_suffix", "_last", "_called")
 
     def __init__(self, *, wants_usage: bool, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """n_prompt_tokens: an estimate, for a client that wants usage from a provider that tells none."""
@@ -7064,7 +7285,7 @@ class ChatPassage:
         self._n_prompt_tokens = n_prompt_tokens
         self._usage_shown = False
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._prefix = self._suffix = b""   #: what the last event of plain text had around its text
         self._last: Json = {}
         self._called = False
@@ -7098,7 +7319,7 @@ class ChatPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -7110,7 +7331,7 @@ class ChatPassage:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
         if self.error or self.broken:
             return b""
-        rest = self._frames.rest
+        rest = self.frames.rest
         if not self.n_signs and rest.lstrip()[:1] in (b"{", b"["):
             self.error, self.broken = _error_in_json(rest), "not_json"      # a body that is no stream at all
             return b""
@@ -9704,7 +9925,7 @@ class ResponsesPassage:
     Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "_echo", "_frames", "_overhead", "_began", "_open_call", "_response")
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "frames", "_echo", "_overhead", "_began", "_open_call", "_response")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         self.content = False                #: something of the answer itself has come
@@ -9716,7 +9937,7 @@ class ResponsesPassage:
         self.n_content_bytes = 0            #: for an estimate where no usage comes
         self.n_signs = 0                    #: grows with every event
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
         self.sequence = 0                   #: number of the last event
         self._began = self._open_call = False
@@ -9732,7 +9953,7 @@ class ResponsesPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -9741,7 +9962,7 @@ class ResponsesPassage:
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
         out = b""
-        rest = self._frames.rest
+        rest = self.frames.rest
         if not (self.done or self.error or self.broken) and whole_json(read_frame(rest).data):
             out = self._look(rest + b"\n\n")
         if not (self.done or self.error or self.broken):
@@ -10846,7 +11067,7 @@ class MessagesPassage:
     Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_echo", "_frames", "_prefix", "_raw_usage", "_called", "_open_call")
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "frames", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """wants_usage is what other formats' passages ask; a Messages stream always carries its usage."""
@@ -10859,7 +11080,7 @@ class MessagesPassage:
         self.n_content_bytes = 0            #: for an estimate where no usage comes
         self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._prefix = b""                  #: what the last plain delta had before its text
         self._raw_usage: Json = {}
         self._called = self._open_call = False
@@ -10878,7 +11099,7 @@ class MessagesPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -10886,7 +11107,7 @@ class MessagesPassage:
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
-        rest = self._frames.rest
+        rest = self.frames.rest
         event = read_frame(rest)
         out = self._look(rest + b"\n\n") if not self.done and event.data and (event.data.strip() == "[DONE]" or whole_json(event.data)) else b""
         if self.done or self.error or self.broken:
@@ -11226,13 +11447,13 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
 class Needs:
     """What one request needs of a route that serves it; the costly parts are worked out when a route first makes them matter.
 
-    windows: RoutingState's.  utc: now.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
+    windows: RoutingState's.  utc: now.  read_hub: from `body` to the hub's form.  ratio: what Calibration learned of a model.
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[Json], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
@@ -11240,6 +11461,7 @@ class Needs:
         self.overflowed = 0             #: tokens that the largest of them holds
         self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
         self._body = body
+        self._hub: Json | None = None           # read when first needed
         self._shows: bool | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
@@ -11247,7 +11469,7 @@ class Needs:
     def images(self) -> bool:
         """Whether its last turn shows an image."""
         if self._shows is None:
-            hub = self._hub() if b"image" in self._raw else None
+            hub = self._readable_hub() if b"image" in self._raw else None
             self._shows = hub is not None and shows_image(hub)
         return self._shows
 
@@ -11274,14 +11496,19 @@ class Needs:
         """The prompt's tokens for a wire model, estimated; 0 where it is none that can be read."""
         family = count_family(model.lower())
         if family not in self._counts:
-            hub = self._hub()
+            hub = self._readable_hub()
             self._counts[family] = estimate_tokens(hub, model) if hub is not None else 0
         return round(self._counts[family] * self._ratio(model))
 
-    def _hub(self) -> Json | None:
-        """The request in the hub's form, None where only a provider of its own format understands it."""
+    def hub(self) -> Json:
+        """The request in the hub's form. Raises GatewayError 400, and UpstreamFailure where only a provider of its own format understands it."""
+        if self._hub is None:
+            self._hub = self._read_hub(self._body)
+        return self._hub
+
+    def _readable_hub(self) -> Json | None:
         with contextlib.suppress(UpstreamFailure, GatewayError):
-            return self._read_hub()
+            return self.hub()
         return None
 
     def note_overflow(self, window: int | None) -> None:
@@ -11423,7 +11650,7 @@ class Translation:
     """
 
     __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
-                 "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
+                 "frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
         self.content = False
@@ -11436,7 +11663,7 @@ class Translation:
         self.n_content_bytes = 0
         self.n_signs = 0
         self.kept: list[Json] = []              #: thinking and calls of the answer, for the memo
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._reader = reader
         self._holder = CallHolder(live)
         self._filler = UsageFiller(n_prompt_tokens)
@@ -11458,7 +11685,7 @@ class Translation:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -11483,7 +11710,7 @@ class Translation:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` when it ended wrongly."""
         if self.done or self.error or self.broken:
             return b""
-        rest = read_frame(self._frames.rest)
+        rest = read_frame(self.frames.rest)
         if rest.data.strip() == "[DONE]" or whole_json(rest.data):
             self._take(self._reader.feed(rest))
         self._take(self._reader.close())
@@ -12264,6 +12491,8 @@ _FIELD_JUNK = {code: None for code in (*range(0, 9), *range(10, 32), 127)}
 
 def header_value(text: str) -> str:
     """`text` as it may stand in a header we write: one line of printable Latin-1."""
+    if text.isascii() and text.isprintable():       # nearly every one
+        return text.strip()
     return text.translate(_FIELD_JUNK).encode("latin-1", "replace").decode("latin-1").strip()
 
 
@@ -13283,18 +13512,15 @@ def _freed_after_s(account: _Account, place: int, limit: int, now: float) -> flo
 
 
 ##############################################################################
-# 18. Transport                                             I/O | uses 1-2, 5, 15-16
+# 18. Transport                                             I/O | uses 1-2, 4-5, 15-16
 ##############################################################################
 # The providers' side: one request, one Answer.  Every way a connection can fail leaves here as an UpstreamFailure and as
 # nothing else.  Connections are pooled per (origin, proxy) and come back to the pool only when their answer was whole, its
 # framing unambiguous and not one byte came after it; a byte or an end that arrives while a connection waits spoils it.
 # Deadlines are one Alarm per connection: it aborts the transport, the pending read ends, and the phase tells what for.
 
-MAX_ANSWER_BYTES = 32 * 1024 * 1024
 _MAX_INFORMATIONAL = 20
 _READ_BYTES = 128 * 1024
-_POOL_IDLE_S = 60.0
-_POOL_SIZE = 256
 
 
 class Origin(NamedTuple):
@@ -13414,7 +13640,7 @@ class Answer:
         self._failure: UpstreamFailure | None = None
         self._ended = False
         fields = dict(headers)
-        self._inflate = _make_inflater(fields["content-encoding"]) if "content-encoding" in fields else None
+        self._inflate = _make_inflater(fields["content-encoding"], transport.bounds.answer_bytes) if "content-encoding" in fields else None
         self._reusable = not self._eof_ends and "close" not in fields.get("connection", "").lower()
         if self._body.done:
             self._body.rest, self._pending = self._pending, b""
@@ -13458,10 +13684,10 @@ class Answer:
         except BadHttp as error:
             raise transport_failure("protocol", "body", str(error)) from error
 
-    async def read_all(self, max_bytes: int = MAX_ANSWER_BYTES, *, idle_s: float, within_s: float) -> bytes:
+    async def read_all(self, *, idle_s: float, within_s: float) -> bytes:
         """The whole body, in `within_s` at the most. Blank pieces are keep-alives; once something else came the rest must follow within `idle_s`."""
         pieces: list[bytes] = []
-        n_bytes, ends_at = 0, self._transport.clock() + within_s
+        n_bytes, max_bytes, ends_at = 0, self._transport.bounds.answer_bytes, self._transport.clock() + within_s
         if not self._pending:
             self.watch("idle", min(idle_s, within_s))
         while piece := await self.read():
@@ -13500,7 +13726,7 @@ class Answer:
         self._transport.take_back(self._line, reusable)
 
 
-def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
+def _make_inflater(coding: str, max_bytes: int) -> Callable[[bytes], bytes] | None:
     """A function that inflates piece by piece, None for plain bodies; its output is capped, and b"" checks the end."""
     coding = coding.strip().lower()
     if coding in ("", "identity"):
@@ -13514,12 +13740,12 @@ def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
         if not piece and not engine.eof:
             raise transport_failure("cut", "body", "a compressed answer ended early")
         try:
-            plain = engine.decompress(piece, MAX_ANSWER_BYTES - n_bytes + 1) if piece else b""
+            plain = engine.decompress(piece, max_bytes - n_bytes + 1) if piece else b""
         except zlib.error as error:
             raise transport_failure("protocol", "body", "the answer is not compressed as it says") from error
         n_bytes += len(plain)
-        if n_bytes > MAX_ANSWER_BYTES:
-            raise transport_failure("too_big", "body", f"an answer larger than {MAX_ANSWER_BYTES} bytes when inflated")
+        if n_bytes > max_bytes:
+            raise transport_failure("too_big", "body", f"an answer larger than {max_bytes} bytes when inflated")
         if engine.unused_data:
             raise transport_failure("protocol", "body", "something follows the compressed answer")
         return plain
@@ -13533,6 +13759,7 @@ class Transport:
     def __init__(self, world: World) -> None:
         self._world = world
         self.clock = world.clock
+        self.bounds = Bounds()          #: as they are configured now
         self._pool: dict[Origin, deque[_Line]] = {}
         self._context: ssl.SSLContext | None = None
 
@@ -13559,10 +13786,10 @@ class Transport:
             return
         lines = self._pool.setdefault(line.origin, deque())
         line.inbox.parked = True
-        line.alarm.set(_POOL_IDLE_S)
+        line.alarm.set(self.bounds.pool_idle_s)
         line.phase = "parked"
         lines.append(line)
-        if len(lines) > _POOL_SIZE:
+        if len(lines) > self.bounds.pool_size:
             lines.popleft().close()
 
     def close(self) -> None:
@@ -13694,19 +13921,14 @@ class Transport:
 
 
 ##############################################################################
-# 19. Server                                                I/O | uses 1-2, 15-16
+# 19. Server                                                I/O | uses 1-2, 4, 15-16
 ##############################################################################
 # The clients' side: accept, read one request at a time, hand it to the application, write its answer.  What the server
 # decides by itself is HTTP and nothing else: framing, limits, keep-alive, order of pipelined answers, draining.
-# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read.
+# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read,
+# and `bounds`, looked at each time: an edit of models.json is in force from the next wait on.
 
-MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_TARGET_BYTES = 8 * 1024
-MAX_CONNECTIONS = 4096
-_HEAD_S = 10.0
-_BODY_S = 60.0
-_IDLE_S = 120.0
-_WRITE_STALL_S = 60.0
 _LINGER_S = 1.0
 _READ_BYTES_CLIENT = 64 * 1024
 _TARGET = re.compile(r"[!\"$-~]+")        # printable ASCII without # (and no space)
@@ -13745,6 +13967,8 @@ class Sink(Protocol):
 
 class Application(Protocol):
     """What a server serves. `admit` raises GatewayError (or returns the handler) before the body is read; `explain` renders errors."""
+    @property
+    def bounds(self) -> Bounds: ...
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
     def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]: ...
@@ -13877,7 +14101,7 @@ class _Link:
         if transport.is_closing():
             raise ConnectionResetError("the client has gone")
         if transport.get_write_buffer_size() > 65536:
-            self._write_alarm.set(_WRITE_STALL_S)
+            self._write_alarm.set(self.server.application.bounds.client_stall_s)
             try:
                 await self.writer.drain()
             finally:
@@ -13907,8 +14131,9 @@ class _Link:
             framing = request_framing(request.version, request.headers)
             self.exchange = Exchange(self, request, _keeps_alive(request))
             handler = self.server.application.admit(request)
-            if framing.kind == "length" and framing.n_bytes > self.server.max_body_bytes:
-                raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
+            max_bytes = self.server.application.bounds.body_bytes
+            if framing.kind == "length" and framing.n_bytes > max_bytes:
+                raise too_large(f"the body is larger than {max_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
             self._refuse(request, bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
@@ -13928,7 +14153,8 @@ class _Link:
     async def _read_head(self) -> bytes | None:
         """The bytes of the next head, None when the client has nothing more to say."""
         self._buffer = self._buffer.lstrip(b"\r\n")       # RFC 9112 2.2: empty lines before a request line are ignored
-        self.alarm.set(_HEAD_S if self._buffer else _IDLE_S)
+        bounds = self.server.application.bounds
+        self.alarm.set(bounds.client_head_s if self._buffer else bounds.client_idle_s)
         while not (end := find_head_end(self._buffer)):
             data = await self.inbox.read(_READ_BYTES_CLIENT)
             if not data:
@@ -13938,7 +14164,7 @@ class _Link:
                 continue
             self._buffer = data.lstrip(b"\r\n")
             if self._buffer and b"\r\n\r\n" not in data:
-                self.alarm.set(_HEAD_S)
+                self.alarm.set(bounds.client_head_s)
         head, self._buffer = self._buffer[:end], self._buffer[end:]
         return head
 
@@ -13970,8 +14196,8 @@ class _Link:
             if not self._buffer and request.version == "1.1":
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if len(self._buffer) < framing.n_bytes or framing.kind == "chunked":
-            self.alarm.set(_BODY_S)
-        pieces, n_bytes = [], 0
+            self.alarm.set(self.server.application.bounds.client_body_s)
+        pieces, n_bytes, max_bytes = [], 0, self.server.application.bounds.body_bytes
         while not reader.done:
             data, self._buffer = self._buffer or await self.inbox.read(_READ_BYTES_CLIENT), b""
             if not data:
@@ -13980,8 +14206,8 @@ class _Link:
             if reader.bad:
                 raise BadHttp(reader.bad)
             n_bytes += len(piece)
-            if n_bytes > self.server.max_body_bytes:
-                raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
+            if n_bytes > max_bytes:
+                raise too_large(f"the body is larger than {max_bytes} bytes")
             pieces.append(piece)
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -14010,7 +14236,7 @@ class _Link:
         # From here on drain() means that everything has gone out; a TLS transport pauses at its mark, a plain one above it.
         transport.set_write_buffer_limits(high=1 if self._secure else 0)
         self.alarm.rest()
-        self._write_alarm.set(_WRITE_STALL_S)
+        self._write_alarm.set(self.server.application.bounds.client_stall_s)
         await self.writer.drain()
         self._write_alarm.rest()
         if self.inbox.at_eof():
@@ -14046,10 +14272,9 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, application: Application, world: World) -> None:
         self.application = application
         self.clock = world.clock
-        self.max_body_bytes = max_body_bytes
         self.open = True
         self._utc = world.utc
         self._date = (0, "")
@@ -14109,7 +14334,7 @@ class Server:
     async def _begin(self, inbox: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
-        if len(self._links) >= MAX_CONNECTIONS or not self.open:
+        if len(self._links) >= self.application.bounds.connections or not self.open:
             writer.transport.abort()
             return
         link = _Link(self, inbox, writer)
@@ -14140,8 +14365,6 @@ class Server:
 # error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
 
-_KEEP_ALIVE_FIRST_S = 4.5
-_KEEP_ALIVE_S = 12.0
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
 _AFTER_END_S = 0.25             #: how long to wait for the end of the body once the end mark has come
 _ERROR_BODY_BYTES = 64 * 1024
@@ -14162,6 +14385,13 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+
+
+@functools.lru_cache(256)
+def _is_relayed(name: str) -> bool:
+    return name in _RELAYED_HEADERS or name.startswith(_RELAYED_PREFIXES)
+
+
 EVENT_STREAM_HEADERS: Headers = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
 
 
@@ -14238,6 +14468,7 @@ class Relay:
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
         self._allowed = {}
+        self.state.rules = failure_rules(config.carousel.limits)
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
@@ -14359,7 +14590,7 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -14385,7 +14616,7 @@ class _Run:
         self._refusal = ""                      # the body of an answer other than 200
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
-        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
+        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), FORMATS[job.client].read_request, relay.calibration.ratio,
                             frozenset(job.body) if job.wish is not None and job.wish.require_parameters else frozenset())
         self._passed_over: list[tuple[Route, str]] = []     # routes that could not serve this request, and why
         self._repaired = False                  # the refusal of this attempt has told how to ask again
@@ -14393,7 +14624,6 @@ class _Run:
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
         self._n_asked = 0                       # requests that went out
         self._n_estimated = 0                   # prompt tokens, where they had to be estimated
-        self._hub: Json | None = None           # read when first needed
         self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
         self._spoke = False                     # a keep-alive has gone through it
         self._carrier: Any = None               # what an answer under way goes through
@@ -14404,7 +14634,7 @@ class _Run:
     async def go(self) -> None:
         """Serve, and settle whatever happens."""
         if self._keeper is not None:
-            self._keeper.set(_KEEP_ALIVE_FIRST_S)
+            self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
         try:
             await self._serve()
         except GatewayError as error:
@@ -14669,7 +14899,7 @@ class _Run:
             rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
             body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
         else:
-            hub = recall(self._hub_request(), self._relay.memo)
+            hub = recall(self._needs.hub(), self._relay.memo)
             self._names = name_map(hub, self._profile)
             made, self._dropped = translate_request(hub, self._profile, edits)
             body = dump_json(made)
@@ -14709,15 +14939,9 @@ class _Run:
                 self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
                                   log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
-    def _hub_request(self) -> Json:
-        """The client's request in the hub's form. Raises GatewayError 400."""
-        if self._hub is None:
-            self._hub = self._client.read_request(self._job.body)
-        return self._hub
-
     def _asked(self) -> Asked:
         """What writers are told."""
-        return Asked(self._hub_request(), self._job.id, int(self._relay.world.utc()), self._names)
+        return Asked(self._needs.hub(), self._job.id, int(self._relay.world.utc()), self._names)
 
     def _source(self) -> Source:
         """What readers are told."""
@@ -14725,7 +14949,7 @@ class _Run:
 
     def _n_prompt_tokens(self) -> int:
         """The estimate for this attempt's model; what it learns from is the plain one."""
-        self._n_estimated = estimate_tokens(self._hub_request(), self._profile.model)
+        self._n_estimated = estimate_tokens(self._needs.hub(), self._profile.model)
         return round(self._n_estimated * self._relay.calibration.ratio(self._profile.model))
 
     async def _read_failure(self, answer: Answer, route: Route) -> UpstreamFailure:
@@ -14811,11 +15035,12 @@ class _Run:
 
     async def _relay_stream(self, answer: Answer, attempt: Attempt) -> None:
         """Pump a stream: hold until content, then pass on what each read completes. One loop kept whole: it runs once per read."""
-        sink, keeper, timeouts = self._sink, self._keeper, attempt.route.provider.timeouts
+        sink, keeper, timeouts, keep_alive_s = self._sink, self._keeper, attempt.route.provider.timeouts, self._config.carousel.limits.keep_alive_s
         assert keeper is not None
         if answer.header("content-type").startswith("application/json"):
             return await self._relay_unstreamed(answer, attempt)
         self._carrier = carrier = self._make_carrier()
+        carrier.frames.max_bytes = self._config.carousel.limits.event_bytes
         held, n_signs, ends_at = b"", 0, self._sent_at + timeouts.stream_total_s
         while not (carrier.done or carrier.error or carrier.broken):
             failure: UpstreamFailure | None = None
@@ -14834,7 +15059,7 @@ class _Run:
                 held += out
             elif out:
                 sink.write(out)
-                keeper.set(_KEEP_ALIVE_S)
+                keeper.set(keep_alive_s)
                 await sink.flush()
             self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
             if failure is not None and not carrier.done:
@@ -14920,8 +15145,8 @@ class _Run:
             headers.append(("x-aicarousel-dropped", header_value(",".join(self._dropped))))
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
-        prefixes = _RELAYED_PREFIXES if self._job.hold is None else ()      # limits of the key are told under the same names
-        return headers + [(name, value) for name, value in answer.headers if name in _RELAYED_HEADERS or name.startswith(prefixes)]
+        relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
+        return headers + [pair for pair in answer.headers if relayed(pair[0])]
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
@@ -14960,7 +15185,7 @@ class _Run:
             self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
         self._sink.write(self._sign_of_life())
         if self._keeper is not None:
-            self._keeper.set(_KEEP_ALIVE_S)
+            self._keeper.set(self._config.carousel.limits.keep_alive_s)
 
     def _sign_of_life(self) -> bytes:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
@@ -15237,6 +15462,7 @@ class Gateway:
         self.relay = Relay(world, self.transport, self._settle, self._keep, f"aicarousel/{__version__}")
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
+        self.transport.bounds = self.bounds
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
@@ -15252,11 +15478,17 @@ class Gateway:
         self.keys.accept(config.settings.api_keys)
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
+        self.transport.bounds = self.bounds
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
         self.transport.close()
+
+    @property
+    def bounds(self) -> Bounds:
+        """The limits the server keeps to."""
+        return self.config.carousel.limits
 
     # Admission.
 
@@ -15611,9 +15843,11 @@ class Gateway:
         self._log.info("req=%s key=%s model=%s route=%s attempts=%d status=%d outcome=%s in=%d out=%d first_ms=%d total_ms=%d", job.id, log_text(job.key_name),
                        log_text(job.model or "-"), log_text(route.id) if route else "-", len(settled.attempts), settled.status, settled.outcome, usage.input, usage.output,
                        settled.first_ms, settled.total_ms)
-        rows = [self._row(job, route, usage, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
-        rows += [self._row(job, attempt.route, counted, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
-                 for number, (attempt, counted) in enumerate(settled.discarded, 1)]
+        utc = self.world.utc()
+        rows = [self._row(job, route, usage, utc, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
+        if settled.discarded:
+            rows += [self._row(job, attempt.route, counted, utc, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
+                     for number, (attempt, counted) in enumerate(settled.discarded, 1)]
         for row in rows:
             self.usage.put(row)
         unknown_usd = 0.0
@@ -15621,24 +15855,30 @@ class Gateway:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
             # What nobody has a price for costs a key with a budget what was reserved for it, as long as this process remembers.
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
-        spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
-        if job.key_id and spent_usd:
+        if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
-        self.decisions.append(Decision(job.id, self.world.utc(), job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+        self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
                                        settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
 
-    def _row(self, job: Job, route: Route | None, usage: Usage, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int, n_attempts: int) -> UsageRow:
+    def _row(self, job: Job, route: Route | None, usage: Usage, utc: float, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int,
+             n_attempts: int) -> UsageRow:
         """A row of the usage table, with its cost."""
         tokens, price = token_classes(usage), price_for(route.provider, route.model) if route else None
         return UsageRow(
-            request_id=request_id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
+            request_id=request_id, at_utc=f"{_second_text(int(utc))}.{int(utc % 1.0 * 1000.0):03d}+00:00", key_id=job.key_id, key_name=job.key_name,
             client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
             wire_model=route.model.id if route else "", route=route.id if route else "", input=tokens.input, output=tokens.output, cached=tokens.cached,
             cache_write=tokens.cache_write, reasoning=usage.reasoning, cost_usd=cost_usd(tokens, price), estimated=usage.estimated, status=status, outcome=outcome,
             first_ms=first_ms, total_ms=total_ms, attempts=n_attempts, streamed=job.stream, price=price_text(price))
+
+
+@functools.lru_cache(2)
+def _second_text(utc_s: int) -> str:
+    """A second of the UTC clock in ISO 8601; the requests that end in it share it."""
+    return datetime.fromtimestamp(utc_s, timezone.utc).isoformat()[:19]
 
 
 def expected_tokens(job: Job) -> tuple[int, int]:
@@ -15783,6 +16023,7 @@ class Demo:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.bounds = Bounds()
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]:
         """Only chat completions live here."""
@@ -15815,17 +16056,15 @@ class Demo:
 
 
 ##############################################################################
-# 25. Command line                                          I/O | uses 1-5, 8, 15-22
+# 23. Accounts                                              I/O | uses 1-5, 14-18, 20
 ##############################################################################
-# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
-# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
-# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+# The home folder and changes to its files; provider keys: recognised, checked, stored; logins and their tokens.
+# What changes a file takes the folder's lock, edits text (section 4, Edits), loads the result and only then puts it in place, whole.
+# A key goes to the provider it was recognised for and to nobody else.  Guarded by tests/test_accounts_cli.py.
+# One more change to models.json: a function that hands change_models() what to do with tree and text, and a row in README.
 
-_WATCH_S = 0.5
-_TRIM_AFTER_S = 0.3
-_LOG_BATCH_S = 0.1
-_DRAIN_S = 30.0
-_H11_AT_LEAST = (0, 16)
+_COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
+_SECRET_MAX_BYTES = 16 * 1024
 
 
 class Home(NamedTuple):
@@ -15873,7 +16112,43 @@ def _read_text(path: Path) -> str | None:
 
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags)
+    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ,
+                       dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags, read_secret=read_secret)
+
+
+def read_secret(reference: str) -> str:
+    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    import shlex
+    import subprocess
+    kind, _, target = reference.partition(":")
+    try:
+        if kind == "file":
+            with open(target, encoding="utf-8") as file:
+                return file.read(_SECRET_MAX_BYTES).strip()
+        return subprocess.run(shlex.split(target), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_COMMAND_S, check=True).stdout.decode().strip()
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+    except subprocess.CalledProcessError as error:
+        found = f"exit status {error.returncode}"
+    except subprocess.TimeoutExpired:
+        found = f"no end within {_COMMAND_S:g} s"
+    except ValueError:
+        found = "words with an open quote, or what is no UTF-8 text"
+    raise ConfigError(redact(reference), found, "a key")
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23
+##############################################################################
+# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
+# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
+# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+
+_WATCH_S = 0.5
+_TRIM_AFTER_S = 0.3
+_GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
+_LOG_BATCH_S = 0.1
+_H11_AT_LEAST = (0, 16)
 
 
 # Serving.
@@ -15891,6 +16166,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         flags = {**flags, "demo_url": f"http://127.0.0.1:{demo_socket.getsockname()[1]}/v1"}
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
+    seen += map(_stamp, map(Path, config.secret_files))
     logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
@@ -15909,13 +16185,15 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     if ready is not None:
         ready(gateway, port)
     watcher = asyncio.create_task(_watch(home, flags, gateway, stop, wanted, seen))
+    gc.freeze()                         # what is there by now stays; and requests leave nothing that only a collection could free,
+    gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again = False
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
         logging.getLogger("aicarousel.server").info("draining connections=%d", server.n_connections())
-        await server.drain(1.0 if again else _DRAIN_S)
+        await server.drain(1.0 if again else gateway.bounds.drain_s)
     finally:
         watcher.cancel()
         if demo is not None:
@@ -16038,12 +16316,12 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
         gateway.keys.refresh()
-        stamps = _stamps_of(home)
+        stamps = _stamps_of(home, gateway.config.secret_files)
         if stamps != seen or wanted.is_set():
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(read_config(home, flags))
+                gateway.reconfigure(await asyncio.to_thread(read_config, home, flags))       # a cmd: reference takes its time
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -16055,9 +16333,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
     return False
 
 
-def _stamps_of(home: Home) -> list[tuple[int, int, int]]:
-    """What changes when the configuration is edited."""
-    return [_stamp(home.models_path), _stamp(home.env_path)]
+def _stamps_of(home: Home, secret_files: Sequence[str] = ()) -> list[tuple[int, int, int]]:
+    """What changes when the configuration is edited, or a key that stands in a file of its own."""
+    return [_stamp(path) for path in (home.models_path, home.env_path, *map(Path, secret_files))]
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -16075,6 +16353,9 @@ class _LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
         self._second = (0, "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if record.exc_info else f"{self.formatTime(record)} {record.levelname} {record.name} {record.getMessage()}"
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         second = int(record.created)
@@ -16391,16 +16672,19 @@ def _config_command(arguments: Any) -> int:
 def describe_config(config: Config) -> list[tuple[str, Any, str]]:
     """Every value in force with its origin; secrets by their source alone."""
     rows: list[tuple[str, Any, str]] = []
-    for group, record in (("settings", config.settings), ("carousel", config.carousel)):
+    for group, record in (("settings", config.settings), ("carousel", config.carousel), ("carousel.limits", config.carousel.limits),
+                          *((f"{provider.name}.timeouts", provider.timeouts) for provider in config.providers)):
         for name in record.__dataclass_fields__:
             value = getattr(record, name)
+            if isinstance(value, Bounds):
+                continue                # told one by one
             if name in ("api_keys", "https_proxy", "http_proxy"):
                 value = "set, not shown" if value else ""
             rows.append((f"{group}.{name}", _plain(value), _origin_of(config, group, name)))
     for provider in config.providers:
         shown = {"base_url": provider.base_url, "format": provider.format, "enabled": provider.enabled, "default": provider.default, "enable_fallback": provider.enable_fallback,
                  "models": [model.id for model in provider.models], "keys": [credential.source or "none needed" for credential in provider.credentials],
-                 "timeouts": _plain(provider.timeouts), "state": provider.why_out or "takes part"}
+                 "state": provider.why_out or "takes part"}
         rows += [(f"{provider.name}.{name}", value, _origin_of(config, provider.name, name)) for name, value in shown.items()]
     return rows
 
@@ -16412,8 +16696,7 @@ def _origin_of(config: Config, group: str, name: str) -> str:
         return ", ".join(dict.fromkeys(found)) or "default"
     if name == "state":
         return "-"
-    first, *rest = name.removesuffix("_s").split("_")
-    return config.origins.get(f"{group}.{name}") or config.origins.get(f"{group}.{first}{''.join(word.capitalize() for word in rest)}", "default")
+    return config.origins.get(f"{group}.{name}") or config.origins.get(f"{group}.{camel_name(name)}", "default")
 
 
 def _plain(value: Any) -> Any:

@@ -709,7 +709,8 @@ def shown_config(place: Place, **environment: str) -> dict[str, tuple[Any, str]]
 @pytest.fixture
 def configured(place: Place) -> Place:
     place.write_models({"groq": {"baseUrl": "https://groq.example/v1", "default": "a", "enableFallback": True, "models": ["a", {"id": "b", "context": 9}], "timeouts": {"idle": 5}},
-                        "my-vllm": entry("http://127.0.0.1:8000/v1"), "carousel": {"maxAttempts": 3, "maxWait": 1, "aliases": {"fast": "groq"}}})
+                        "my-vllm": entry("http://127.0.0.1:8000/v1"), "carousel": {"maxAttempts": 3, "maxWait": 1, "limits": {"drain": 90, "bodyBytes": 2048},
+                                                                           "aliases": {"fast": "groq"}}})
     place.write_env(f"PORT=8001\nAICAROUSEL_ALLOWED_HOSTS=lan.example\nGROQ_API_KEY={FAKE_KEY}\nMY_VLLM_MODEL=other\n")
     return place
 
@@ -725,6 +726,12 @@ CONFIG_ROWS = [
     ("carousel.max_wait_s", 1.0, "models.json carousel.maxWait"),
     ("carousel.aliases", {"fast": ["groq"]}, "models.json carousel.aliases"),
     ("carousel.strategy", "round-robin", "default"),
+    ("carousel.limits.drain_s", 90.0, "models.json carousel.limits.drain"),
+    ("carousel.limits.body_bytes", 2048, "models.json carousel.limits.bodyBytes"),
+    ("carousel.limits.client_idle_s", 120.0, "default"),
+    ("groq.timeouts.idle_s", 5.0, "models.json groq.timeouts.idle"),
+    ("groq.timeouts.first_byte_s", 30.0, "built in"),
+    ("my-vllm.timeouts.idle_s", 90.0, "default"),
     ("groq.base_url", "https://other.example/v1", "environment GROQ_BASE_URL"),
     ("groq.default", "a", "models.json groq.default"),
     ("groq.enable_fallback", True, "models.json groq.enableFallback"),

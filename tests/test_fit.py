@@ -477,7 +477,7 @@ def test_what_was_passed_over_and_changed_is_kept_to_be_told(build: Build) -> No
 def test_a_request_that_cannot_be_read_is_not_measured() -> None:
     route = ac.resolve(catalogue_of({"a": entry({"id": "m", "context": 300, "vision": False}, keys=["env:KEY_1"])}), "a").groups[0][0][0]
 
-    def read() -> Json:
+    def read(body: Json) -> Json:
         raise ac.bad_request("odd")
     assert ac.misfit(route, ac.Needs(b"image" * 1000, {}, {}, 0.0, read, lambda model: 1.0)) == ""
 
@@ -486,7 +486,7 @@ def needs(body: Json, **more: Any) -> ac.Needs:
     """What a Chat request needs; counting its tokens fails the test."""
     raw = json.dumps(body).encode()
 
-    def read() -> Json:
+    def read(body: Json) -> Json:
         raise AssertionError("read when nothing made it matter")
     return ac.Needs(raw, body, {}, 0.0, read, lambda model: 1.0, **more)
 
