@@ -40,7 +40,7 @@ def chapter(title: str) -> str:
 # ---------------------------------------------------------------- its form
 
 def test_headings_stand_in_the_agreed_order() -> None:
-    assert re.findall(r"^## (.+)$", README, re.M) == ["Start", "Client set-ups", "models.json", "Endpoints", "Keys and operations", "How it works", "What it does not do", "Changes"]
+    assert re.findall(r"^## (.+)$", README, re.M) == ["Start", "Client set-ups", "models.json", "Endpoints", "Keys and operations", "The zero-install copy", "How it works", "What it does not do", "Changes"]
     first = README.split("\n\n")[1]
     assert first.count(". ") == 0 and first.endswith("."), "one sentence says what it is"
 

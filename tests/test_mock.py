@@ -84,13 +84,13 @@ def test_a_slow_provider(build: Build, provider: Provider, client: str) -> None:
     """Slow is slow to answer at all: signs of life go out meanwhile, and beyond firstByte it is a timeout."""
     house = build(a=healthy(TEXT), b=healthy("The other."), carousel={"strategy": "priority"}, entries={"a": {"timeouts": {"firstByte": 30}}})
     with start(house, client, True, "slow=20") as connection:
-        house.wait(lambda: house.gateway.relay.n_running)
+        house.wait(lambda: house.gateway.relay.running)
         house.pass_time(5.0)
         assert house.seen_by(connection) and not provider.calls("a")
         house.pass_time(15.1)
         assert TEXT[:40].encode() in connection.read_all().body
     with start(house, client, False, "slow=40") as connection:
-        house.wait(lambda: house.gateway.relay.n_running)
+        house.wait(lambda: house.gateway.relay.running)
         house.pass_time(29.0)
         assert not provider.calls("b")
         house.pass_time(1.1)

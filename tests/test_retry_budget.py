@@ -62,7 +62,7 @@ def test_all_go_on_to_the_next_provider(build: Build, provider: Provider, n: int
         provider.release("b")
         assert statuses(clients) == {200: n}
     assert (len(provider.calls("a")), len(provider.calls("b"))) == (n, n)
-    assert house.gateway.relay.n_running == house.gateway.relay.n_retrying == 0
+    assert len(house.gateway.relay.running) == house.gateway.relay.n_retrying == 0
 
 
 @pytest.mark.parametrize(("n", "carousel", "n_tries"), [
@@ -78,11 +78,11 @@ def test_few_try_a_provider_that_fails_once_more(build: Build, provider: Provide
         house.wait(lambda: sum("attempt.failed" in line for line in house.lines) == n)
         house.pass_time(0.5)                # the pause before a further try
         provider.wait_paused("again", n_tries)
-        house.wait(lambda: house.gateway.relay.n_running == house.gateway.relay.n_retrying == n_tries)
+        house.wait(lambda: len(house.gateway.relay.running) == house.gateway.relay.n_retrying == n_tries)
         provider.release("again")
         assert statuses(clients) == Counter({200: n_tries, 502: n - n_tries})
     assert len(provider.calls("a")) == n + n_tries
-    assert house.gateway.relay.n_running == house.gateway.relay.n_retrying == 0
+    assert len(house.gateway.relay.running) == house.gateway.relay.n_retrying == 0
 
 
 def test_a_success_ends_the_counting(build: Build, provider: Provider) -> None:
@@ -94,7 +94,7 @@ def test_a_success_ends_the_counting(build: Build, provider: Provider) -> None:
         house.pass_time(0.5)
         provider.wait_paused("streaming")
         house.wait(lambda: house.gateway.relay.n_retrying == 0)
-        assert house.gateway.relay.n_running == 1
+        assert len(house.gateway.relay.running) == 1
         provider.release("streaming")
         assert client.read_all().text == "fine"
 
@@ -106,7 +106,7 @@ def test_who_leaves_gives_its_place_back(build: Build, provider: Provider) -> No
         house.pass_time(0.5)
         provider.wait_paused("again")
         house.wait(lambda: house.gateway.relay.n_retrying == 1)
-    house.wait(lambda: house.gateway.relay.n_running == house.gateway.relay.n_retrying == 0)
+    house.wait(lambda: len(house.gateway.relay.running) == house.gateway.relay.n_retrying == 0)
 
 
 @pytest.mark.parametrize(("fault", "n_asked"), [(OOPS, 0), (LATER, 0)], ids=["guessed", "proven"])
@@ -145,4 +145,4 @@ def test_a_storm_at_dead_providers(build: Build, provider: Provider) -> None:
     with ExitStack() as stack:
         assert statuses(send(house, stack, 200)) == {502: 200}
     assert 200 <= len(provider.calls("a")) + len(provider.calls("b")) - n_before <= 300
-    assert house.gateway.relay.n_running == house.gateway.relay.n_retrying == 0
+    assert len(house.gateway.relay.running) == house.gateway.relay.n_retrying == 0
