@@ -327,6 +327,7 @@ BODIES = [
     Case("gzip-cut", raw_answer([("content-encoding", "gzip"), ("content-length", str(len(gzip.compress(WHOLE)) - 20))], gzip.compress(WHOLE)[:-20]), scopes=BROKEN, modes=JSON_ONLY),
     Case("deep-json", answer(b"[" * 100000, 200, [("content-type", "application/json")])),
     Case("gzip-bomb", lambda request: raw_answer([("content-encoding", "gzip"), ("connection", "close")], gzip.compress(b" " * (1 << 27), 1), Close()), scopes=BROKEN, heavy=True),
+    Case("body-of-100-mb", raw_answer([("content-length", str(100 << 20))], b'{"id": "', Repeat([Send(b"x" * 65536)], 1600)), scopes=BROKEN, heavy=True, timeouts=PATIENT),
     Case("endless-body", chunked(Repeat([Chunk(b'"' + b"x" * 65536)]), then=()), scopes=BROKEN, heavy=True, timeouts=PATIENT),
 ]
 

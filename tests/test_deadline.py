@@ -89,6 +89,22 @@ def test_it_is_settable_and_the_client_can_only_shorten_it(build: Build, provide
             assert "given up after 30 s" in connection.read_all().json["error"]["message"]
 
 
+def test_connecting_and_waiting_in_line_count(build: Build, provider: Provider) -> None:
+    house = build(a=[Pause("there"), Silence()], entries={"a": {**LONG, "maxConcurrent": 1}, "far": {**LONG}}, far=healthy(), carousel={"fallback": "none"})
+    house.reconfigure({**house.models, "far": {**house.models["far"], "baseUrl": provider.unaccepting("far")}})
+    with house.start_chat("a/m"), house.connect() as connecting, house.connect() as waiting:
+        provider.wait_paused("there")
+        for connection, name in ((connecting, "far/m"), (waiting, "a/m")):
+            connection.send(house.request_bytes("POST", PATHS["chat"], ask("chat", name, False), {"x-aicarousel-timeout": "20"}))
+        house.wait(lambda: len(house.gateway.relay.running) == 3 and house.gateway.relay.lines)
+        house.pass_time(18.0)
+        assert house.seen_by(connecting) == house.seen_by(waiting) == b""
+        house.pass_time(2.1)
+        assert connecting.read_all().status == 504
+        assert waiting.read_all().status == 429 and len(provider.calls("a")) == 1
+    house.wait(lambda: not house.gateway.relay.running and not house.gateway.relay.lines)
+
+
 def test_who_cannot_be_served_in_time_is_told_at_once(build: Build, provider: Provider) -> None:
     """The line is no place for a request that would be late in any case: it gets the limit that is in its way, and when it ends."""
     house = build(a=answer({"error": {"message": "Slow down."}}, 429, [("retry-after", "20")]))
