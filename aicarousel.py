@@ -916,7 +916,7 @@ class Bounds:
     drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
     request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
     queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
-    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
+    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be trying routes again that are known to fail")
     retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
     pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
     pool_size: int = _bound(256, 0, 10_000, "connections", "kept so for each provider")
@@ -3758,6 +3758,7 @@ _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter 
 #: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
     "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
     "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
 
 #: A route, and when what keeps it out ends.
@@ -6835,7 +6836,8 @@ def error_kind(status: int, code: Any = None, message: str = "") -> str:
 
 
 def read_error(error: Any, status: int = 502) -> Json:
-    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text."""
+    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
+    found = error
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6852,7 +6854,7 @@ def read_error(error: Any, status: int = 502) -> Json:
     message = _error_message(error)
     row = ERROR_ROWS[error_kind(status, kind_word, message)]
     told = 400 <= status < 600 and status != 502
-    return error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type)
+    return {**error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type), "found": found}
 
 
 def _error_message(error: Json) -> str:
@@ -8669,9 +8671,9 @@ def _read_chat_error(found: Json) -> Json:
     """The error delta for what find_chat_error found."""
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
-        return read_error({"message": status.get("status_msg"), "code": status.get("status_code")})
+        return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
     inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
-    return read_error({"error": inside} if inside else found)
+    return {**read_error({"error": inside} if inside else found), "found": found}
 
 
 def chat_read_answer(body: Any, source: Source) -> list[Json]:
@@ -12098,7 +12100,7 @@ class Translation:
         """What one delta tells of the answer."""
         kind = delta["delta"]
         if kind == "error":
-            self.error = {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
+            self.error = error_of(delta)
             return
         if kind in ("text", "think", "args", "refuse"):
             self.n_content_bytes += len(delta["text"])
@@ -12128,6 +12130,11 @@ class Translation:
             out += self._writer.close()
             self.done = True
         return b"".join(out)
+
+
+def error_of(delta: Json) -> Any:
+    """What an error delta stands for, as it is judged: in the provider's own words where it has any, so that they mean the same as in a passage."""
+    return delta.get("found") or {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
 
 
 #: How often a block is searched for a run of alike events in vain: each search reads all of the block.
@@ -14078,6 +14085,59 @@ class Answer:
         self._transport.take_back(self._line, reusable)
 
 
+class Fault(NamedTuple):
+    """What one attempt is to suffer by the client's own wish."""
+    kind: str               #: status, empty, drop, slow
+    amount: float = 0.0     #: the status; bytes of the body that come; seconds before anything comes
+
+
+_FAULT = re.compile(r"(?P<status>[45][0-9]{2})|(?P<empty>empty)|drop@(?P<drop>[0-9]{1,9})B|slow=(?P<slow>[0-9]{1,4}(?:\.[0-9]{1,3})?)")
+
+
+def read_faults(text: str) -> tuple[Fault, ...]:
+    """The faults of a comma list such as 429,500,drop@200B,empty,slow=20, one for each attempt in turn. Raises GatewayError 400."""
+    found = [_FAULT.fullmatch(word.strip()) for word in text.split(",")]
+    if None in found or len(found) > 50:
+        raise bad_request("x-aicarousel-mock takes a comma list of 400 to 599, empty, drop@<bytes>B and slow=<seconds>, one for each attempt.", code="bad_header")
+    return tuple(Fault(match.lastgroup or "", float(match[match.lastgroup or 0]) if match.lastgroup != "empty" else 0.0) for match in found if match is not None)
+
+
+class FaultyAnswer:
+    """An Answer whose body ends after so many bytes, by a cut; without a real one behind it, one that is made up."""
+
+    read_all, read_start = Answer.read_all, Answer.read_start
+
+    def __init__(self, transport: Transport, n_bytes: int, real: Answer | None = None, status: int = 200, body: bytes = b"") -> None:
+        self._transport, self._real, self._n_left, self._pending = transport, real, n_bytes, body
+        self.status, self.headers = (real.status, real.headers) if real else (status, [])
+        self._reusable = False
+
+    header = Answer.header
+
+    def watch(self, phase: str, within_s: float) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.watch(phase, within_s)
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end. Raises UpstreamFailure where it is to be cut."""
+        piece, self._pending = await self._real.read() if self._real else self._pending, b""
+        if piece and not self._n_left:
+            raise transport_failure("cut", "body", "cut by x-aicarousel-mock")
+        piece = piece[:self._n_left]
+        self._n_left -= len(piece)
+        return piece
+
+    def release(self) -> None:
+        """Close the real one, which may not have been read to its end."""
+        self.abort()
+
+    def abort(self) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.abort()
+
+
 def _make_inflater(coding: str, max_bytes: int) -> Callable[[bytes], bytes] | None:
     """A function that inflates piece by piece, None for plain bodies; its output is capped, and b"" checks the end."""
     coding = coding.strip().lower()
@@ -14128,6 +14188,18 @@ class Transport:
                 if failure.phase != "stale":
                     raise
         return await self._ask(await self._connect(origin, timeouts.connect_s), message, timeouts)
+
+    async def request_with(self, fault: Fault, origin: Origin, message: bytes, timeouts: Timeouts) -> Answer | FaultyAnswer:
+        """As request(), with a fault in it. Statuses and empty answers are made up: nobody is asked."""
+        if fault.kind == "slow":
+            await self._world.sleep(min(fault.amount, timeouts.first_byte_s))
+            if fault.amount >= timeouts.first_byte_s:
+                raise transport_failure("timeout", "head", "nothing came in time (head)")
+            return await self.request(origin, message, timeouts)
+        if fault.kind == "drop":
+            return FaultyAnswer(self, int(fault.amount), await self.request(origin, message, timeouts))
+        body = b'{"error":{"message":"Made up by x-aicarousel-mock."}}' if fault.kind == "status" else b""
+        return FaultyAnswer(self, len(body), None, int(fault.amount) or 200, body)
 
     def take_back(self, line: _Line, reusable: bool) -> None:
         """A connection whose answer has ended: keep it for the next request to its origin, or close it."""
@@ -14803,6 +14875,7 @@ _AFTER_END_S = 0.25             #: how long to wait for the end of the body once
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_S = 5.0
 _RETRY_PAUSE_S = 0.2
+_SWEEP_S = 1.0                  #: how often requests whose time is over are looked for
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
@@ -14864,6 +14937,8 @@ class Job:
     wish: Wish | None = None        #: what it said of its routing
     session: str = ""               #: its x-session-id header
     hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
+    limit_s: float = float("inf")   #: the longest it may take by its client's wish, over all routes
+    faults: tuple[Fault, ...] = ()  #: what its first attempts are to suffer, one each, by its client's wish
 
 
 @dataclass(slots=True)
@@ -14933,8 +15008,10 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
-        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
+        self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
+        self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
+        self._sweeper: Alarm | None = None                   # rings every second while there are any
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
         self._allowed: dict[tuple[str, ...], Catalogue] = {}
@@ -14996,6 +15073,21 @@ class Relay:
             routes = [route for route in routes if route.id not in others]
         return routes
 
+    def begin(self, run: _Run, ends_at: float) -> None:
+        """A request is under way: one timer for all of them, as one for each would cost a hundredth of a request."""
+        self.running[run] = ends_at
+        if self._sweeper is None:
+            self._sweeper = Alarm(self._sweep)
+        if self._sweeper.due_at == float("inf"):
+            self._sweeper.set(_SWEEP_S)
+
+    def _sweep(self) -> None:
+        now = self.world.clock()
+        for run in [run for run, ends_at in self.running.items() if ends_at <= now]:
+            run.be_late()
+        if self.running and self._sweeper is not None:
+            self._sweeper.set(_SWEEP_S)
+
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
         now = self.world.clock()
@@ -15020,11 +15112,7 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        run = self.running[job.id] = _Run(self, job, sink)
-        try:
-            await run.go()
-        finally:
-            del self.running[job.id]
+        await _Run(self, job, sink).go()
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
@@ -15160,7 +15248,8 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
+                 "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -15200,26 +15289,45 @@ class _Run:
         self._passing = True
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
+        self._task: asyncio.Task[Any] | None = None
+        self._is_late = False                   # the time of the whole request is over
+        self._is_retrying = False               # this attempt counts against the retry budget
+        self._fault: Fault | None = None        # what this attempt suffers by the client's wish
 
     async def go(self) -> None:
-        """Serve, and settle whatever happens."""
+        """Serve, within the time of the request, and settle whatever happens."""
+        relay, job, self._task = self._relay, self._job, asyncio.current_task()
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
+        limit_s = min(job.limit_s, self._config.carousel.limits.request_total_s)
+        relay.begin(self, job.received_at + limit_s)
+        own = None
+        if limit_s == job.limit_s:              # its client may mean less than a second
+            own = Alarm(self.be_late)
+            own.set(max(job.received_at + limit_s - relay.world.clock(), 0.0))
         try:
             await self._serve()
         except GatewayError as error:
             self._refuse(error)
         except asyncio.CancelledError:
             reason = self._sink.interrupted
-            if not reason:
+            if not self._is_late and not reason:
                 self._note_leaving()
                 raise
-            asyncio.current_task().uncancel()       # type: ignore[union-attr]
-            self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
+            self._task.uncancel()               # type: ignore[union-attr]
+            if self._is_late and self._outcome != "ok":
+                self._refuse(GatewayError(f"The request was given up after {limit_s:g} s, the time it had.", 504, "timeout", "server_error",
+                                          attempts=[attempt.public() for attempt in self._attempts]))
+            elif not self._is_late:
+                self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
         except ConnectionError:
             self._note_leaving()
             raise
         finally:
+            del relay.running[self]
+            self._task = None
+            if own is not None:
+                own.stop()
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
@@ -15231,6 +15339,12 @@ class _Run:
         return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
                 "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
                 "state": "answering" if self._committed else "asking" if asking else "in line"}
+
+    def be_late(self) -> None:
+        """The time of the request is over: whatever it is at, connecting, waiting, asking or streaming, ends now."""
+        if not self._is_late and self._task is not None:
+            self._is_late = True
+            self._task.cancel()
 
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
@@ -15257,13 +15371,13 @@ class _Run:
         if job.client == "embeddings":
             self._choice = same_model(self._choice)
         self._facts = self._read_facts()
-        self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
+        self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs) if self._attempts else ""         # the route that leads a plan fits
+            why = (misfit(route, self._needs) if self._attempts else "") or self._hold_back(route, waiting)     # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
@@ -15299,6 +15413,30 @@ class _Run:
         """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
         return wish is not None and not wish.allow_fallbacks and not wish.order
+
+    def _hold_back(self, route: Route, waiting: deque[Route]) -> str:
+        """Why a further attempt is left out, "" where it may go out now.
+
+        A route that nothing is held against is asked by any number at once: when a provider dies, all that it was serving go on to the next. What the
+        budget bounds is further tries of routes known to fail: they help one request in a while, and add up when all fail. A first attempt is free.
+        """
+        relay, limits = self._relay, self._config.carousel.limits
+        state, now = relay.state, relay.world.clock()
+        if not self._failures or not state.cooling or (cooldown := hindrance(state, route, now)) is None:
+            return ""
+        if cooldown.proven and cooldown.until_at > now or any(hindrance(state, other, now) is None for other in waiting):
+            return "out_by_now"
+        if relay.n_retrying >= max(limits.retry_budget_least, limits.retry_budget * len(relay.running)):
+            return "retry_budget"
+        relay.n_retrying += 1
+        self._is_retrying = True
+        return ""
+
+    def _end_retrying(self) -> None:
+        """This attempt has served or failed: another may count against the budget."""
+        if self._is_retrying:
+            self._is_retrying = False
+            self._relay.n_retrying -= 1
 
     def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
         """What a route that was passed over would have failed by."""
@@ -15451,8 +15589,9 @@ class _Run:
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
         self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
-        answer: Answer | None = None
+        answer: Answer | FaultyAnswer | None = None
         body, self._repaired = b"", False
+        self._fault = self._job.faults[self._n_asked] if self._n_asked < len(self._job.faults) else None
         try:
             target = await self._sign(route) if route.provider.preset.login else route
             body = self._request_body(target)
@@ -15460,7 +15599,10 @@ class _Run:
             origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
-            answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            if self._fault is None:
+                answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            else:
+                answer = await relay.transport.request_with(self._fault, origin, message, route.provider.timeouts)
             attempt.status = answer.status
             feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
             if answer.status != 200:
@@ -15473,7 +15615,8 @@ class _Run:
             self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
-            self._learn(route, failure, body)
+            if self._fault is None:
+                self._learn(route, failure, body)
             return failure
         except BaseException:
             if answer is not None:
@@ -15481,7 +15624,7 @@ class _Run:
             end_probe(state, route)
             self._settle_hold()
             attempt.ms = self._ms_since(attempt.started_at)
-            attempt.reason = "" if self._outcome == "ok" else "client_closed"
+            attempt.reason = "" if self._outcome == "ok" else "deadline" if self._is_late else "client_closed"
             raise
         self._settle_hold()
         attempt.ms = self._ms_since(attempt.started_at)
@@ -15525,8 +15668,10 @@ class _Run:
         """Count what the attempt really used; nothing where it never arrived or was refused for its limits."""
         relay, hold = self._relay, self._hold
         assert hold is not None
+        self._end_retrying()
         now, usage = relay.world.clock(), self._usage
-        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect"):
+        made_up = self._fault is not None and self._fault.kind in ("status", "empty")
+        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect" or made_up):
             release(relay.state.ledger, hold, now)
         elif usage is not None and (failure is None or self._committed):
             settle(relay.state.ledger, hold, usage.input, usage.output, now)
@@ -15612,7 +15757,8 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
+        if self._fault is None:
+            learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -15621,7 +15767,11 @@ class _Run:
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
         lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
-        cooldown = None if lacks_endpoint or self._repaired else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
+        cooldown = None
+        if lacks_endpoint or self._fault is not None:
+            end_probe(relay.state, route)
+        elif not self._repaired:
+            cooldown = cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
             relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
@@ -15665,8 +15815,7 @@ class _Run:
     def _translate_whole(self, deltas: list[Json], route: Route) -> Json:
         """A whole answer in the client's format. Raises UpstreamFailure when its deltas end in an error."""
         if deltas and deltas[-1]["delta"] == "error":
-            last = deltas[-1]
-            raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
+            raise self._in_answer(route, error_of(deltas[-1]))
         made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens)
         remember(self._relay.memo, fold_deltas(whole))
         return made
@@ -15775,6 +15924,7 @@ class _Run:
     def _commit(self, route: Route) -> None:
         """From here on there is no other route; and this one works, whatever was held against it."""
         relay, self._committed = self._relay, True
+        self._end_retrying()
         clear(relay.state, route)
         note_served(relay.state, route, self._facts, (relay.world.clock() - self._sent_at) * 1000.0, relay.world.clock())
         self._first_ms = self._ms_since(self._job.received_at)
@@ -16618,6 +16768,11 @@ class Gateway:
             request.key = self._authenticate_admin(request)
         elif endpoint.needs_key:
             request.key = self._authenticate(request)
+        if "x-aicarousel-mock" in request.headers and endpoint.needs_key:
+            self._authenticate_admin(request)
+            read_faults(request.headers["x-aicarousel-mock"])
+        if "x-aicarousel-timeout" in request.headers:
+            _read_limit_s(request.headers)
         return getattr(self, handler)
 
     def _check_host(self, request: Request) -> None:
@@ -16879,7 +17034,7 @@ class Gateway:
         last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
                  "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
                 for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
-        live = [run.describe(now) for run in self.relay.running.values()]
+        live = [run.describe(now) for run in self.relay.running]
         self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
 
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
@@ -17001,7 +17156,7 @@ class Gateway:
             may_fall_back=told.get("x-aicarousel-no-fallback") not in ("1", "true"), idempotency_key=header_value(told.get("idempotency-key", ""))[:200], client=client,
             betas=header_value(told.get("anthropic-beta", ""))[:2000], version=header_value(told.get("anthropic-version", ""))[:40],
             blanks=told.get("x-aicarousel-keep-alive") in ("1", "true"), models=key.limits.models if key and key.limits else (), wish=wish,
-            session=told.get("x-session-id", "")[:512])
+            session=told.get("x-session-id", "")[:512], limit_s=_read_limit_s(told), faults=read_faults(told["x-aicarousel-mock"]) if "x-aicarousel-mock" in told else ())
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
@@ -17128,6 +17283,16 @@ class PlainTextSink:
     async def flush(self) -> None:
         if not self._exchange.finished:
             await self._exchange.flush()
+
+
+def _read_limit_s(headers: Mapping[str, str]) -> float:
+    """The longest that a request may take by its own wish, over all routes. Raises GatewayError 400."""
+    text = headers.get("x-aicarousel-timeout")
+    if text is None:
+        return float("inf")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) or not 0.0 < float(text) <= 86_400:
+        raise bad_request("x-aicarousel-timeout takes seconds, from 0.001 to 86400.", code="bad_header")
+    return float(text)
 
 
 def _wants_anthropic(request: Request) -> bool:
