@@ -380,8 +380,8 @@ def test_client_gone_while_waiting_in_line(build: Build, provider: Provider, cli
         waiting.send(house.request_bytes("POST", PATHS[client], {**ask(client, "a/m"), "stream": streamed}))
         house.wait(lambda: len(house.gateway.relay.lines) == 1)
         behind = house.start_chat("a/m", stream=False)
-        house.wait(lambda: [len(line) for line in house.gateway.relay.lines.values()] == [2])
-    house.wait(lambda: [len(line) for line in house.gateway.relay.lines.values()] == [1])
+        house.wait(lambda: [sum(map(len, line.values())) for line in house.gateway.relay.lines.values()] == [2])
+    house.wait(lambda: [sum(map(len, line.values())) for line in house.gateway.relay.lines.values()] == [1])
     provider.release("there")
     for other in (first, behind):
         check_answered(other.read_all(), OTHER_TEXT)
