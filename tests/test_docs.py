@@ -343,7 +343,7 @@ def words_wanted(group: str, name: str) -> list[str]:
     return raised.value.expected.partition("one of: ")[2].split(", ")
 
 
-@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel"))])
+@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel", "resume"))])
 def test_words_of_a_field_are_told(group: str, name: str) -> None:
     [row] = [line for line in chapter("models.json").splitlines() if line.startswith(f"| `{name}` |")]
     assert set(words_wanted(group, name)) <= set(re.findall(r"`([a-z-]+)`", row))
