@@ -41,7 +41,7 @@ Life of a request
     -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
 
 Promises
-    Nothing is retried after commit.  No secret is logged.  Pure sections never touch the outside world.
+    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
     What is broken never looks whole: a stream without its proper ending ends in an error event.
 """
 
@@ -9901,7 +9901,8 @@ def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter,
         event = read_frame(frame)
         value = json.loads(event.data) if event.data else {}
         kind = _str_in(value, "type") or event.name
-        sequence = max(sequence, value.get("sequence_number", sequence + bool(kind)))
+        number = value.get("sequence_number")
+        sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
         added = _dict_in(value, "item")
         if kind in ("response.created", "response.in_progress"):
             response = _dict_in(value, "response")
@@ -10895,9 +10896,9 @@ def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, s
         kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
         if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
             index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
-            pieces += [block["text"]] if open_kind == "text" and block.get("text") else []
+            pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
         elif kind == "content_block_delta" and isinstance(delta, dict) and value.get("index") == index and delta.get("type") in _TAKEN_UP_DELTAS.get(open_kind, ()):
-            pieces += [delta["text"]] if open_kind == "text" else []
+            pieces += [str(delta.get("text") or "")] if open_kind == "text" else []
         elif kind == "content_block_stop" and open_kind not in ("", "text"):
             open_kind = ""
         elif kind and kind not in ("message_start", "ping"):
@@ -14636,8 +14637,8 @@ class Server:
 # 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
-# committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
-# error event and nothing is left looking complete.  Relay meets clients only through a Sink.
+# committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
+# have the rest (_go_on), else the client gets its format's error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
 
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
@@ -15003,25 +15004,32 @@ class _Run:
 
     async def _go_on(self, broken: Route, waiting: Iterable[Route]) -> None:
         """A stream that broke off inside its text is gone on with by a route that can, unseen but for a comment; else the client gets its error event."""
-        carousel, failure = self._config.carousel, self._owed
-        assert failure is not None and self._client.take_up is not None
+        carousel, failure, n_before = self._config.carousel, self._owed, len(self._attempts) - 1
+        assert failure is not None
         for route in (*sorted(waiting, key=lambda route: route.model.id != broken.model.id), broken):
             how = way_on(route.provider, route.model, carousel.resume)
             if not how or self._n_asked >= carousel.max_attempts or self._cooled.intersection(route.keys) and route is not broken or misfit(route, self._needs):
                 continue
-            found = self._client.take_up(b"".join(self._sent or ()), self._asked())
-            if found is None or self._carrier.calling or not can_go_on(self._hub_request(), found[1]):
+            found = self._take_up()
+            if found is None:
                 break
             self._seam, self._owed = Seam(*found, how), None
             self._spend()
             if await self._try(route) is None:
                 clear(self._relay.state, route)
-                self._log.info("resume.done req=%s route=%s after_chars=%s", self._job.id, route.id, len(found[1]))
+                self._log.info("resume.done req=%s route=%s after_chars=%d", self._job.id, route.id, len(found[1]))
                 return
             failure = self._owed or failure
         if self._seam is not None:
             self._writer = self._seam.writer
-        self._refuse(answer_for([failure], self._attempts))
+        self._refuse(answer_for([failure], self._attempts[n_before:]))
+
+    def _take_up(self) -> tuple[Any, str] | None:
+        """What FORMATS says of the client's stream so far; None where it has no exact continuation."""
+        with contextlib.suppress(UpstreamFailure, GatewayError, ValueError):        # a request that only its own format understands, events that no reader does
+            found = self._client.take_up(b"".join(self._sent), self._asked()) if self._client.take_up is not None and self._sent and not self._carrier.calling else None
+            return found if found is not None and can_go_on(self._needs.hub(), found[1]) else None
+        return None
 
     def _spend(self) -> None:
         """What the attempt that broke off has used is counted besides what comes."""
@@ -15225,7 +15233,7 @@ class _Run:
 
     def _continuation_body(self, route: Route, seam: Seam) -> bytes:
         """The body that asks a route for the rest of an answer."""
-        hub = recall(self._hub_request(), self._relay.memo)
+        hub = recall(self._needs.hub(), self._relay.memo)
         self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
         made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
         self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
