@@ -34,6 +34,8 @@ Contents
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    25  Bundle              the copy that needs nothing installed
+    26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
@@ -240,6 +242,7 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -791,6 +794,70 @@ def price_text(price: Price | None) -> str:
         return ""
     rates = "/".join("-" if rate is None else f"{rate:g}" for rate in (price.input, price.output, price.cache_read, price.cache_write))
     return f"{rates} {price.as_of or 'models.json'}" + (f" (dearer over {price.long_over})" if price.long_over is not None else "")
+
+
+# Keys.
+
+class KeyForm(NamedTuple):
+    """What keys of `providers` look like: of the one that it must be, or of those that it may be.  `why_not`: why such a key is of no use here."""
+    pattern: str
+    providers: tuple[str, ...]
+    sure: bool = True
+    why_not: str = ""
+
+
+_NO_MODELS = "it is for administration and cannot run models"
+
+#: Tried in this order; what nothing fits may be anybody's.
+KEY_FORMS: tuple[KeyForm, ...] = (
+    KeyForm(r"sk-or-v1-[0-9a-f]{64}", ("openrouter",)),
+    KeyForm(r"sk-ant-api[0-9]{2}-[\w-]{80,}", ("anthropic",)),
+    KeyForm(r"sk-ant-oat[0-9]{2}-.*", ("anthropic",), why_not="it belongs to a subscription, which is for the vendor's own programs"),
+    KeyForm(r"sk-ant-admin[0-9]{2}-.*", ("anthropic",), why_not=_NO_MODELS),
+    KeyForm(r"sk-(?:proj|svcacct)-[\w-]{20,}", ("openai",)),
+    KeyForm(r"sk-admin-.*", ("openai",), why_not=_NO_MODELS),
+    KeyForm(r"sk-[\w-]*T3BlbkFJ[\w-]+", ("openai",)),
+    KeyForm(r"gsk_[A-Za-z0-9]{40,}", ("groq",)),
+    KeyForm(r"csk-[A-Za-z0-9]{20,}", ("cerebras",)),
+    KeyForm(r"AIza[\w-]{35}|AQ\.[\w-]{20,}", ("gemini",)),
+    KeyForm(r"hf_[A-Za-z0-9]{30,}", ("huggingface",)),
+    KeyForm(r"gh[ou]_[A-Za-z0-9]{36,}", ("github-copilot",)),
+    KeyForm(r"tid=[^;]+;.*", ("github-copilot",), why_not="it expires within the hour: python aicarousel.py login github-copilot"),
+    KeyForm(r"ghp_[A-Za-z0-9]{36,}|github_pat_\w{50,}", ("github-copilot",), why_not="Copilot takes no personal access tokens: python aicarousel.py login github-copilot"),
+    KeyForm(r"xai-[A-Za-z0-9]{60,}", ("xai",)),
+    KeyForm(r"nvapi-[\w-]{40,}", ("nvidia",)),
+    KeyForm(r"fw_[A-Za-z0-9]{20,}", ("fireworks",)),
+    KeyForm(r"tgp_v1_[\w-]{30,}", ("together",)),
+    KeyForm(r"[0-9a-f]{32}\.[A-Za-z0-9]{16}", ("zai",)),
+    KeyForm(r"sk-kimi-.*", ("moonshot",), False),
+    KeyForm(r"sk-sp-.*", ("qwen",), False),
+    KeyForm(r"sk-lm-.*", ("lmstudio",), False),
+    KeyForm(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", ("sambanova",), False),
+    KeyForm(r"sk-[0-9a-f]{32}", ("deepseek", "qwen"), False),
+    KeyForm(r"sk-[A-Za-z0-9]{40,60}", ("moonshot", "openai"), False),
+    KeyForm(r"[0-9a-f]{64}", ("together",), False),
+    KeyForm(r"[A-Za-z0-9]{32}", ("mistral",), False),
+    KeyForm(r"[\w-]{40}", ("cloudflare",), False),
+    KeyForm(r"eyJ[\w-]+\.[\w-]+\..*", ("minimax",), False),
+)
+
+
+def clean_key(text: str) -> str:
+    """A key without what people paste around it: blanks, quotes, NAME=, Bearer."""
+    before = None
+    while before != text:
+        before, text = text, re.sub(r"^(?:(?:export\s+)?[A-Za-z_][A-Za-z0-9_]*_(?:KEY|TOKEN)\s*=|[Bb]earer\s)", "", text.strip().strip("\"'`,;"))
+    return text
+
+
+def key_form(key: str) -> KeyForm | None:
+    """What a key looks like, None for nothing known."""
+    return next((form for form in KEY_FORMS if re.fullmatch(form.pattern, key, re.ASCII)), None)
+
+
+def mask_key(key: str) -> str:
+    """A key as it may be shown: its first 6 and last 4 characters, of a short one nothing."""
+    return f"{key[:6]}...{key[-4:]}" if len(key) >= 20 else "***"
 
 
 #: The models.json a newcomer starts with: what can be had without paying, widest free allowance first, own machine last.
@@ -1430,7 +1497,8 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
                      else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
+                    any(row["id"] == ALL_MODELS for row in entry["models"]))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -1498,8 +1566,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
     The preset's limits are those of free plans and are not taken over: a paid key would be throttled by them.
     """
     known = {model.id: replace(model, limits=None) for model in preset.models}
-    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"]]
+    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"] if row["id"] != ALL_MODELS]
     default = entry["default"]
+    if len(models) < len(entry["models"]) and default not in [model.id for model in models]:
+        models.insert(0, known.get(default, Model(default)))
     _refuse_twice(models, place)
     if models and default not in [model.id for model in models]:
         raise place.at("default").refuse(_shown(default), 'a model of "models"; ' + _one_of(default, [model.id for model in models]))
@@ -1510,6 +1580,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
             models.insert(0, known.get(default, Model(default)))
     _warn_retired(load, name, models, preset, place)
     return tuple(models), default
+
+
+#: Among the models of a provider: all that it lists.
+ALL_MODELS = "*"
 
 
 def _refuse_twice(models: Sequence[Model], place: _Place) -> None:
@@ -1874,12 +1948,15 @@ def set_json(text: str, path: Sequence[str | int], value: Any) -> str:
 
 def cut_json(text: str, path: Sequence[str | int]) -> str:
     """`text` without the member at `path`, which is there."""
-    members = _find_node(text, path[:-1])[0].members or ()
+    holder = _find_node(text, path[:-1])[0]
+    members = holder.members or ()
     index = next(number for number, (name, _, _) in enumerate(members) if name == path[-1])
-    if index + 1 < len(members):
+    if len(members) == 1:
+        start, end = holder.start + 1, holder.end - 1
+    elif index + 1 < len(members):
         start, end = members[index][1], members[index + 1][1]
     else:
-        start, end = members[index - 1][2].end if index else members[0][1], members[index][2].end
+        start, end = members[index - 1][2].end, members[index][2].end
     return text[:start] + text[end:]
 
 
@@ -2654,13 +2731,14 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
     """Waits that headers name outright, and those of windows with nothing left."""
     waits: list[float | None] = []
     unsure: list[float] = []
+    says_when = any(name.endswith(("retry-after", "retry-after-ms")) for name in headers)
     for name, value in headers.items():
         if name == "retry-after-ms":
             number = value.strip()          # of more than float() would: OpenRouter's copies may hold control characters
             waits.append(float(number) / 1000.0 if _DECIMAL.fullmatch(number) else None)
         elif name.endswith("retry-after"):
             waits.append(read_wait(value, utc))
-        elif "ratelimit" in name and "reset" in name:
+        elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
@@ -2833,8 +2911,10 @@ _ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0),
 _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
-_FREE_SLACK = 1.25          #: a key that was served more than this much of a free plan's figure is on another plan
+_FREE_SLACK = 2.1           #: a key that was served more than this much of a free plan's figure is on another plan; two fixed windows meet in any rolling one
+_FIRST_ASKED = 8            #: so many requests may be unanswered at a provider of unknown limits while others are full, or twice what it served in the last minute
 _WRONG_MAX = 3
+_SLID_MAX = 2
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
 _MAX_LIMIT = 10.0 ** 12
@@ -2866,7 +2946,8 @@ class Window:
     resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
     grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
     patience_s: float = 0.0
-    n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
+    n_wrong: int = 0                #: presets that refill: signs in a row that this window does not; after three of them it rolls
+    n_slid: int = 0                 #: rolling: resets that a header named and that did not end all; after two of them it is asked no sooner than its entries end
     entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
 
     @property
@@ -2882,6 +2963,8 @@ class Bucket:
     windows: list[Window] = field(default_factory=list)
     limited: tuple[Window, ...] = ()
     n_open: int = 0
+    n_unseen: int = 0               #: of these, those of which nothing is known yet, and their input: they may be refused
+    unseen_input: int = 0
     max_open: float = _NEVER        #: configured
     learned_open: float = _NEVER    #: by a refusal at `learned_open_at`, one more with every minute since
     learned_open_at: float = 0.0
@@ -2903,6 +2986,7 @@ class Hold:
     n_input: int
     n_output: int
     done: bool = False
+    seen: bool = False              #: the provider has answered
 
 
 class Shortage(NamedTuple):
@@ -3135,6 +3219,8 @@ def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now
                 continue
             origin, soft = window.origin, False
             at = min(_room_at(window, amount, now), max(window.grows_at, now))
+            if window.source == "learned" and bucket.n_unseen and at != _NEVER:
+                at = min(at, now + _ASKED_S)                    # they may prove that there is more
             if at != _NEVER and _resets_sooner(window):     # one request finds out whether all of it ends there
                 at = min(at, max(window.resets_at + _TRAVEL_S, now + _ASKED_S))
                 if not bucket.n_open and now >= window.resets_at + _TRAVEL_S:
@@ -3219,6 +3305,8 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
     hold = Hold(find_buckets(ledger, route), now, n_input, n_output)
     for bucket in hold.buckets:
         bucket.n_open += 1
+        bucket.n_unseen += 1
+        bucket.unseen_input += n_input
         for window in bucket.windows:
             if window.kind != "rolling" or len(window.entries) >= _GRAINS:
                 _expire(window, now, ledger.utc_less_now)
@@ -3239,6 +3327,8 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3254,8 +3344,33 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
                     later += out - reserved
                 if later:
                     _add(window, now, later)
-            if window.source == "preset" and window.used > _FREE_SLACK * window.known:
+            if window.source == "preset" and _confirmed(bucket, window) > _FREE_SLACK * window.known:
                 _forget_free_plan(bucket)
+
+
+def _note_seen(hold: Hold) -> None:
+    """The provider has taken the request in, or it is over: it is no longer unknown what becomes of it."""
+    hold.seen = True
+    for bucket in hold.buckets:
+        bucket.n_unseen -= 1
+        bucket.unseen_input -= hold.n_input
+        for window in bucket.limited:
+            if window.source == "learned" and (served := _confirmed(bucket, window)) > window.known:
+                window.known, window.limit = served, min(window.configured, served)
+
+
+def _confirmed(bucket: Bucket, window: Window) -> float:
+    """What counts in a window without the requests that may still be refused."""
+    return window.used - (bucket.n_unseen if window.measure == "requests" else bucket.unseen_input if window.measure != "output" else 0)
+
+
+def is_unknown(ledger: Ledger, route: Route) -> bool:
+    """Whether nothing tells how much a route takes, and more has been sent there unanswered than it has lately been seen to serve."""
+    for bucket in find_buckets(ledger, route)[:1]:
+        if not bucket.limited and bucket.n_unseen >= _FIRST_ASKED:
+            served = next((_confirmed(bucket, window) for window in bucket.windows if window.measure == "requests" and window.span_s == 60.0), 0.0)
+            return bucket.n_unseen >= 2.0 * served
+    return False
 
 
 def _forget_free_plan(bucket: Bucket) -> None:
@@ -3271,6 +3386,8 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3346,6 +3463,8 @@ def _guess_span(preset_name: str, limit: float | None, left: float | None, reset
 
 def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None) -> None:
     """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered."""
+    if hold is not None and not hold.seen:
+        _note_seen(hold)
     buckets = find_buckets(ledger, route)
     told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
     for one in told:
@@ -3370,23 +3489,54 @@ def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | No
     truly_used = max(window.known - told.left, 0.0)
     since = _unseen(window, hold) if hold is not None else 0.0
     missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
+    if told.kind == "refill" and told.reset_s is not None:
+        _check_refill(window, truly_used, told.reset_s, now)
     began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
+    stale = _stale(window, now) if told.reset_s is not None else 0.0
+    if stale > 0.0 and stale > excess:
+        window.n_slid += 1
     if missing > 0.0:
         _add(window, began_at, missing)
     elif excess > 0.0:
-        if told.reset_s is not None and told.kind == "rolling" and _began_anew(window, truly_used, now):
+        if 0.0 < stale <= window.used - truly_used:
             window.kind = "fixed"
         _cut(window, truly_used + since)
     if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
         return
-    early = bool(window.entries) and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    early = bool(window.entries) and window.n_slid < _SLID_MAX and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
     window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
 
 
-def _began_anew(window: Window, truly_used: float, now: float) -> bool:
-    """Does what counted before the reset that was named last count no longer, though a rolling window would still count it?"""
-    stale = sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
-    return window.kind == "rolling" and window.resets_at <= now and 0.0 < stale <= window.used - truly_used
+def _check_refill(window: Window, truly_used: float, reset_s: float, now: float) -> None:
+    """Does a window fill up all the time, as its preset's do? Then its reset is when all of it is back. Three times not so, and it rolls until it is."""
+    full_s = truly_used / window.known * window.span_s
+    if full_s < 0.1 * window.span_s:
+        return                      # too little to tell: Anthropic rounds to thousands of tokens and whole seconds
+    if abs(reset_s - full_s) <= max(0.25 * full_s, 0.05 * window.span_s):
+        window.n_wrong = max(window.n_wrong - 1, 0) if window.kind == "rolling" else 0
+        if window.kind == "rolling" and not window.n_wrong:
+            window.kind, window.at = "refill", now
+    else:
+        window.n_wrong = min(window.n_wrong + 1, _WRONG_MAX)
+        if window.kind == "refill" and window.n_wrong == _WRONG_MAX:
+            _make_rolling(window, now)
+
+
+def _make_rolling(window: Window, now: float) -> None:
+    """From now on what counts ends a span after it went out."""
+    window.kind, window.n_wrong, window.entries = "rolling", _WRONG_MAX, [entry for entry in window.entries if entry[0] > now - window.span_s]
+    counted = sum(amount for _, amount in window.entries)
+    if counted < window.used:
+        window.entries.append([max(now, window.entries[-1][0]) if window.entries else now, window.used - counted])
+    truly_used, window.used = window.used, max(counted, window.used)
+    _cut(window, truly_used)
+
+
+def _stale(window: Window, now: float) -> float:
+    """What counts though it went out before the reset that was named last, which has passed; where all of it has ended, the window is fixed."""
+    if window.kind != "rolling" or window.resets_at > now:
+        return 0.0
+    return sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
 
 
 def _unseen(window: Window, hold: Hold) -> float:
@@ -3410,6 +3560,10 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
 
     text: the body, or the provider's words.
     """
+    return _named_windows(text) or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+
+
+def _named_windows(text: str) -> list[tuple[str, float, float | None]]:
     found: dict[tuple[str, float], float | None] = {}
     for name, span, value in _QUOTA_ID.findall(text):
         measure = "input" if "Input" in name else "tokens" if "Token" in name else "requests"
@@ -3422,13 +3576,13 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
     if not found:
         for measure, span in _SAID_LETTERS.findall(text):
             found["requests" if measure == "R" else "tokens", _UNITS_S[span.lower()]] = None
-    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()] or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()]
 
 
-def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float) -> None:
-    """A provider refused for its limits: what it named is believed, else the count so far must have been the limit.
+def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float, hold: Hold | None = None) -> None:
+    """A provider refused for its limits: what it named is believed, else a limit that is known to be used up, else the count so far must have been one.
 
-    Call after release().  text: the body of the refusal.
+    Call after release().  text: the body of the refusal.  hold: the request that was refused.
     """
     buckets = find_buckets(ledger, route)
     if not buckets or failure.reason not in ("rate_minute", "rate_day", "request_over_tpm"):
@@ -3438,8 +3592,11 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
     if concurrency:
         buckets[0].learned_open, buckets[0].learned_open_at = float(concurrency[1] or max(buckets[0].n_open, 1)), now
         return
+    if hold is not None and not _named_windows(text) and any(_explains(window, hold, now, ledger.utc_less_now) for window in buckets[0].limited):
+        return
     for measure, span_s, limit in read_refusal(text, failure.reason):
         window = _window(buckets[0], measure, span_s, route.provider.preset.name)
+        size = sum(_amounts(window, hold.n_input, hold.n_output)) if hold is not None else 1.0
         _expire(window, now, ledger.utc_less_now)
         if limit:
             window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
@@ -3448,22 +3605,30 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
         if window.kind == "refill" and window.used + window.held < window.known:
             window.n_wrong += 1
             if window.n_wrong >= _WRONG_MAX:
-                window.kind, window.entries = "rolling", [[now, window.used]]
+                _make_rolling(window, now)
         if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
             window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
         if window.known != _NEVER and window.source in ("header", "refusal"):
-            if window.used < window.known:
-                _add(window, now, window.known - window.used)
+            missing = window.known - window.used - max(size - 1.0, 0.0)     # there was less left than it asked for
+            if missing > 0.0:
+                _add(window, now, missing)
         elif window.used + window.held >= 1.0:
-            _lower(window, now, now + ledger.utc_less_now)
+            _lower(window, _confirmed(buckets[0], window), hold.at if hold is not None else now, now, now + ledger.utc_less_now)
     _sort_out(buckets[0])
 
 
-def _lower(window: Window, now: float, utc: float) -> None:
-    """The limit must have been what is counted now; the longer it holds, the longer until more is tried."""
+def _explains(window: Window, hold: Hold, now: float, shift: float) -> bool:
+    """Had a window whose limit was told too little left for the request that was refused?"""
+    _expire(window, now, shift)
+    return window.origin in ("header", "refusal", "configured") and window.used + window.held + sum(_amounts(window, hold.n_input, hold.n_output)) > window.limit
+
+
+def _lower(window: Window, served: float, sent_at: float, now: float, utc: float) -> None:
+    """The limit must have been what was served; the longer it holds, the longer until more is tried. What went out before the last refusal came teaches no patience."""
     first_s = window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
-    window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
-    window.known, window.source, window.known_utc = max(min(window.used, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
+    if window.source != "learned" or sent_at >= window.grows_at - window.patience_s:
+        window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
+    window.known, window.source, window.known_utc = max(min(served, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
     window.grows_at = now + window.patience_s
 
 
@@ -3539,6 +3704,7 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
 
@@ -3604,6 +3770,9 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
 
 
 @dataclass(slots=True)
@@ -3617,6 +3786,8 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
@@ -3850,9 +4021,10 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     ready: list[tuple[tuple[float, ...], Route]] = []
     soft: list[tuple[float, Route]] = []
     late: list[tuple[float, Route]] = []
+    probes: list[tuple[float, Route]] = []
     waits: list[tuple[float, bool]] = []
     skipped: list[tuple[Route, str]] = []
-    metric, ledger = _METRICS.get(strategy), state.ledger
+    metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
     asked_for: set[str] = set()
     for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
         cooldown = hindrance(state, route, now) if state.cooling else None
@@ -3860,8 +4032,12 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
                 waits.append((cooldown.until_at, True))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+            elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
+                waits.append((max(cooldown.until_at, shortage.at), False))       # refused, and counted full: asking now is in vain
             else:
                 late.append((cooldown.until_at, route))
             continue
@@ -3873,9 +4049,15 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
         elif shortage.soft:
             soft.append((shortage.at, route))
         else:
+            n_full += 1
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
                 waits.append((shortage.at, shortage.proven))
+    if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
+        paced = [pair for pair in ready if is_unknown(ledger, pair[1])]
+        skipped += [(route, "quota: unknown, others are being answered") for _, route in paced]
+        waits += [(now + _PROBE_S, False)] * len(paced)
+        ready = [pair for pair in ready if pair not in paced] if paced else ready
     if metric:
         ready.sort(key=lambda pair: pair[0])
     soft.sort(key=lambda pair: pair[0])
@@ -3886,7 +4068,15 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
     routes += [route for _, route in soft]
     if not routes and free_at is not None and now < free_at <= give_up_at:
         return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
+    if not routes and not late and probes:
+        late = [min(probes, key=lambda pair: pair[0])]
     return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -4077,6 +4267,21 @@ def reset_routes(providers: Iterable[Provider], state: RoutingState, glob: str) 
     return found
 
 
+def forget_changed(state: RoutingState, before: Iterable[Provider], after: Iterable[Provider]) -> None:
+    """End the cooldowns of keys and addresses that are no longer those that they were held against."""
+    def facts(providers: Iterable[Provider]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for provider in providers:
+            found[f"provider {provider.name}"] = (provider.base_url, provider.proxy)
+            found |= {f"credential {credential.id}": (provider.base_url, credential.secret, credential.proxy) for credential in provider.credentials}
+        return found
+
+    now = facts(after)
+    changed = {name for name, fact in facts(before).items() if now.get(name) != fact}
+    for key in [key for key in state.cooling if key.replace("route ", "credential ", 1).partition(":")[0] in changed]:
+        del state.cooling[key]
+
+
 def is_listed(route: Route) -> bool:
     """Whether configuration knows the model: of names that clients make up nothing is remembered."""
     return route.model in route.provider.models or route.model.id == route.provider.default
@@ -4091,6 +4296,7 @@ def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -4198,7 +4404,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4214,7 +4422,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
@@ -14649,6 +14857,11 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MODELS_FRESH_S = 300.0
+_MODELS_S = 20.0                #: how long a provider may take over its list
+_MODELS_BYTES = 8 << 20
+_MODELS_MAX = 5000
+_MODELS_PATHS: Mapping[str, str] = MappingProxyType({"messages": "/models?limit=1000"})
 _SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
@@ -14709,6 +14922,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14718,6 +14932,22 @@ class Settled:
 
 
 _NO_PROFILE = Profile()
+
+
+def make_target(provider: Provider, credential: Credential, settings: Settings, user_agent: str, method: str, path: str) -> tuple[Origin, str]:
+    """Where requests to `path` behind a provider's base URL go, and the lines of their head that are always the same."""
+    scheme, host, port, base = split_url(provider.base_url)
+    proxy = credential.proxy if credential.proxy is not None else provider.proxy
+    if proxy is None:
+        proxy = settings.https_proxy if scheme == "https" else settings.http_proxy
+        proxy = "" if is_loopback(host) or no_proxy_covers(host, settings.no_proxy) else proxy
+    name = f"[{host}]" if ":" in host else host
+    name += "" if port == {"https": 443, "http": 80}[scheme] else f":{port}"
+    secret = [(provider.preset.auth_header, f"{provider.preset.auth_scheme} {credential.secret}".strip())] if credential.secret else []
+    fixed = [("Host", name), ("User-Agent", user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
+             *provider.preset.headers, *provider.headers, *credential.headers]
+    lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
+    return Origin(scheme, host, port, proxy or ""), f"{method} {base}{path} HTTP/1.1\r\n{''.join(lines.values())}"
 
 
 class Relay:
@@ -14838,7 +15068,7 @@ class Relay:
         if known is not None and known[0] is route.provider:
             target = known[1]
         else:                           # a request under way may still be on the configuration before
-            target = self._make_target(route, path)
+            target = make_target(route.provider, route.credential, self.config.settings, self._user_agent, "POST", path)
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
             self._targets[route.id, path] = route.provider, target
@@ -14848,27 +15078,92 @@ class Relay:
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
-    def _make_target(self, route: Route, path: str) -> tuple[Origin, str]:
-        provider, credential, settings = route.provider, route.credential, self.config.settings
-        scheme, host, port, base = split_url(provider.base_url)
-        proxy = credential.proxy if credential.proxy is not None else provider.proxy
-        if proxy is None:
-            proxy = settings.https_proxy if scheme == "https" else settings.http_proxy
-            proxy = "" if is_loopback(host) or no_proxy_covers(host, settings.no_proxy) else proxy
-        name = f"[{host}]" if ":" in host else host
-        name += "" if port == {"https": 443, "http": 80}[scheme] else f":{port}"
-        secret = [(provider.preset.auth_header, f"{provider.preset.auth_scheme} {credential.secret}".strip())] if credential.secret else []
-        fixed = [("Host", name), ("User-Agent", self._user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
-                 *provider.preset.headers, *provider.headers, *credential.headers]
-        lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
-        return Origin(scheme, host, port, proxy or ""), f"POST {base}{path} HTTP/1.1\r\n{''.join(lines.values())}"
+    async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
+        """What a provider says that it has, in its order. Raises UpstreamFailure."""
+        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
+        answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
+                                              replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
+        try:
+            body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
+        finally:
+            answer.release()
+        found = read_models(body)
+        if answer.status != 200 or not found:
+            failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
+            failure.detail = redact(failure.detail, self.config.secrets)
+            raise failure
+        return found
+
+
+def read_models(body: bytes) -> tuple[Model, ...]:
+    """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    rows = next((told[name] for name in ("data", "models") if isinstance(told.get(name), list)), ()) if isinstance(told, dict) else told if isinstance(told, list) else ()
+    found: dict[str, Model] = {}
+    for row in rows[:_MODELS_MAX]:
+        name = row.get("id") or row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+            sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
+            name = name.removeprefix("models/")         # as Gemini has them
+            found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
+    return tuple(found.values())
+
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
 
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
                  "_sent", "_n_sent", "_seam", "_owed", "_spent")
 
@@ -14884,7 +15179,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14949,7 +15244,7 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -15318,7 +15613,7 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock())
+        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -15517,7 +15812,7 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15587,7 +15882,7 @@ class _Run:
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15625,13 +15920,17 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 _CREATED_S = 1_790_000_000
 
 
-def list_models(config: Config) -> list[Json]:
-    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part. Limits where they are known."""
+Offers = Callable[[Provider], tuple[Model, ...]]
+
+
+def list_models(config: Config, offers: Offers) -> list[Json]:
+    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
     smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+        listed = {model.id for model in provider.models}
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
@@ -15641,9 +15940,9 @@ def _model_row(name: str, owner: str, model: Model) -> Json:
     return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": owner, **{label: value for label, value in limits.items() if value}}
 
 
-def find_model(config: Config, name: str) -> Json | None:
+def find_model(config: Config, offers: Offers, name: str) -> Json | None:
     """One row of the list; bare ids, aliases of models and provider names are known too."""
-    for row in list_models(config):
+    for row in list_models(config, offers):
         if row["id"] == name:
             return row
     for provider in config.active:
@@ -15685,11 +15984,20 @@ def explain_lines(decision: Decision) -> list[str]:
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
     notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -15819,6 +16127,7 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
+    "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15836,6 +16145,8 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.transport.bounds = self.bounds
+        self.lists = ModelLists(self.relay)
+        self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
@@ -15849,13 +16160,16 @@ class Gateway:
         """Go on with another configuration; address, port and TLS stay what they were."""
         self._good_hosts.clear()
         self.keys.accept(config.settings.api_keys)
+        forget_changed(self.relay.state, self.config.providers, config.providers)
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
+        self.lists.look()
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
+        self.lists.close()
         self.transport.close()
 
     @property
@@ -15997,7 +16311,8 @@ class Gateway:
 
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
-        rows = list_models(self.config)
+        self.lists.look()
+        rows = list_models(self.config, self.lists.of)
         if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
@@ -16009,7 +16324,7 @@ class Gateway:
         """GET /v1/models/{id}; ids may hold slashes."""
         from urllib.parse import unquote
         name = unquote(request.path.partition("/models/")[2])
-        row = find_model(self.config, name)
+        row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
@@ -16130,6 +16445,10 @@ class Gateway:
         self.usage.save_routing(self.relay.rows())
         exchange.respond(200, _JSON, dump_json({"reset": found}))
 
+    async def admin_refresh(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/models/refresh: ask providers with "*" among their models for their lists now."""
+        exchange.respond(200, _JSON, dump_json({"providers": await self.lists.refresh()}))
+
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
         self.usage.flush(_FLUSH_S)
@@ -16163,7 +16482,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -16231,7 +16553,7 @@ class Gateway:
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
@@ -16429,7 +16751,7 @@ class Demo:
 
 
 ##############################################################################
-# 23. Accounts                                              I/O | uses 1-5, 14-18, 20
+# 23. Accounts                                              I/O | uses 1-5, 8, 14-16, 18, 20
 ##############################################################################
 # The home folder and changes to its files; provider keys: recognised, checked, stored; logins and their tokens.
 # What changes a file takes the folder's lock, edits text (section 4, Edits), loads the result and only then puts it in place, whole.
@@ -16438,6 +16760,33 @@ class Demo:
 
 _COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
 _SECRET_MAX_BYTES = 16 * 1024
+_ASKED_TIMEOUTS = Timeouts(first_byte_s=15.0)
+_LIST_MAX_BYTES = 4 * 1024 * 1024
+_WIDTH = 80
+_PATIENCE_S = 1.0           #: longer than this nobody waits without being told for what
+
+
+def program_path() -> Path:
+    """The file that is run: this module, or the bundle that it stands in."""
+    module = Path(__file__).resolve()
+    return module.parent if is_bundled() else module
+
+
+def is_bundled() -> bool:
+    """Whether this module stands in a bundle."""
+    return Path(__file__).resolve().parent.is_file()
+
+
+def own_command() -> list[str]:
+    """How to run this program once more; a bundle needs nothing that is installed, and takes nothing."""
+    return [sys.executable, *(("-I", "-S") if is_bundled() else ()), str(program_path())]
+
+
+def read_beside(name: str) -> bytes | None:
+    """A file that stands beside this module, in its folder or in its bundle; None where there is none."""
+    with contextlib.suppress(OSError):
+        return __loader__.get_data(str(Path(__file__).with_name(name)))       # type: ignore[name-defined]
+    return None
 
 
 class Home(NamedTuple):
@@ -16464,7 +16813,7 @@ class Home(NamedTuple):
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
-    program = Path(__file__).resolve().parent
+    program = program_path().parent
     if named or (program / "models.json").is_file():
         folder = Path(named).expanduser().resolve() if named else program
         return Home(folder, folder / "data")
@@ -16476,17 +16825,29 @@ def find_home(named: str | None) -> Home:
 def _read_text(path: Path) -> str | None:
     """The text of a configuration file, None when there is none. Raises ConfigError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()       # line ends as they are
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), getattr(error, "strerror", None) or "bytes that are not UTF-8", "a readable text file") from error
 
 
+def routing_text(home: Home) -> str | None:
+    """The text of models.json: the home's, else the bundle's, None where there is neither. Raises ConfigError."""
+    text = _read_text(home.models_path)
+    if text is None and is_bundled() and (bundled := read_beside("models.json")) is not None:
+        return bundled.decode("utf-8")
+    return text
+
+
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ,
-                       dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags, read_secret=read_secret)
+    return _load_home(home, routing_text(home), _read_text(home.env_path), flags)
+
+
+def _load_home(home: Home, models_text: str | None, env_text: str | None, flags: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """The configuration of a home folder if its two files held these texts. Raises ConfigError."""
+    return load_config(models_text, models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(env_text or ""), flags=flags, read_secret=read_secret)
 
 
 def read_secret(reference: str) -> str:
@@ -16510,8 +16871,821 @@ def read_secret(reference: str) -> str:
     raise ConfigError(redact(reference), found, "a key")
 
 
+# Changes.
+
+class Refused(Exception):
+    """What cannot be done as things are, in one line: exit status 1."""
+
+
+@contextlib.contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    """The home folder, made if missing, for one change at a time."""
+    try:
+        home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(home.folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(str(home.folder), error.strerror or "no folder", "a folder that can be written") from error
+    try:
+        with contextlib.suppress(ImportError):      # no such lock on this system
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, text: str, mode: int | None = None) -> None:
+    """Put `text` in place of a file, whole or not at all. mode: None for that of the old file, and 0600 for a new one. Raises ConfigError."""
+    path = path.resolve()               # a link stays one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode if mode is not None else path.stat().st_mode & 0o777 if path.exists() else 0o600)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be replaced") from error
+
+
+def change_models(home: Home, change: Callable[[str, Json], str]) -> Config:
+    """Change models.json by `change(text, tree)`, which gives the new text; without a file it begins as what is in force.
+
+    The new text is loaded before it is put in place; the configuration that it makes.  Raises ConfigError and Refused.
+    """
+    with _locked(home):
+        text, before = _read_text(home.models_path), read_config(home, {})      # on what is broken nothing is built
+        start = routing_text(home) or _models_text(before)
+        new = change(start, json.loads(start.removeprefix("\ufeff")))
+        config = _load_home(home, new, _read_text(home.env_path))
+        if new != text:
+            replace_file(home.models_path, new)
+    return config
+
+
+def _models_text(config: Config) -> str:
+    """A models.json that says what is in force without one."""
+    return json.dumps({provider.name: _entry_of(provider.default, [model.id for model in provider.models]) for provider in config.providers}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _entry_of(default: str, models: Sequence[str]) -> Json:
+    return {"default": default, "enableFallback": True, "models": list(models)}
+
+
+def find_provider(config: Config, name: str) -> Provider:
+    """The provider of a name. Raises Refused."""
+    for provider in config.providers:
+        if provider.name == name:
+            return provider
+    raise Refused(_no_provider(name, [provider.name for provider in config.providers]))
+
+
+def _no_provider(name: str, names: Iterable[str]) -> str:
+    names = [known for known in names if known != "carousel"]
+    close = nearest(name, names)
+    return f"there is no provider {ascii(name)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"there are: {', '.join(names) or 'none'}")
+
+
+def _entry_in(tree: Json, name: str) -> Json:
+    """A provider's entry in models.json. Raises Refused."""
+    if name not in tree or name == "carousel":
+        raise Refused(_no_provider(name, tree))
+    return tree[name]
+
+
+def _model_ids(entry: Json) -> list[str]:
+    return [model if isinstance(model, str) else model["id"] for model in entry["models"]]
+
+
+def _model_index(name: str, entry: Json, model: str) -> int:
+    """Where a model stands in its provider's list. Raises Refused."""
+    ids = _model_ids(entry)
+    if model not in ids:
+        close = nearest(model, ids)
+        raise Refused(f"{name} has no model {ascii(model)[1:-1][:120]}" + (f"; did you mean {close}?" if close else ""))
+    return ids.index(model)
+
+
+def _overruled(config: Config, path: str) -> str:
+    """What to add where something goes before models.json, "" where nothing does."""
+    origin = config.origins.get(path, "")
+    return f"; but {origin} goes before models.json" if origin.startswith(("environment ", ".env ")) else ""
+
+
+def add_provider(home: Home, name: str, entry: Json) -> str:
+    """A new entry at the end of models.json; what to tell."""
+    def change(text: str, tree: Json) -> str:
+        if name in tree or name == "carousel":
+            raise Refused(f"{name} is {'a reserved name' if name == 'carousel' else 'there already'}")
+        return set_json(text, [name], entry)
+
+    provider = find_provider(change_models(home, change), name)
+    return f"{name} added, with {len(provider.models)} models" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
+
+
+def remove_provider(home: Home, name: str) -> str:
+    """models.json without an entry; its keys stay in .env."""
+    def change(text: str, tree: Json) -> str:
+        _entry_in(tree, name)
+        if not tree.keys() - {name, "carousel"}:
+            raise Refused(f"{name} is the last provider; disable it, or add another first")
+        return cut_json(text, [name])
+
+    change_models(home, change)
+    return f"{name} removed"
+
+
+def switch_provider(home: Home, name: str, on: bool) -> str:
+    """Switch a provider on or off."""
+    def change(text: str, tree: Json) -> str:
+        return text if _entry_in(tree, name).get("enabled", True) is on else set_json(text, [name, "enabled"], on)
+
+    config = change_models(home, change)
+    provider = find_provider(config, name)
+    told = f"{name} is {'on' if on else 'off'} in models.json" + (_overruled(config, f"{name}.enabled") if provider.enabled is not on else "")
+    return told + (f"; it takes no part yet: {provider.why_out}" if on and provider.enabled and provider.why_out else "")
+
+
+def order_providers(home: Home, names: Sequence[str]) -> str:
+    """Put all providers in this order, which is that of rotation."""
+    def change(text: str, tree: Json) -> str:
+        known = [name for name in tree if name != "carousel"]
+        for name in names:
+            _entry_in(tree, name)
+            if names.count(name) > 1:
+                raise Refused(f"{name} stands there {names.count(name)} times")
+        if len(names) < len(known):
+            raise Refused(f"{len(names)} of {len(known)} providers are named; missing: {', '.join(name for name in known if name not in names)}")
+        at, turn = list(tree), iter(names)
+        return order_json(text, [], [at.index(name if name == "carousel" else next(turn)) for name in at])
+
+    config = change_models(home, change)
+    told = f"order: {', '.join(names)}"
+    return told if [provider.name for provider in config.providers] == list(names) else told + "; but PROVIDERS_PRIORITY goes before models.json"
+
+
+def add_model(home: Home, name: str, model: str) -> str:
+    """A model more at the end of a provider's list."""
+    def change(text: str, tree: Json) -> str:
+        if model in _model_ids(_entry_in(tree, name)):
+            raise Refused(f"{name} has {model} already")
+        return set_json(text, [name, "models", len(tree[name]["models"])], model)
+
+    warnings = change_models(home, change).warnings
+    return f"{name} has {model} now" + "".join(f"; {warning}" for warning in warnings if f" {model} is withdrawn" in warning)
+
+
+def remove_model(home: Home, name: str, model: str) -> str:
+    """A provider's list without a model that is not its default."""
+    def change(text: str, tree: Json) -> str:
+        index = _model_index(name, _entry_in(tree, name), model)
+        if tree[name]["default"] == model:
+            raise Refused(f"{model} is the default of {name}; choose another first: model default {name} MODEL")
+        return cut_json(text, [name, "models", index])
+
+    change_models(home, change)
+    return f"{name} has {model} no more"
+
+
+def choose_default(home: Home, name: str, model: str) -> str:
+    """The model of a provider's list that is asked first."""
+    def change(text: str, tree: Json) -> str:
+        _model_index(name, _entry_in(tree, name), model)
+        return set_json(text, [name, "default"], model)
+
+    config = change_models(home, change)
+    return f"{name} begins with {model}" + (_overruled(config, f"{name}.default") if find_provider(config, name).default != model else "")
+
+
+def switch_fallback(home: Home, name: str, on: bool) -> str:
+    """Whether the others of a provider's models are tried after its default."""
+    def change(text: str, tree: Json) -> str:
+        _entry_in(tree, name)
+        return set_json(text, [name, "enableFallback"], on)
+
+    change_models(home, change)
+    return f"{name} {'goes on to its other models' if on else 'is asked for its default alone'}"
+
+
+def move_model(home: Home, name: str, model: str, place: int) -> str:
+    """Put a model at a place, counted from 1, of its provider's list."""
+    def change(text: str, tree: Json) -> str:
+        index, n_models = _model_index(name, _entry_in(tree, name), model), len(tree[name]["models"])
+        if not 1 <= place <= n_models:
+            raise Refused(f"{name} has places 1 to {n_models}, not {place}")
+        order = [number for number in range(n_models) if number != index]
+        return order_json(text, [name, "models"], [*order[:place - 1], index, *order[place - 1:]])
+
+    config = change_models(home, change)
+    return f"{name}: {', '.join(found.id for found in find_provider(config, name).models)}"
+
+
+def set_alias(home: Home, name: str, targets: Sequence[str]) -> str:
+    """A name for other names, in order."""
+    config = change_models(home, lambda text, tree: set_json(text, ["carousel", "aliases", name], targets[0] if len(targets) == 1 else list(targets)))
+    return f"{name} stands for {', '.join(config.carousel.aliases[name])}"
+
+
+def remove_alias(home: Home, name: str) -> str:
+    """An alias less."""
+    def change(text: str, tree: Json) -> str:
+        aliases = tree.get("carousel", {}).get("aliases", {})
+        if name not in aliases:
+            raise Refused(f"there is no alias {ascii(name)[1:-1][:80]}; there are: {', '.join(aliases) or 'none'}")
+        return cut_json(text, ["carousel", "aliases", name])
+
+    change_models(home, change)
+    return f"{name} is no alias any more"
+
+
+# Keys.
+
+class KeyPlace(NamedTuple):
+    """Where a key of a provider goes, and what both files hold then."""
+    provider: Provider          #: with the key
+    credential: Credential      #: the key
+    settings: Settings
+    variable: str               #: "" when it is there already
+    models_text: str | None
+    env_text: str
+
+
+def place_key(home: Home, name: str, key: str) -> KeyPlace:
+    """Where a key would go; nothing is written. Raises Refused and ConfigError."""
+    if not re.fullmatch(r"[!-+\--~]+", key):
+        raise Refused("that is no key: it has blanks, commas or other characters inside that keys do not have" if key else "no key came")
+    models_text, env_text = _read_text(home.models_path), _read_text(home.env_path) or ""
+    models_text = _with_entry(models_text, name)
+    before = _load_home(home, models_text, env_text)
+    provider = next((provider for provider in before.providers if provider.name == name), None)
+    there = next((credential for credential in provider.credentials if credential.secret == key), None) if provider else None
+    if provider is not None and there is not None:
+        return KeyPlace(provider, there, before.settings, "", models_text, env_text)
+    variable, listed = _free_variable(name, models_text, env_text)
+    if models_text is not None and listed is not None:
+        models_text = set_json(models_text, [name, "keys", listed], f"env:{variable}")
+    env_text = set_dotenv(env_text, variable, key)
+    after = _load_home(home, models_text, env_text)
+    provider = find_provider(after, name)
+    credential = next(credential for credential in provider.credentials if credential.secret == key)
+    return KeyPlace(provider, credential, after.settings, variable, models_text, env_text)
+
+
+def _with_entry(models_text: str | None, name: str) -> str | None:
+    """models.json with an entry of this name, which a built-in provider gets from its preset. Raises Refused."""
+    if models_text is not None and not whole_json(models_text.removeprefix("\ufeff")):
+        return models_text              # what is broken is told when it is loaded
+    tree = json.loads(models_text.removeprefix("\ufeff")) if models_text is not None else {}
+    if not isinstance(tree, dict) or name in tree and name != "carousel":
+        return models_text
+    preset = PRESETS.get(name)
+    if preset is None or preset.gone or not preset.default:
+        raise Refused(f"{_no_provider(name, [*tree, *(known for known, row in PRESETS.items() if not row.gone)])[:300]}; one of your own: provider add NAME --url URL")
+    return set_json(models_text, [name], _entry_of(preset.default, [model.id for model in preset.models])) if models_text is not None else None
+
+
+def _free_variable(name: str, models_text: str | None, env_text: str) -> tuple[str, int | None]:
+    """(a variable that is not set, where a reference to it must be added to the entry's keys: None for nowhere). Raises Refused."""
+    entry = json.loads(models_text.removeprefix("\ufeff"))[name] if models_text is not None else {}
+    preset, taken = PRESETS.get(entry.get("preset", name), CUSTOM_PRESET), {variable for variable, value in parse_dotenv(env_text).items() if value} | os.environ.keys()
+    if preset is PRESETS.get(name) and not preset.key_variables:
+        raise Refused(f"{name} needs no key")
+    base = preset.key_variables[0] if preset is PRESETS.get(name) else variable_name(name, "API_KEY")
+    if "keys" in entry:
+        references = [key if isinstance(key, str) else key["key"] for key in entry["keys"]]
+        unset = [reference[4:] for reference in references if reference.startswith("env:") and reference[4:] not in taken]
+        if unset:
+            return unset[0], None
+        taken |= {reference[4:] for reference in references}
+    free = [variable for variable in (base, *(f"{base}_{number}" for number in range(2, 51))) if variable not in taken]
+    if not free:
+        raise Refused(f"{name} has 50 keys already")
+    return free[0], len(entry["keys"]) if "keys" in entry else None
+
+
+def store_key(home: Home, name: str, key: str) -> KeyPlace:
+    """Keep a key in .env; the place it has then. Raises Refused and ConfigError."""
+    with _locked(home):
+        place = place_key(home, name, key)
+        if place.variable:
+            replace_file(home.env_path, place.env_text, 0o600)
+        if place.models_text is not None and place.models_text != _read_text(home.models_path):
+            replace_file(home.models_path, place.models_text)
+    return place
+
+
+def forget_keys(home: Home, name: str) -> str:
+    """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
+    only, name = name if "/" in name else "", name.partition("/")[0]
+    with _locked(home):
+        env_text = _read_text(home.env_path) or ""
+        config = _load_home(home, _with_entry(_read_text(home.models_path), name), env_text)
+        credentials = [credential for provider in config.providers if provider.name == name for credential in provider.credentials
+                       if credential.secret and only in ("", credential.id)]
+        elsewhere, n_removed = [], 0
+        for credential in credentials:
+            source, _, variable = config.origins[f"{name}.keys.{credential.id.partition('/')[2]}"].partition(" ")
+            if source != ".env":
+                elsewhere.append(f"{source} {variable}".strip())
+                continue
+            left = [key for key in parse_dotenv(env_text)[variable].split(",") if key.strip() != credential.secret]
+            env_text = set_dotenv(env_text, variable, ",".join(left)) if any(map(str.strip, left)) else cut_dotenv(env_text, variable)
+            n_removed += 1
+        if n_removed:
+            replace_file(home.env_path, env_text, 0o600)
+    kept = f"not removed, as it stands elsewhere: {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else ""
+    if not n_removed:
+        raise Refused(kept or f"{only or name} has no key in .env")
+    return f"{n_removed} key{'s' if n_removed > 1 else ''} of {name} removed from .env" + (f"; {kept}" if kept else "")
+
+
+# Asking providers.
+
+class Verdict(NamedTuple):
+    """What a provider says of a key."""
+    state: Literal["good", "poor", "unsure", "bad"]     #: works; has no credit; could not be told; is not accepted
+    words: str
+
+
+async def ask_provider(transport: Transport, provider: Provider, credential: Credential, settings: Settings, method: str, path: str, body: bytes = b"") -> tuple[int, Headers, bytes]:
+    """One small request outside of routing: status, headers and body of its answer. Raises UpstreamFailure."""
+    origin, head = make_target(provider, credential, settings, f"aicarousel/{__version__}", method, path)
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    answer = await transport.request(origin, f"{head}Accept: application/json\r\n{length}\r\n".encode("latin-1") + body, _ASKED_TIMEOUTS)
+    try:
+        return answer.status, answer.headers, await answer.read_start(_LIST_MAX_BYTES, idle_s=_ASKED_TIMEOUTS.first_byte_s)
+    finally:
+        answer.release()
+
+
+def _cheap_call(provider: Provider) -> tuple[Provider, str, str, bytes]:
+    """(where, method, path, body) of the cheapest request that proves a key of this provider."""
+    (method, path), preset = provider.preset.check, provider.preset
+    foreign = split_url(provider.base_url)[1] != split_url(preset.base_url)[1]
+    if path.startswith("https:") and not foreign:
+        scheme, host, _, _ = split_url(path)
+        return replace(provider, base_url=f"{scheme}://{host}"), method, path.partition(host)[2], b""
+    if path != "/chat/completions" or provider.format != "chat":
+        return provider, "GET", "/models" if path.startswith("https:") else path if method == "GET" else "/models", b""
+    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], provider.preset.max_field or "max_tokens": 1})
+
+
+async def check_key(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> Verdict:
+    """Whether a provider takes a key, by the cheapest call that it has for that."""
+    if h11 is None:
+        return Verdict("unsure", "the Python package h11 is missing, so it was not checked")
+    if "{" in provider.base_url and not provider.preset.check[1].startswith("https:"):
+        return Verdict("unsure", provider.why_out)
+    try:
+        where, method, path, body = _cheap_call(provider)
+        status, headers, answer = await ask_provider(transport, where, credential, settings, method, path, body)
+    except UpstreamFailure as failure:
+        return Verdict("unsure", f"not checked: {printable(str(failure))}")
+    if 200 <= status < 300:
+        return Verdict("good", "works")
+    failure = classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
+    words = printable(redact(f"{provider.preset.title if provider.preset is not CUSTOM_PRESET else provider.name} answers {status} {failure.detail}".strip(), [credential.secret]))[:300]
+    if failure.kind == "credential":
+        return Verdict("bad", words)
+    if failure.kind == "payment" or status in (402, 412):
+        return Verdict("poor", f"no credit: {words}")
+    return Verdict("good", f"works, but is at its limit: {words}") if failure.kind == "rate" else Verdict("unsure", f"not told: {words}")
+
+
+async def list_offers(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> list[str]:
+    """The models that a provider lists. Raises UpstreamFailure."""
+    status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
+    if status != 200:
+        raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
+    found = read_models(answer)
+    if not found:
+        raise transport_failure("not_json", "body", "no list of models")
+    return [model.id for model in found]
+
+
+def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
+    """Run something that asks providers; after a second a terminal is told what is waited for."""
+    async def run() -> Any:
+        transport = Transport(real_world())
+        try:
+            task = asyncio.ensure_future(asking(transport))
+            await asyncio.wait([task], timeout=_PATIENCE_S)
+            if not task.done() and sys.stderr.isatty():
+                print(f"{words} ...", file=sys.stderr, flush=True)
+            return await task
+        finally:
+            transport.close()
+
+    return asyncio.run(run())
+
+
+def take_key(home: Home, text: str, name: str | None = None) -> tuple[str, str, KeyPlace]:
+    """Check a pasted key with the provider it belongs to, and keep it unless it is refused there.
+
+    name: whose it is, None to tell by the key.  (what to tell, state of the Verdict, its place).  Raises Refused and ConfigError.
+    """
+    key = clean_key(text)
+    form = key_form(key)
+    if form is not None and form.sure and (name is None or PRESETS.get(name, CUSTOM_PRESET) is not CUSTOM_PRESET):
+        [owner] = form.providers
+        if form.why_not:
+            raise Refused(f"this key is of {PRESETS[owner].title}, but {form.why_not}")
+        if name not in (None, owner):
+            raise Refused(f"this key is of {PRESETS[owner].title}, not of {PRESETS[name].title}; it was shown to nobody")
+    if name is None and (form is None or not form.sure):
+        maybe = f"it may be of {' or '.join(form.providers)}" if form is not None else "nothing is known of keys like it"
+        raise Refused(f"whose key is this? {maybe}; name the provider: login PROVIDER" if key else "no key came")
+    place = place_key(home, name or owner, key)
+    verdict = run_asking(lambda transport: check_key(transport, place.provider, place.credential, place.settings), f"asking {place.provider.name}")
+    if verdict.state == "bad":
+        raise Refused(f"not kept: {verdict.words}")
+    place = store_key(home, place.provider.name, key)
+    kept = f"kept as {place.variable} in {home.env_path}" if place.variable else "it was there already"
+    out = f"; {place.provider.name} takes no part yet: {place.provider.why_out}" if place.provider.why_out else ""
+    return f"{place.credential.id} {mask_key(key)} {verdict.words}; {kept}{out}", verdict.state, place
+
+
+def try_keys(providers: Iterable[Provider], settings: Settings) -> list[Json]:
+    """What providers say of each of their keys: rows of key, state, words."""
+    chosen = [(provider, credential) for provider in providers for credential in provider.credentials]
+
+    async def ask(transport: Transport) -> list[Verdict]:
+        return await asyncio.gather(*(check_key(transport, provider, credential, settings) for provider, credential in chosen))
+
+    found = run_asking(ask, f"asking {len(chosen)} providers") if chosen else []
+    return [{"key": credential.id, "state": verdict.state, "words": verdict.words} for (_, credential), verdict in zip(chosen, found)]
+
+
+def compare_offers(providers: Iterable[Provider], settings: Settings) -> list[Json]:
+    """What providers list, beside what is configured: rows of provider, listed, new, gone, trouble."""
+    chosen = [provider for provider in providers if provider.credentials]
+
+    async def ask(transport: Transport) -> list[Any]:
+        return await asyncio.gather(*(list_offers(transport, provider, provider.credentials[0], settings) for provider in chosen), return_exceptions=True)
+
+    rows = []
+    for provider, found in zip(chosen, run_asking(ask, f"asking {len(chosen)} providers") if chosen else []):
+        if isinstance(found, BaseException) and not isinstance(found, UpstreamFailure):
+            raise found
+        known, listed = [model.id for model in provider.models], [] if isinstance(found, BaseException) else found
+        rows.append({"provider": provider.name, "listed": listed, "new": [name for name in listed if name not in known], "gone": [name for name in known if listed and name not in listed],
+                     "trouble": printable(str(found)) if isinstance(found, BaseException) else ""})
+    return rows
+
+
+def make_entry(home: Home, name: str, given: Json) -> Json:
+    """The entry of a new provider: what is given, and else its preset's models or, of one's own, those that it lists. Raises Refused and ConfigError."""
+    preset = PRESETS.get(given.get("preset", name), CUSTOM_PRESET)
+    models = given.get("models") or [model.id for model in preset.models]
+    if not models:
+        asked = _load_home(home, json.dumps({name: {**_entry_of("?", ["?"]), **given, "default": "?", "models": ["?"]}}), _read_text(home.env_path))
+        provider = asked.providers[0]
+        if not provider.credentials:
+            raise Refused(f"{name} cannot be asked for its models: {provider.why_out}; login comes first for a key, --no-key where none is needed, or name them: --models LIST")
+        try:
+            models = run_asking(lambda transport: list_offers(transport, provider, provider.credentials[0], asked.settings), f"asking {name}")
+        except UpstreamFailure as failure:
+            raise Refused(f"{name} does not list its models ({printable(str(failure))}); name them: --models LIST") from failure
+    default = given.get("default") or (preset.default if preset.default in models else models[0])
+    return {**_entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+
+
+# As they are shown.
+
+def provider_rows(config: Config) -> list[Json]:
+    """Every provider, without its secrets."""
+    return [{"name": provider.name, "title": provider.preset.title, "state": "out" if provider.why_out else "active", "why": provider.why_out, "enabled": provider.enabled,
+             "base_url": provider.base_url, "format": provider.format, "default": provider.default, "fallback": provider.enable_fallback,
+             "models": [model.id for model in provider.models],
+             "keys": [{"id": credential.id, "from": config.origins.get(f"{provider.name}.keys.{credential.id.partition('/')[2]}", credential.source)}
+                      for credential in provider.credentials if credential.secret]}
+            for provider in config.providers]
+
+
+def provider_lines(rows: Sequence[Json]) -> list[str]:
+    """Providers in their order, each with what keeps it out."""
+    import textwrap
+    lines = []
+    for number, row in enumerate(rows, 1):
+        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:_WIDTH])
+        lines += [f"     {line}" for line in textwrap.wrap(row["why"], _WIDTH - 5)]
+    return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
+
+
+def model_rows(providers: Iterable[Provider]) -> list[Json]:
+    """Every model of some providers, in order."""
+    return [{"provider": provider.name, "place": place, "id": model.id, "alias": model.alias, "default": model.id == provider.default, "asked": model.id == provider.default or provider.enable_fallback,
+             "context": model.context, "max_output": model.max_output} for provider in providers for place, model in enumerate(provider.models, 1)]
+
+
+def model_lines(rows: Sequence[Json]) -> list[str]:
+    """Models by provider; * marks the default, - those that are asked for only by name."""
+    lines = []
+    for row in rows:
+        lines += [row["provider"]] if row["place"] == 1 else []
+        window = f"{row['context'] // 1000}k" if row["context"] else ""
+        lines.append(f"{row['place']:>3} {'*' if row['default'] else ' ' if row['asked'] else '-'} {row['id']:<52} {window:>6}" + (f"  = {row['alias']}" if row["alias"] else ""))
+    return [printable(line.rstrip()) for line in lines] or ["there are no models"]
+
+
+def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
+    """What providers list; `new`: also the names that are not configured."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
+        lines += [f"  {name}" for name in row["new"]] if new else []
+    return list(map(printable, lines))
+
+
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23
+# 25. Bundle                                                I/O | uses 1-2, 23
+##############################################################################
+# The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
+# sources, wherever it is made: sorted names, one date, nothing compressed, nothing compiled.  Everything is read through the import system, so that a copy can make a copy.
+# One more package: its name in _PACKAGES.  Guarded by tests/test_bundle.py.
+
+_PACKAGES = ("h11", "certifi")
+_PACKAGE_FILES = re.compile(r".*\.(?:py|pem)|py\.typed")
+_LICENCE_FILES = re.compile(r"(?i)(?:LICEN[CS]E|COPYING|NOTICE|AUTHORS)[^/]*")
+#: -I: no folder, no variable and no package of the user's; -S: no site-packages, so that no .pth file of it ever runs.
+_SHEBANG = b"#!/usr/bin/env -S python3 -I -S\n"
+_START = b"import sys\nfrom aicarousel import main\nsys.exit(main())\n"
+
+
+def bundle_members(models: bytes | None) -> dict[str, bytes]:
+    """Path and bytes of everything in a bundle, sorted by path; `models` is the models.json to go with it. Raises ConfigError where a package is missing."""
+    own = {"aicarousel.py": read_beside(Path(__file__).name), "LICENSE": read_beside("LICENSE"), "models.json": models}
+    members = {"__main__.py": _START, **{name: data for name, data in own.items() if data is not None}}
+    for package in _PACKAGES:
+        members |= _package_members(package)
+    return dict(sorted(members.items()))
+
+
+def _package_members(package: str) -> dict[str, bytes]:
+    """The files of an installed package, its licence, and the little that tells its version. Raises ConfigError."""
+    import importlib.metadata
+    import importlib.resources
+    try:
+        about, top = importlib.metadata.distribution(package), importlib.resources.files(package)
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise ConfigError(f"package {package}", "it is not installed", f"python -m pip install {package}") from error
+    members = {f"{package}/{file.name}": file.read_bytes() for file in top.iterdir() if file.is_file() and _PACKAGE_FILES.fullmatch(file.name)}
+    info = f"{package}-{about.version}.dist-info"
+    members[f"{info}/METADATA"] = (about.read_text("METADATA") or about.read_text("PKG-INFO") or f"Name: {package}\nVersion: {about.version}\n").encode()
+    for path in about.files or ():
+        if _LICENCE_FILES.fullmatch(path.name):
+            members[f"{info}/licenses/{path.name}"] = path.read_binary()
+    # What a copy reads when it makes a copy; the installer's own list names files of one machine.
+    members[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in sorted([*members, f"{info}/RECORD"])).encode()
+    return members
+
+
+def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
+    """Write a bundle, in place of what was there only once it is whole; its SHA-256 in hex. Raises ConfigError."""
+    import io
+    import zipfile
+    packed = io.BytesIO(_SHEBANG)
+    packed.seek(len(_SHEBANG))
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, data)
+    whole, unfinished = packed.getvalue(), path.with_name(path.name + ".new")
+    try:
+        unfinished.write_bytes(whole)
+        unfinished.chmod(0o755)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be written") from error
+    return hashlib.sha256(whole).hexdigest()
+
+
+##############################################################################
+# 26. Set-up                                                I/O | uses 1-4, 17, 23
+##############################################################################
+# The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
+
+class _Question(NamedTuple):
+    """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
+    prompt: str
+    read: Callable[[Home, str, Sequence[str]], list[str]]
+
+
+class _Action(NamedTuple):
+    """A line of a menu: the command's first words, and the questions that give the others."""
+    label: str
+    words: tuple[str, ...]
+    questions: tuple[_Question, ...] = ()
+
+
+class _Menu(NamedTuple):
+    """A part of the set-up: the command that shows how things are, and what can be done."""
+    label: str
+    shown: tuple[str, ...]
+    actions: tuple[_Action, ...]
+
+
+def _pick(text: str, names: Sequence[str], what: str) -> str:
+    """One of `names`, by itself or by its number. Raises Refused."""
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text in names:
+        return text
+    close = nearest(text, names)
+    raise Refused(f"there is no {what} {ascii(text)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"a number from 1 to {len(names)}, or a name" if names else "there are none"))
+
+
+def _read_provider(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [provider.name for provider in read_config(home, {}).providers], "provider")]
+
+
+def _read_known_model(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [model.id for model in find_provider(read_config(home, {}), words[-1]).models], "model")]
+
+
+def _read_order(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    names = [provider.name for provider in read_config(home, {}).providers]
+    return [",".join(_pick(part.strip(), names, "provider") for part in text.split(","))]
+
+
+def _read_word(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.startswith("-") or not text.isprintable():
+        raise Refused("that is no name")
+    return [text]
+
+
+def _read_switch(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.lower() not in ("on", "off"):
+        raise Refused("on or off")
+    return [text.lower()]
+
+
+def _read_count(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refused("a number is wanted")
+    return [text]
+
+
+def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text == "-" and words[-1] in PRESETS:
+        return []
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise Refused("an address like https://host/v1" + (", or - for its own" if words[-1] in PRESETS else ""))
+    return ["--url", text]
+
+
+def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [] if text == "-" else ["--models", *_read_word(home, text, words)]
+
+
+_PROVIDER = _Question("Provider (number or name)", _read_provider)
+_MODEL = _Question("Model (number or name)", _read_known_model)
+_KEY_ID = _Question("Id of the key", _read_count)
+
+_MENUS: Mapping[str, _Menu] = {
+    "2": _Menu("provider keys", ("provider", "list"), (
+        _Action("add a key", ()),
+        _Action("test all keys", ("provider", "test")),
+        _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
+    )),
+    "3": _Menu("gateway keys", ("key", "list"), (
+        _Action("make a key", ("key", "create"), (_Question("A name for it", _read_word),)),
+        _Action("revoke a key", ("key", "revoke"), (_KEY_ID,)),
+        _Action("delete a key", ("key", "delete"), (_KEY_ID,)),
+    )),
+    "4": _Menu("providers and their order", ("provider", "list"), (
+        _Action("switch one on", ("provider", "enable"), (_PROVIDER,)),
+        _Action("switch one off", ("provider", "disable"), (_PROVIDER,)),
+        _Action("change the order", ("provider", "order"), (_Question("All of them in the new order (numbers or names, with commas)", _read_order),)),
+        _Action("add one", ("provider", "add"), (_Question("Its name", _read_word), _Question("Its address (- for that of a built-in provider)", _read_url),
+                                                 _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
+        _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
+    )),
+    "5": _Menu("models", ("model", "list"), (
+        _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
+        _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
+        _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
+        _Action("ask the providers what they list now", ("model", "refresh")),
+    )),
+}
+_TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _MENUS.items()}, "6": "status", "q": "leave"}
+
+
+def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the first answer that it takes; None for a mere Enter."""
+    while True:
+        text = input(f"{prompt}: ").strip()
+        if not text:
+            return None
+        try:
+            return read(text)
+        except Refused as refused:
+            print(f"  {printable(str(refused))}")
+
+
+def _choose(choices: Mapping[str, str]) -> str | None:
+    """The key of the choice that was made, None for a mere Enter."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise Refused(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    return _ask("Number", read)
+
+
+def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
+    """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
+    import getpass
+    key = getpass.getpass(f"{prompt}: ")
+    form = key_form(clean_key(key))
+    if key.strip() and name is None and (form is None or not form.sure):
+        names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
+        print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
+        own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
+        name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
+    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+
+
+def _take_keys(home: Home, prompt: str) -> None:
+    """Takes provider keys until a mere Enter."""
+    while True:
+        try:
+            told = ask_key(home, None, prompt)
+        except (Refused, ConfigError) as refused:
+            told = str(refused)
+        if told is None:
+            return
+        print(f"  {printable(told)}")
+        prompt = "One more key (Enter: that is all)"
+
+
+def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+    """From nothing to what `serve` needs: a provider's key, and a key for clients."""
+    free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
+    print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
+    _take_keys(home, "Paste a key (it is not shown; Enter: none)")
+    config = read_config(home, {})
+    active = [provider.name for provider in config.active]
+    print("", f"2. Providers that take part: {', '.join(active)}" if active else "2. No provider takes part yet; the built-in one answers offline: serve --demo", sep="\n")
+    open_database(home.database_path).close()
+    n_keys = sum(key.active for key in list_keys(home.database_path))
+    key = "" if n_keys else create_key(home.database_path, "first")[0]
+    print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+
+
+def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
+    """Asks for what an action lacks and runs its command; one that was refused is asked for again."""
+    if not action.words:
+        return _take_keys(home, "Paste a key (it is not shown; Enter: back)")
+    while True:
+        words = list(action.words)
+        for question in action.questions:
+            answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
+            if answer is None:
+                return
+            words += answer
+        if run(words) == 0 or not action.questions:
+            return
+
+
+def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+    """The dialogue; its exit status.
+
+    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    """
+    try:
+        print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
+        if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
+            _go_step_by_step(home, recipes)
+            print("", "`setup` shows all that can be set from now on.", sep="\n")
+            return 0
+        while (choice := _choose(_TOP)) not in (None, "q"):
+            if choice in ("1", "6"):
+                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                continue
+            menu = _MENUS[choice]
+            labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+                _do(home, menu.actions[int(number) - 1], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -16575,7 +17749,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
     if again:
-        os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:]])
+        os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
 
 
@@ -16684,7 +17858,7 @@ def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
 
 async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event, wanted: asyncio.Event, seen: list[tuple[int, int, int]]) -> bool:
     """Load the configuration anew when its files are no longer as `seen` or `wanted` is set; True when the program itself changed."""
-    log, program = logging.getLogger("aicarousel.config"), Path(__file__)
+    log, program = logging.getLogger("aicarousel.config"), program_path()
     seen_program = _stamp(program)
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
@@ -16883,6 +18057,109 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
     cells = [fields, *(tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows)]
     print("\n".join(align_columns(cells, len(fields))))
     return 0
+
+
+def _say_done(arguments: Any, text: str, done: bool = True, **facts: Any) -> int:
+    """Print what was done, or why not; the exit status."""
+    if arguments.json:
+        print(json.dumps({"done": done, "message": text, **facts}))
+    else:
+        print(printable(text), file=sys.stdout if done else sys.stderr)
+    return 0 if done else 1
+
+
+def _provider_command(arguments: Any) -> int:
+    """Providers of models.json: which there are, which take part, in which order, and whether their keys work."""
+    home, action = find_home(arguments.home), arguments.action
+    if action == "list":
+        rows = provider_rows(read_config(home, {}))
+        return _print_told(arguments, {"providers": rows}, provider_lines(rows))
+    if action == "test":
+        return _test_providers(arguments, home)
+    if action == "add":
+        return _say_done(arguments, add_provider(home, arguments.name, make_entry(home, arguments.name, _added(arguments))))
+    if action == "order":
+        return _say_done(arguments, order_providers(home, [name.strip() for name in arguments.names.split(",")]))
+    if action == "remove":
+        return _say_done(arguments, remove_provider(home, arguments.name))
+    return _say_done(arguments, switch_provider(home, arguments.name, action == "enable"))
+
+
+def _added(arguments: Any) -> Json:
+    """The fields of models.json that the options of `provider add` name."""
+    given = {"baseUrl": arguments.url, "preset": arguments.preset, "format": arguments.format, "default": arguments.default, "keys": [] if arguments.no_key else None,
+             "models": [model.strip() for model in arguments.models.split(",")] if arguments.models else None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _test_providers(arguments: Any, home: Home) -> int:
+    """Asks every provider that takes part, or the one that is named, with each of its keys."""
+    config = read_config(home, {})
+    chosen = [find_provider(config, arguments.name)] if arguments.name else config.active
+    rows = try_keys(chosen, config.settings)
+    for provider in chosen:
+        rows += [{"key": provider.name, "state": "out", "words": provider.why_out}] if not provider.credentials else []
+    _print_told(arguments, {"keys": rows}, [f"{row['key']:<16} {row['state']:<6} {row['words']}" for row in rows] or ["no provider takes part"])
+    return 0 if rows and all(row["state"] == "good" for row in rows) else 1
+
+
+def _login_command(arguments: Any) -> int:
+    """Take a provider's key, check it there, and keep it in .env."""
+    home = find_home(arguments.home)
+    if not arguments.stdin and sys.stdin and sys.stdin.isatty():
+        told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
+        return _say_done(arguments, told or "no key came", told is not None)
+    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
+    return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
+
+
+def _logout_command(arguments: Any) -> int:
+    return _say_done(arguments, forget_keys(find_home(arguments.home), arguments.provider))
+
+
+def _model_command(arguments: Any) -> int:
+    """The models of each provider."""
+    home, action = find_home(arguments.home), arguments.action
+    if action == "list":
+        config = read_config(home, {})
+        rows = model_rows([find_provider(config, arguments.provider)] if arguments.provider else config.providers)
+        return _print_told(arguments, {"models": rows}, model_lines(rows))
+    if action == "refresh":
+        config = read_config(home, {})
+        rows = compare_offers([find_provider(config, arguments.provider)] if arguments.provider else config.active, config.settings)
+        _print_told(arguments, {"providers": rows}, offer_lines(rows, arguments.provider is not None) or ["no provider takes part"])
+        return 0 if rows and not any(row["trouble"] or row["gone"] for row in rows) else 1
+    if action == "fallback":
+        return _say_done(arguments, switch_fallback(home, arguments.provider, arguments.switch == "on"))
+    if action == "move":
+        return _say_done(arguments, move_model(home, arguments.provider, arguments.model, arguments.place))
+    return _say_done(arguments, {"add": add_model, "remove": remove_model, "default": choose_default}[action](home, arguments.provider, arguments.model))
+
+
+def _alias_command(arguments: Any) -> int:
+    """Names that stand for others."""
+    home = find_home(arguments.home)
+    if arguments.action == "list":
+        aliases = read_config(home, {}).carousel.aliases
+        return _print_told(arguments, {"aliases": {name: list(targets) for name, targets in aliases.items()}},
+                           [printable(f"{name} = {', '.join(targets)}") for name, targets in aliases.items()] or ["there are no aliases"])
+    return _say_done(arguments, set_alias(home, arguments.name, arguments.target) if arguments.action == "set" else remove_alias(home, arguments.name))
+
+
+def _setup_command(arguments: Any) -> int:
+    """The dialogue; where there is nobody to talk to, help."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        make_parser().print_help(sys.stderr)
+        print("\nsetup asks questions and needs a terminal; every action of it is also one of these commands", file=sys.stderr)
+        return 2
+
+    def run(words: Sequence[str]) -> int:
+        try:
+            return main([*words, *(["--home", arguments.home] if arguments.home else [])])
+        except SystemExit:
+            return 2                    # argparse has said why
+
+    return run_setup(find_home(arguments.home), run, client_recipes)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -17139,10 +18416,45 @@ def _print_answer(answer: Any, stream: bool) -> int:
     return 1 if failed or not ended else 0
 
 
+def _bundle_command(arguments: Any) -> int:
+    home, path = find_home(arguments.home), Path(arguments.output)
+    models = routing_text(home)
+    read_config(home, {})               # nobody is handed a models.json that does not load
+    digest = write_bundle(path, bundle_members(models.encode() if models is not None else None))
+    if arguments.json:
+        print(json.dumps({"path": str(path), "sha256": digest, "models": models is not None}))
+    else:
+        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {digest}\nIt runs on any Python from 3.11 on: python -I -S {path.name} serve"
+              + (f"\nWithout a models.json beside it, it routes by {home.models_path if home.models_path.exists() else 'the one in this bundle'}." if models is not None else "")
+              + "\nIt holds no key.")
+    return 0
+
+
+def _version_command(arguments: Any) -> int:
+    told: Json = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "h11": getattr(h11, "__version__", None), "bundle": is_bundled()}
+    if arguments.verify:
+        home = find_home(arguments.home)
+        own = {program_path().name: program_path().read_bytes()} if is_bundled() else {}
+        members = own | bundle_members(read_beside("models.json") if is_bundled() else (text.encode() if (text := routing_text(home)) is not None else None))
+        told["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        print(f"AICarousel {told['version']}, Python {told['python']}, {'a bundle with ' if is_bundled() else ''}h11 {told['h11'] or 'not installed'}")
+        print("".join(f"{digest}  {name}\n" for name, digest in told.get("sha256", {}).items()), end="")
+    return 0
+
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
+    "setup": _setup_command,
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
+    "provider": _provider_command,
+    "login": _login_command,
+    "logout": _logout_command,
+    "model": _model_command,
+    "alias": _alias_command,
     "stats": _stats_command,
     "explain": _explain_command,
     "quota": _quota_command,
@@ -17150,6 +18462,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "bundle": _bundle_command,
+    "version": _version_command,
 }
 
 
@@ -17183,6 +18497,47 @@ def _add_key_parsers(commands: Any, common: Any, as_json: Any) -> None:
         actions.add_parser(action, parents=[common, as_json], help=told).add_argument("id", type=int)
 
 
+def _add_provider_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The commands that change models.json and .env."""
+    both = [common, as_json]
+    actions = commands.add_parser("provider", help="providers of models.json").add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=both, help="show all, and what keeps one out")
+    added = actions.add_parser("add", parents=both, help="add a built-in provider, or one of your own")
+    added.add_argument("name")
+    added.add_argument("--url", metavar="URL", help="its address, the part before /chat/completions")
+    added.add_argument("--preset", metavar="P", help="the built-in provider whose habits it has")
+    added.add_argument("--format", choices=FORMAT_NAMES, help="what it is spoken to in (default: what it is known to speak, else chat)")
+    added.add_argument("--models", metavar="LIST", help="its models, comma list (default: the known ones, else what it lists)")
+    added.add_argument("--default", metavar="M", help="the model asked first (default: the first)")
+    added.add_argument("--no-key", action="store_true", help="it needs no key")
+    for action, told in (("remove", "take one out of models.json"), ("enable", "switch one on"), ("disable", "switch one off")):
+        actions.add_parser(action, parents=both, help=told).add_argument("name")
+    actions.add_parser("order", parents=both, help="the order of rotation").add_argument("names", help="all providers, comma list")
+    actions.add_parser("test", parents=both, help="ask each provider whether its keys work").add_argument("name", nargs="?", help="one alone")
+    taken = commands.add_parser("login", parents=both, help="check a provider's key and keep it in .env")
+    taken.add_argument("provider", nargs="?", help="whose key it is (default: told by the key)")
+    taken.add_argument("--stdin", action="store_true", help="read the key from standard input")
+    commands.add_parser("logout", parents=both, help="take keys out of .env").add_argument("provider", help="a provider (groq), or one of its keys (groq/2)")
+    actions = commands.add_parser("model", help="models of a provider").add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, told in (("list", "show them"), ("refresh", "ask providers which models they list now")):
+        actions.add_parser(action, parents=both, help=told).add_argument("provider", nargs="?", help="of one provider alone")
+    for action, told in (("add", "add one"), ("remove", "remove one"), ("default", "choose the one asked first"), ("move", "put one elsewhere in the list")):
+        changed = actions.add_parser(action, parents=both, help=told)
+        changed.add_argument("provider")
+        changed.add_argument("model")
+        if action == "move":
+            changed.add_argument("place", type=int, help="from 1")
+    switched = actions.add_parser("fallback", parents=both, help="whether the others are tried after the default")
+    switched.add_argument("provider")
+    switched.add_argument("switch", choices=("on", "off"))
+    actions = commands.add_parser("alias", help="names that stand for others").add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=both, help="show all")
+    changed = actions.add_parser("set", parents=both, help="make one, or change it")
+    changed.add_argument("name")
+    changed.add_argument("target", nargs="+", help="what it stands for, in order")
+    actions.add_parser("remove", parents=both, help="remove one").add_argument("name")
+
+
 def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that ask a running gateway about itself."""
     import argparse
@@ -17204,7 +18559,7 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
-    parser = argparse.ArgumentParser(prog="aicarousel.py", description="AICarousel: one address for many LLM APIs.")
+    parser = argparse.ArgumentParser(prog=program_path().name, description="AICarousel: one address for many LLM APIs.")
     parser.add_argument("--version", action="version", version=f"AICarousel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -17212,6 +18567,7 @@ def make_parser() -> Any:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
     served = commands.add_parser("serve", parents=[common], help="run the gateway")
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
@@ -17224,6 +18580,7 @@ def make_parser() -> Any:
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
     _add_key_parsers(commands, common, as_json)
+    _add_provider_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
     counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
@@ -17251,6 +18608,11 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+
+    commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
+        "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")
+    commands.add_parser("version", parents=[common, as_json], help="which version this is").add_argument(
+        "--verify", action="store_true", help="also the SHA-256 of all that a bundle is made of, and of the bundle that is run")
     return parser
 
 
@@ -17260,6 +18622,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
+    except Refused as refused:
+        return _say_done(arguments, str(refused), False)
+    except KeyboardInterrupt:
+        return 1
     except ConfigError as error:
         print(f"aicarousel: {error}", file=sys.stderr)
         return 2

@@ -98,6 +98,13 @@ ASKED_WRONGLY = [
     (["call"], "required: prompt"),
     (["call", "hi", "-t", "warm"], "invalid float value"),
     (["call", "hi", "--max-tok", "many"], "invalid int value"),
+    (["provider"], "ACTION"),
+    (["provider", "order"], "required: names"),
+    (["provider", "add", "x", "--format", "soap"], "invalid choice"),
+    (["logout"], "required: provider"),
+    (["model", "move", "groq", "m", "first"], "invalid int value"),
+    (["model", "fallback", "groq", "perhaps"], "invalid choice"),
+    (["alias", "set", "x"], "required: target"),
     (["db"], "ACTION"),
     (["db", "drop"], "invalid choice"),
     (["config"], "ACTION"),
@@ -173,7 +180,9 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show"]
+COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
+            "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
+             "bundle", "version"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -162,7 +162,7 @@ def test_nothing_stays_reserved_however_it_ends(build: Build, script: Script, st
     house.chat("a/m", stream=streamed)
     house.wait_rows(1)
     for bucket in house.gateway.relay.state.ledger.buckets.values():
-        assert bucket.n_open == 0 and not any(window.held for window in bucket.windows)
+        assert bucket.n_open == bucket.n_unseen == bucket.unseen_input == 0 and not any(window.held for window in bucket.windows)
 
 
 def test_nothing_stays_reserved_when_the_client_leaves(build: Build, provider: Provider) -> None:
@@ -171,7 +171,7 @@ def test_nothing_stays_reserved_when_the_client_leaves(build: Build, provider: P
     provider.wait_paused("there")
     client.close()
     house.wait_rows(1)
-    assert all(bucket.n_open == 0 for bucket in house.gateway.relay.state.ledger.buckets.values())
+    assert all(bucket.n_open == bucket.n_unseen == bucket.unseen_input == 0 for bucket in house.gateway.relay.state.ledger.buckets.values())
 
 
 def test_a_refusal_that_ends_soon_is_waited_for_and_not_shown(build: Build, provider: Provider) -> None:

@@ -437,7 +437,8 @@ def test_the_figures_of_a_free_plan_order_but_do_not_bind() -> None:
     hold = reserve(pool.ledger, free, 1, 1, 1.0)
     assert [route.provider.name for route in pool.plan(1.0).routes] == ["z"], "one at a time finds out"
     settle(pool.ledger, hold, 1, 1, 2.0)
-    for _ in range(10):
+    for number in range(44):
+        assert bucket.limited, f"{41 + number} in a minute may have been two fixed ones that meet"
         settle(pool.ledger, reserve(pool.ledger, free, 1, 1, 2.0), 1, 1, 2.0)
     assert window_of(bucket, "requests", 60.0).limit == INF and bucket.limited == (), "this key has more than the free plan"
 
@@ -466,6 +467,107 @@ def test_a_provider_that_refuses_what_should_have_refilled_rolls() -> None:
         settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 20.0 * number), 1, 1, 20.0 * number)
         refuse(pool, route, 20.0 * number, json.dumps(said("Rate limit reached on requests per minute (RPM): Limit 30, Used 30, Requested 1.")))
     assert window_of(bucket, "requests", 60.0).kind == "rolling"
+
+
+def told(limit: int, left: int, reset: str, measure: str = "tokens") -> list[tuple[str, str]]:
+    return [(f"x-ratelimit-{name}-{measure}", str(value)) for name, value in (("limit", limit), ("remaining", left), ("reset", reset))]
+
+
+def test_a_reset_tells_whether_a_window_refills_as_its_preset_says() -> None:
+    """Of a window that fills up all the time it is when all is back; three others in a row and the window rolls, until three say otherwise."""
+    pool, route, bucket = pool_of("groq")
+    window = window_of(bucket, "tokens", 60.0)
+    for number, (left, reset, kind) in enumerate([(7900, "50s", "refill"), (4000, "30.5s", "refill"), (4000, "5s", "refill"), (3000, "37s", "refill"), (4000, "5s", "refill"), (2000, "4s", "refill"),
+                                                  (1000, "3s", "rolling"), (4000, "30s", "rolling"), (2000, "4s", "rolling"), (4000, "30s", "rolling"), (4000, "30s", "rolling"), (2000, "45s", "refill")]):
+        feed(pool.ledger, route, told(8000, left, reset), number * 0.1)
+        assert (window.kind, round(window.used)) == (kind, 8000 - left), number
+    window.kind = "refill"
+    settle(pool.ledger, reserve(pool.ledger, route, 3000, 0, 2.0), 3000, 0, 2.0)
+    for number in range(3):
+        feed(pool.ledger, route, told(8000, 0, "2s"), 3.0 + number)
+    assert window.kind == "rolling" and window.used == pytest.approx(sum(amount for _, amount in window.entries)) == pytest.approx(8000.0)
+    assert find_shortage(pool.ledger, route, 500, 0, 8.0).at > 30.0, "not bit by bit: four seconds"     # type: ignore[union-attr]
+
+
+def test_a_window_that_has_slid_twice_is_not_asked_at_the_reset_it_names() -> None:
+    """A reset that is sooner than what counts would end may be that of a fixed window. Twice it passes and nothing has ended: the third is not believed."""
+    pool, route, bucket = pool_of("")
+    window = window_of(bucket, "requests", 60.0)
+    for at in (0.0, 9.0):
+        for _ in range(10):
+            settle(pool.ledger, reserve(pool.ledger, route, 1, 0, at), 1, 0, at)
+    seen = []
+    for at in (10.0, 14.0, 18.0):
+        feed(pool.ledger, route, told(30, 10, "3s", "requests"), at)
+        seen.append((window.kind, window.n_slid, window.resets_at))
+    assert seen == [("rolling", 0, 13.0), ("rolling", 1, 17.0), ("rolling", 2, INF)]
+
+
+def test_a_limit_is_learned_from_what_was_served_and_not_from_what_went_out() -> None:
+    """A burst of 50 at a limit of 20: the 30 refusals come first, and teach patience once."""
+    pool, route, bucket = pool_of("")
+    window, holds = window_of(bucket, "requests", 60.0), [reserve(pool.ledger, route, 10, 0, 0.0) for _ in range(50)]
+    for hold in holds[20:]:
+        release(pool.ledger, hold, 0.2)
+        learn_refusal(pool.ledger, route, classify("custom", "account", 429, {}, b"", utc=UTC), "", 0.2, hold)
+    assert (window.limit, window.origin, window.patience_s, bucket.n_unseen) == (1.0, "learned", 180.0, 20)
+    short = find_shortage(pool.ledger, route, 10, 0, 0.3)
+    assert short is not None and short.at == 0.8, "those under way may prove that there is more"
+    for hold in holds[:20]:
+        feed(pool.ledger, route, [], 1.0, hold)
+    assert (window.limit, window.known, bucket.n_unseen, bucket.unseen_input) == (20.0, 20.0, 0, 0)
+    for hold in holds[:20]:
+        settle(pool.ledger, hold, 10, 5, 2.0)
+    assert find_shortage(pool.ledger, route, 10, 0, 3.0).at == pytest.approx(60.5), (bucket.n_unseen, bucket.n_open)       # type: ignore[union-attr]
+
+
+def test_a_refusal_that_a_known_limit_explains_teaches_no_other() -> None:
+    pool, route, bucket = pool_of("", limits={"tpm": 1000})
+    settle(pool.ledger, reserve(pool.ledger, route, 900, 0, 0.0), 900, 0, 0.0)
+    for n_input, learned in ((200, INF), (50, 1.0)):
+        hold = reserve(pool.ledger, route, n_input, 0, 1.0)
+        release(pool.ledger, hold, 1.1)
+        learn_refusal(pool.ledger, route, classify("custom", "account", 429, {}, b"", utc=UTC), "", 1.1, hold)
+        assert window_of(bucket, "requests", 60.0).limit == learned
+
+
+def test_a_refusal_leaves_room_for_what_is_smaller() -> None:
+    """Refused with 3,000 tokens: less than that was left, which may do for others."""
+    pool, route, bucket = pool_of("together")
+    hold = reserve(pool.ledger, route, 3000, 0, 0.0)
+    release(pool.ledger, hold, 0.1)
+    body = json.dumps(said("Rate limit reached on tokens per minute (TPM): Limit 8000, Used 6000, Requested 3000."))
+    learn_refusal(pool.ledger, route, classify("together", "account", 429, {}, body.encode(), utc=UTC), body, 0.1, hold)
+    assert find_shortage(pool.ledger, route, 3000, 0, 0.2) is not None and find_shortage(pool.ledger, route, 2000, 0, 0.2) is None
+
+
+def test_a_line_is_not_let_loose_on_a_provider_of_unknown_limits() -> None:
+    """While others are full, and somebody waits: eight unanswered, then twice what is served a minute. Without pressure, or without time, all of it goes."""
+    pool = Pool({"a": entry("m", limits={"rpm": 1}), "b": entry("m")})
+    unknown = pool.routes()[1]
+    assert [len(pool.plan(0.0, give_up_at=30.0).routes), pool.go(0.0)] == [2, "a/1"]
+    holds = [reserve(pool.ledger, unknown, 1, 1, 1.0) for _ in range(7)]
+    assert pool.plan(1.0, give_up_at=30.0).routes == (unknown,)
+    holds.append(reserve(pool.ledger, unknown, 1, 1, 1.0))
+    found = pool.plan(1.0, give_up_at=30.0)
+    assert (found.routes, found.free_at, found.proven) == ((), 1.5, False) and any("unknown" in why for _, why in found.skipped)
+    assert pool.plan(1.0).routes == pool.plan(1.0, give_up_at=1.4).routes == (unknown,), "who cannot wait is not held up"
+    for hold in holds:
+        feed(pool.ledger, unknown, [], 1.1, hold)
+    for number in range(16):
+        assert pool.plan(1.2, give_up_at=30.0).routes == (unknown,), number
+        reserve(pool.ledger, unknown, 1, 1, 1.2)
+    assert pool.plan(1.2, give_up_at=30.0).routes == () and len(pool.plan(61.0, give_up_at=90.0).routes) == 2, "no pressure any more"
+
+
+def test_a_route_that_refused_and_is_counted_full_is_no_last_resort() -> None:
+    pool, route, bucket = pool_of("")
+    for _ in range(5):
+        settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 0.0), 1, 1, 0.0)
+    refuse(pool, route, 0.5)
+    cool(pool.state, route, classify("custom", "account", 429, {}, b"", utc=UTC), 0.5, jitter=0.5)
+    found = pool.plan(0.6)
+    assert found.routes == () and found.free_at == pytest.approx(60.5)
 
 
 # ------------------------------------------------------------------ across restarts
@@ -599,6 +701,41 @@ def test_a_recovered_route_serves_within_one_probe_and_no_guess_lasts_over_ten_m
         assert pool.plan(now).routes == (route,), "unless nobody can wait"
         now = cooldown.until_at
     assert pool.go(now) == "p/1" and not pool.state.cooling
+
+
+def test_a_proven_time_is_kept_but_for_one_probe_in_each_quarter_when_all_is_out() -> None:
+    """A weekly quota: asked after 25, 50 and 75 % of it, when nothing else is left; by one request at a time, and the time stays what it was."""
+    pool = Pool({"a": entry("m"), "b": entry("m")})
+    first, second = pool.routes()
+    week_s, body = 400_000.0, json.dumps(said("Sorry, you've exceeded your weekly rate limit.", code="user_weekly_rate_limited")).encode()
+
+    def refused(now: float) -> None:
+        cooldown = cool(pool.state, first, classify("github-copilot", "account", 429, {"retry-after": f"{week_s - now:.0f}"}, body, utc=UTC + now), now, jitter=0.5)
+        assert cooldown is not None and cooldown.until_at == pytest.approx(week_s) and cooldown.proven
+    refused(0.0)
+    assert pool.plan(0.3 * week_s).routes == (second,), "not while another one is there"
+    cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), 0.0, jitter=0.5)
+    asked = []
+    for percent in range(1, 100):
+        now = week_s * percent / 100.0
+        if (found := pool.plan(now)).routes and now < DAY or found.routes[:1] == (first,):
+            assert found.routes == (first,) and found.free_at is not None
+            asked.append(percent)
+            begin_attempt(pool.state, pool.choice, first)
+            assert first not in pool.plan(now).routes, "one at a time"
+            refused(now)
+        cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), now, jitter=0.5)
+    assert asked == [25, 50, 75]
+    pool.state.cooling["credential a/1"].n_asked = 2
+    begin_attempt(pool.state, pool.choice, first)
+    clear(pool.state, first)
+    assert pool.plan(0.8 * week_s).routes == (first,) and "credential a/1" not in pool.state.cooling, "and a success ends it"
+
+
+def test_a_short_proven_time_is_simply_kept() -> None:
+    pool, route, _ = pool_of("")
+    cool(pool.state, route, classify("custom", "account", 429, {"retry-after": "59"}, b"", utc=UTC), 0.0, jitter=0.5)
+    assert not any(pool.plan(float(now)).routes for now in range(59)) and pool.plan(59.0).routes == (route,)
 
 
 def test_while_a_limit_is_probed_the_others_wait() -> None:
