@@ -15303,7 +15303,8 @@ class _Run:
         assert failure is not None
         for route in (*sorted(waiting, key=lambda route: route.model.id != broken.model.id), broken):
             how = way_on(route.provider, route.model, carousel.resume)
-            if not how or self._n_asked >= carousel.max_attempts or self._cooled.intersection(route.keys) and route is not broken or misfit(route, self._needs):
+            out = failure.reason == "timeout" if route is broken else not self._cooled.isdisjoint(route.keys)
+            if not how or out or self._n_asked >= carousel.max_attempts or misfit(route, self._needs) or self._has_filled_up(route):
                 continue
             found = self._take_up()
             if found is None:

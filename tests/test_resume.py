@@ -477,6 +477,22 @@ def test_the_route_that_broke_off_goes_on_itself(build: Build, provider: Provide
     assert "idempotency-key" not in second.headers and second.json["messages"][-1]["prefix"] is True
 
 
+def test_a_route_that_stalled_is_not_asked_again(build: Build, provider: Provider) -> None:
+    house = build(a=dying("chat", Pause("stall"), Close()), entries={"a": {"preset": "mistral", "timeouts": {"idle": 20}}}, carousel={"aliases": {"both": ["a"]}})
+    reply = play(house, provider, "chat", seconds=21.0)
+    assert reply.text == TEXT[:AT] and reply.error and not reply.done and len(provider.calls("a")) == 1
+
+
+def test_a_route_without_room_is_not_asked(build: Build, provider: Provider) -> None:
+    """The rest is an attempt like any other: it needs what the limits grant."""
+    house = street(build)
+    house.reconfigure({**house.models, "b": {**house.models["b"], "limits": {"rpm": 1}}})
+    assert house.chat("b/m").text == TEXT
+    provider.release("said")
+    reply = house.chat("both", stream=True)
+    assert reply.text == TEXT[:AT] and reply.error and len(provider.calls("b")) == 1
+
+
 def test_it_breaks_off_twice(build: Build, provider: Provider) -> None:
     """The second rest begins where the first one ended; each attempt counts."""
     whole = ANSWER[:900]
