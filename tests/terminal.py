@@ -53,6 +53,13 @@ class Terminal:
         """Types Control and a letter."""
         os.write(self._master, bytes([ord(letter) - 64]))
 
+    def ended(self, within: float) -> bool:
+        """Whether the program ends within so many seconds."""
+        until = time.monotonic() + within
+        while self._read(until):
+            pass
+        return self.process.poll() is not None
+
     def end(self, timeout: float = HANG_S) -> int:
         """Waits for the end of the program; its exit status."""
         until = time.monotonic() + timeout
