@@ -15473,8 +15473,6 @@ class _Run:
                 self._log.info("resume.done req=%s route=%s after_chars=%d", self._job.id, route.id, len(found[1]))
                 return
             failure = self._owed or failure
-        if self._seam is not None:
-            self._writer = self._seam.writer
         self._refuse(answer_for([failure], self._attempts[n_before:]))
 
     def _take_up(self) -> tuple[Any, str] | None:
@@ -16033,6 +16031,8 @@ class _Run:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
             return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+        if self._seam is not None:
+            return self._seam.writer.error(error)
         if self._committed and self._passing:
             return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())

@@ -532,6 +532,27 @@ def test_signs_of_life_while_the_rest_is_waited_for(build: Build, provider: Prov
     assert (seen.text, seen.errors) == (TEXT, []) and seen.ended
 
 
+@pytest.mark.parametrize("client", FORMATS)
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_gateway_shuts_down_meanwhile(build: Build, provider: Provider, client: str, joined: bool) -> None:
+    """Before the rest has come, and in the middle of it: the error event has its place behind all that went out."""
+    long = TEXT + " " + ANSWER[:600]
+    told = Telling("chat")
+    rest = opened(*told.begin(), *(told.half_say(*cut_pieces(long[AT:AT + 300], 10)) if joined else []), Pause("rest"), Close())
+    house = street(build, client, rest=rest)
+    provider.release("said")
+    with house.connect() as connection:
+        connection.send(house.request_bytes("POST", PATHS[client], ask(client, "both")))
+        provider.wait_paused("rest")
+        if joined:
+            connection.read_until(b": resumed by b/m")
+        house.settle()
+        house.do(lambda: house.server.drain(0.0))
+        seen = read_stream(client, connection.read_all())
+    assert long.startswith(seen.text) and len(seen.text) >= (AT + 250 if joined else AT) and not seen.ended and not seen.after_error
+    assert len(seen.errors) == 1 and "shutting down" in seen.errors[0]["message"]
+
+
 def continuing_at(at: int) -> list[Any]:
     told = Telling("chat")
     return stream(*told.begin(), *told.say(*cut_pieces(TEXT[len(TEXT[:at].rstrip()):], 11)), *told.end())
