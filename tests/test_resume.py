@@ -483,6 +483,31 @@ def test_a_route_that_stalled_is_not_asked_again(build: Build, provider: Provide
     assert reply.text == TEXT[:AT] and reply.error and not reply.done and len(provider.calls("a")) == 1
 
 
+def test_the_route_that_broke_off_counts_against_the_retry_budget(build: Build, provider: Provider) -> None:
+    """It is known to fail: something is held against it."""
+    provider.release("said")
+    def a(request: Request) -> list[Any]:
+        return continuing("chat")(request) if request.json["messages"][-1]["role"] == "assistant" else dying("chat")
+    house = build(a=a, entries={"a": {"preset": "mistral"}}, carousel={"limits": {"retryBudget": 0, "retryBudgetLeast": 0}})
+    reply = house.chat("a/m", stream=True)
+    assert reply.text == TEXT[:AT] and reply.error and len(provider.calls("a")) == 1
+    house.reconfigure({**house.models, "carousel": {"limits": {"retryBudget": 0, "retryBudgetLeast": 1}}})
+    house.pass_time(20.0)
+    assert house.chat("a/m", stream=True).text == TEXT and house.gateway.relay.n_retrying == 0
+
+
+def test_the_rest_has_what_is_left_of_the_time(build: Build, provider: Provider) -> None:
+    house = street(build, "responses", rest=[Pause("rest"), Close()], carousel={"limits": {"requestTotal": 30}})
+    provider.release("said")
+    with house.connect() as connection:
+        connection.send(house.request_bytes("POST", PATHS["responses"], ask("responses", "both")))
+        provider.wait_paused("rest")
+        for _ in range(4):
+            house.pass_time(8.0)
+        seen = read_stream("responses", connection.read_all())
+    assert seen.text == TEXT[:AT] and len(seen.errors) == 1 and "30 s" in seen.errors[0]["message"] and provider.wait_closed(provider.links("b")[0], 1.0)
+
+
 def test_a_route_without_room_is_not_asked(build: Build, provider: Provider) -> None:
     """The rest is an attempt like any other: it needs what the limits grant."""
     house = street(build)
