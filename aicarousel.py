@@ -43,7 +43,7 @@ Life of a request
     -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
 
 Promises
-    Nothing is retried after commit.  No secret is logged.  Pure sections never touch the outside world.
+    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
     What is broken never looks whole: a stream without its proper ending ends in an error event.
 """
 
@@ -453,6 +453,7 @@ class Preset:
     needs: tuple[str, ...] = ()              #: further variables that fill {NAME} in the URLs
     gone: str = ""                           #: why the whole service cannot be used any more
     check: tuple[str, str] = ("GET", "/models")   #: cheapest call that proves a key; /chat/completions: with one token of output
+    continue_url: str = ""                   #: where the beginning of an answer is gone on with, where base_url does not do it
     login: bool = False                      #: its keys are logins, exchanged for tokens of the hour
     name: str = ""                           #: its key in PRESETS
 
@@ -619,6 +620,7 @@ _ROWS: Mapping[str, Preset] = {
     "deepseek": Preset(
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
         default="deepseek-flash", first_byte_s=180.0, rejects=("store",), max_field="max_tokens", check=("GET", "https://api.deepseek.com/user/balance"),
+        continue_url="https://api.deepseek.com/beta",
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(
             _known_model("deepseek-flash", 1000000, 384000, "tvr", (0.3, 1.2, 0.006)),
@@ -943,6 +945,7 @@ class Carousel:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
     limits: Bounds = Bounds()
+    resume: str = "safe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1367,6 +1370,7 @@ _CAROUSEL_FIELDS = {
     "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
     "limits": _Field("limits", _want_record(Bounds, _BOUND_FIELDS)),
+    "resume": _Field("resume", _want_word("off", "safe", "force")),
 }
 
 
@@ -4782,6 +4786,7 @@ class Profile:
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's fields
     user_first: bool = False
     forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
     max_stop: int | None = None              #: how many stop strings, 0 for none
@@ -4809,20 +4814,22 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "user_first": True, "extra_names": True},
-    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False},
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "prefix", "user_first": True, "extra_names": True},
+    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
+                 "continues": "prefix"},
     "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
     "huggingface": {},
     "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
     "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
-    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs"},
+    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "last"},
     "lmstudio": {**_LOCAL},
-    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",)},
+    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
+                 "continues": "partial"},
     "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
     "minimax": {"replay": "think_tag", "reject": ("store",)},
-    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",)},
+    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",), "continues": "partial"},
     "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
     "fireworks": {"top_k": True},
     "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
@@ -4833,11 +4840,11 @@ _PROFILE_ROWS: Mapping[str, Json] = {
 
 _FORMAT_ROWS: Mapping[str, Json] = {
     "chat": {},
-    "messages": {"replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+    "messages": {"continues": "", "replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
                  "user_first": True,
                  "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
                  "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
-    "responses": {"replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
+    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
                   "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
 }
 _CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
@@ -4846,6 +4853,7 @@ _OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (),
 
 #: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
 MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
     ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
     ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
     ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
@@ -8716,8 +8724,9 @@ class ChatStreamWriter:
     __slots__ = ("_asked", "_head", "_tail", "_end", "_said", "_takes", "_call", "_freeform", "_usage", "_wants_usage", "_hides",
                  "_refused", "_n_calls", "_n_seals", "_n_cites", "_started", "_ended")
 
-    def __init__(self, asked: Asked) -> None:
-        stamp = {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
+    def __init__(self, asked: Asked, stamp: Json | None = None) -> None:
+        """stamp: what every chunk has besides its choices, where a stream has begun already."""
+        stamp = stamp or {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
         self._asked = asked
         self._wants_usage = bool((asked.hub.get("meta") or {}).get("include_usage"))
         self._hides = (asked.hub.get("think") or {}).get("show") == "omitted"
@@ -8852,6 +8861,43 @@ class ChatStreamWriter:
         "args": _write_args, "note": _write_note, "cite": _write_cite, "opaque": _write_opaque,
         "usage": _write_usage, "stop": _write_stop, "error": _write_error,
     }
+
+
+def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    stamp: Json = {}
+    for chunk in _sent_chunks(sent):
+        choices = chunk.get("choices")
+        if choices == []:
+            continue
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
+        delta = _chat_object(choice.get("delta"))
+        if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in _CONTENT_FIELDS if name not in _BEFORE_TEXT):
+            return None
+        text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
+        if not isinstance(text, (str, type(None))) or thinks and (pieces or text):
+            return None
+        if text:
+            pieces.append(text)
+            stamp = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+    if "<think" in "".join(pieces) or not stamp:
+        return None
+    writer = ChatStreamWriter(asked, stamp)
+    writer.feed(start_delta("", ""))
+    return writer, "".join(pieces)
+
+
+#: What a delta may hold besides nothing for its stream to be taken up: text, and thinking before it.
+_BEFORE_TEXT = ("content", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking")
+
+
+def _sent_chunks(sent: bytes) -> Iterator[Json]:
+    """The objects of a stream as the client has it."""
+    for frame in split_frames(sent):
+        data = read_frame(frame).data
+        if data:
+            yield _chat_object(json.loads(data))
 
 
 def _delta_error(delta: Json) -> GatewayError:
@@ -9976,6 +10022,13 @@ class ResponsesStreamWriter:
         self._usage: Json = {}
         self._refused = self._said = False
 
+    def take_up(self, answer_id: str, output: list[Json], item: Json, pieces: list[str], sequence: int) -> None:
+        """Go on inside the text of `item`, which follows the items of `output`, behind the event numbered `sequence`."""
+        self._id, self._output, self._n_items, self._started, self._said = answer_id, output, len(output), True, True
+        self._block = _OpenItem("text", "text", item, pieces=pieces)
+        self._tell(self._block)
+        self._sequence = sequence + 1
+
     def feed(self, delta: Json) -> list[bytes]:
         """The events of one delta."""
         kind, block = delta["delta"], self._block
@@ -10190,6 +10243,41 @@ class ResponsesStreamWriter:
         rest = {"action": _shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
         block.item = {"type": "local_shell_call" if block.kind == "shell" else "tool_search_call", "status": "in_progress", "call_id": call["call_id"], **rest}
         return [*self._tell(block), self._done(block, {**block.item, "status": "completed"})]
+
+
+def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    response: Json = {}
+    item: Json = {}
+    output: list[Json] = []
+    pieces: list[str] = []
+    index, sequence = 0, -1
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind = _str_in(value, "type") or event.name
+        number = value.get("sequence_number")
+        sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
+        added = _dict_in(value, "item")
+        if kind in ("response.created", "response.in_progress"):
+            response = _dict_in(value, "response")
+        elif kind == "response.output_item.added" and added.get("type") == "message" and not item and isinstance(added.get("id"), str):
+            item, index = added, value.get("output_index")
+        elif kind == "response.output_text.delta" and item and isinstance(value.get("delta"), str) and value.get("content_index") == 0:
+            pieces.append(value["delta"])
+        elif kind == "response.output_item.done" and added.get("type") == "reasoning" and not item:
+            output.append(added)
+        elif kind and not (kind in _TAKEN_UP or kind.startswith("response.reasoning_") and not item or kind == "response.output_item.added" and added.get("type") == "reasoning" and not item):
+            return None
+    if not "".join(pieces) or index != len(output) or not isinstance(response.get("id"), str):
+        return None
+    writer = ResponsesStreamWriter(asked._replace(hub={**asked.hub, "model": response.get("model")}, created_s=response.get("created_at") or asked.created_s))
+    writer.take_up(response["id"], output, item, pieces, sequence)
+    return writer, "".join(pieces)
+
+
+#: Events that may stand in a stream for it to be taken up, and tell nothing of its text.
+_TAKEN_UP = frozenset({"keepalive", "response.queued", "response.content_part.added"})
 
 
 def _message_part(kind: str, text: str, cites: list[Json]) -> Json:
@@ -11153,6 +11241,34 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _FILLS: Mapping[str, str] = {"text": "text_delta", "refuse": "text_delta", "think": "thinking_delta", "args": "input_json_delta"}
 
 
+def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    index, n_blocks, open_kind = -1, 0, ""
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
+        if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
+            index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
+            pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
+        elif kind == "content_block_delta" and isinstance(delta, dict) and value.get("index") == index and delta.get("type") in _TAKEN_UP_DELTAS.get(open_kind, ()):
+            pieces += [str(delta.get("text") or "")] if open_kind == "text" else []
+        elif kind == "content_block_stop" and open_kind not in ("", "text"):
+            open_kind = ""
+        elif kind and kind not in ("message_start", "ping"):
+            return None
+    if open_kind != "text" or index != n_blocks - 1 or not "".join(pieces):
+        return None
+    writer = MessagesStreamWriter(asked)
+    writer.take_up(n_blocks - 1)
+    return writer, "".join(pieces)
+
+
+#: Deltas that may stand in a stream for it to be taken up, by kind of block.
+_TAKEN_UP_DELTAS: Mapping[str, tuple[str, ...]] = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"), "redacted_thinking": ()}
+
+
 class MessagesStreamWriter:
     """Hub deltas as a Messages client's stream: one block open at a time, numbered without gaps."""
 
@@ -11179,6 +11295,10 @@ class MessagesStreamWriter:
         if "pieces" in delta:
             return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         return [write_event(event, event["type"]) for event in self.events(delta)]
+
+    def take_up(self, index: int) -> None:
+        """Go on inside the text block of that number."""
+        self._started, self._index, self._kind, self._head = True, index, "text_delta", _delta_head(index, "text_delta")
 
     def events(self, delta: Json) -> list[Json]:
         """The same, as objects."""
@@ -11764,6 +11884,7 @@ class WireFormat(NamedTuple):
     status: Callable[[GatewayError], int]
     call_prefix: str
     wants_usage: Callable[[Json], bool]
+    take_up: Callable[[bytes, Asked], tuple[Any, str] | None] | None = None     #: None where a stream that broke off is not gone on with
 
 
 def _own_status(error: GatewayError) -> int:
@@ -11776,13 +11897,13 @@ def _asks_usage(body: Json) -> bool:
 
 FORMATS: Mapping[ClientFormat, WireFormat] = {
     "chat": WireFormat("/chat/completions", check_chat_request, chat_read_request, chat_write_request, ChatStreamReader, ChatStreamWriter, chat_read_answer,
-                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage),
+                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage, chat_take_up),
     "responses": WireFormat("/responses", check_responses_request, responses_read_request, responses_write_request, ResponsesStreamReader, ResponsesStreamWriter,
                             responses_read_answer, responses_write_answer, ResponsesPassage, judge_responses_answer, find_responses_error, chat_error, _own_status,
-                            "call_", lambda body: True),
+                            "call_", lambda body: True, responses_take_up),
     "messages": WireFormat("/messages", check_messages_request, messages_read_request, messages_write_request, MessagesStreamReader, MessagesStreamWriter,
                            messages_read_answer, messages_write_answer, MessagesPassage, judge_messages_answer, find_messages_error, messages_error, messages_status,
-                           "toolu_", lambda body: True),
+                           "toolu_", lambda body: True, messages_take_up),
     "completions": WireFormat("/completions", check_completions_request, completions_read_request, None, CompletionsStreamReader, CompletionsStreamWriter,
                               completions_read_answer, completions_write_answer, CompletionsPassage, judge_completions_answer, find_chat_error, chat_error,
                               _own_status, "call_", _asks_usage),
@@ -12027,6 +12148,11 @@ class Translation:
         self._reads_runs = hasattr(reader, "feed_run")
 
     @property
+    def calling(self) -> bool:
+        """Whether a tool call is kept back."""
+        return self._holder.holding
+
+    @property
     def usage(self) -> Usage | None:
         """What the provider has counted so far, with estimates for what it lacks at the end; None while there is nothing."""
         if self.finish is None and self._reader.counted is not self._counted:
@@ -12169,6 +12295,162 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
         if event.data and not reader.done:
             deltas += reader.feed(event)
     return deltas + reader.close()
+
+
+# ---- Going on where a stream broke off
+
+class Seam(NamedTuple):
+    """A client's stream that broke off inside its text, and how it is gone on with."""
+    writer: Any                     #: of the client's format, in the middle of that stream
+    text: str                       #: what the client has
+    how: str                        #: Profile.continues, or told: the model is asked to in words
+
+
+#: Characters of a continuation that are judged before any of it is passed on.
+_JUDGED_CHARS = 200
+#: Letters by which a restart is known, and how many of the last characters a model is told to begin with.
+_RESTART_CHARS = 16
+_ANCHOR_CHARS = 60
+#: How models begin when they answer a request instead of going on with a text.
+_PREAMBLE = re.compile(r"[\s\"'*>#(\[]*(?:sure|certainly|of course|absolutely|okay|ok|alright|understood|got it|no problem|apolog\w*|(?:i'?m |i am )?(?:so |very )?sorry|as an ai|unfortunately|"
+                       r"i (?:can(?:'?t|not)|won'?t|will not|don'?t|am unable|apologi[sz]e|see|will continue|understand)|i'(?:m|ll) (?:unable|not able|continue)|"
+                       r"continu(?:ing|ation|ed)|let me (?:continue|go on|finish|pick)|to continue|here(?:'s| is| are)|picking up|resuming)\b", re.IGNORECASE)
+
+
+def way_on(provider: Provider, model: Model, policy: str) -> str:
+    """How a model goes on with an answer that broke off: Seam.how, "" where it may not be asked to. policy: off, safe or force."""
+    profile = target_profile(provider.preset.name, model, provider.format)
+    elsewhere = provider.preset.continue_url
+    how = profile.continues if profile.prefill != "no" and (not elsewhere or provider.base_url in (elsewhere, provider.preset.base_url)) else ""
+    return (how or "told") if policy == "force" else how if policy == "safe" else ""
+
+
+def can_go_on(hub: Json, text: str) -> bool:
+    """Whether the answer to a request, so far `text`, has an exact continuation at all."""
+    if not text.strip() or re.search("[\ud800-\udfff]", text) or (hub.get("format") or {}).get("kind") in ("schema", "json"):
+        return False                # a grammar begins anew with each request
+    if hub["turns"] and hub["turns"][-1]["role"] == "assistant" or (hub.get("meta") or {}).get("logprobs"):
+        return False
+    return not any(text.endswith(stop[:n_chars]) for stop in hub.get("stop") or () for n_chars in range(1, len(stop)))
+
+
+def _anchor(text: str) -> str:
+    """The last words of a text; "" where they stand in it twice or repeat themselves, so that they might come once more."""
+    start = text.rfind(" ", 0, max(0, len(text) - _ANCHOR_CHARS)) + 1
+    anchor = text[start:]
+    repeats = text.find(anchor) != start or any(anchor.startswith(anchor[n_chars:]) for n_chars in range(1, len(anchor) // 2 + 1))
+    return "" if repeats or len(anchor) > 4 * _ANCHOR_CHARS else anchor
+
+
+def continuation_request(hub: Json, seam: Seam, profile: Profile, edits: Edits = NO_EDITS) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body that asks for the rest of an answer, and what was lost or changed. Raises UpstreamFailure where it cannot be asked for."""
+    text = seam.text.rstrip()       # Anthropic refuses a last turn that ends in white space, and tokens begin with it
+    turns = [*hub["turns"], {"role": "assistant", "parts": [text_part(text)]}]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        if not anchor:
+            raise UpstreamFailure("server", "no_seam", "the end of the text stands in it twice")
+        turns.append({"role": "user", "parts": [text_part(
+            "The connection broke off in the middle of your last answer. Write the rest of it, as if it had never been interrupted: no greeting, no comment, nothing that was said before. "
+            f"Begin with exactly these last words of it, and go on directly behind them:\n{anchor}")]})
+    spent = {"max_out": max(16, hub["max_out"] - len(text) // 4)} if hub.get("max_out") else {}
+    body, dropped = translate_request({**hub, **spent, **({"think": {"mode": "off"}} if hub.get("think") else {}), "turns": turns}, profile, edits)
+    if seam.how in ("prefix", "partial"):
+        body["messages"][-1][seam.how] = True
+    elif seam.how == "final":
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    return body, dropped
+
+
+def _bare(text: str) -> str:
+    """The letters and digits of a text, by which a restart is known however it is set."""
+    return re.sub(r"\W+", "", text).casefold() or text
+
+
+def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
+    """(what of a continuation that begins so follows the text, why it cannot be used): one of the two is "".
+
+    That a model goes on where the text ends is believed only while nothing speaks against it: a beginning that repeats the last characters may be said
+    twice or meant twice, nobody can tell, and so it is refused.  A model that was told where to begin must have begun there.
+    """
+    text = seam.text.rstrip()
+    space = seam.text[len(text):]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        begun = begun.lstrip()
+        if not begun.startswith(anchor):
+            return "", "it does not begin with the words it was told"
+        begun = begun[len(anchor):]
+    else:
+        why = _doubt(text, begun)
+        if why:
+            return "", why
+    if not begun.startswith(space):
+        return "", "it leaves out white space that was sent"
+    rest = begun[len(space):]
+    return (rest, "") if rest else ("", "it is empty")
+
+
+def _doubt(text: str, begun: str) -> str:
+    """Why a beginning may be no continuation of `text`, "" where nothing says so."""
+    letters, known = _bare(begun), _bare(text)
+    if _PREAMBLE.match(begun) or text[-1].islower() and begun[:1].isupper():
+        return "it reads like an answer, not like the rest of one"
+    n_alike = next((n for n, (one, other) in enumerate(zip(letters, known)) if one != other), min(len(letters), len(known)))
+    if n_alike and n_alike >= min(_RESTART_CHARS, len(letters), len(known)) or len(known) >= _RESTART_CHARS and known[:_RESTART_CHARS] in letters:
+        return "it begins the answer anew"
+    plain = begun.lstrip()
+    repeats = any(text.endswith(begun[:n_chars]) for n_chars in range(1, len(begun) + 1))
+    repeats = repeats or any(text.endswith(plain[:n_chars]) and not text[-n_chars - 1:-n_chars].isalnum() for n_chars in range(1, len(plain) + 1))
+    if repeats or len(begun) >= _JUDGED_CHARS and begun[:_JUDGED_CHARS] in text:
+        return "it may repeat the end of the text"
+    return ""
+
+
+class SeamWriter:
+    """The writer of a Translation whose answer goes on with a stream that broke off: what comes first is kept back until it was judged."""
+
+    __slots__ = ("joined", "_seam", "_mark", "_begun")
+
+    def __init__(self, seam: Seam, mark: str) -> None:
+        """mark: what the comment at the seam says."""
+        self.joined = False         #: it was found good, and goes out
+        self._seam = seam
+        self._mark = b": %b\n\n" % printable(mark).encode("ascii", "replace")
+        self._begun = ""
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta. Raises UpstreamFailure where the answer does not go on with the text; none of it has left by then."""
+        kind = delta["delta"]
+        if kind in ("start", "think", "seal"):
+            return []               # the client has seen the beginning, and its thinking is over
+        if self.joined or kind == "usage":
+            return self._seam.writer.feed(delta)
+        if kind == "text":
+            self._begun += delta["text"]
+            return self._join() if len(self._begun) >= _JUDGED_CHARS else []
+        if kind == "stop" and delta["reason"] in ("refusal", "filter") or kind not in ("stop", "call"):
+            raise UpstreamFailure("server", "no_seam", f"instead of text came {delta.get('reason') or kind}")
+        return [*self._join(), *self._seam.writer.feed(delta)]
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come."""
+        return self._seam.writer.close()
+
+    def keep_alive(self) -> bytes:
+        """A sign of life in the client's format."""
+        return self._seam.writer.keep_alive()
+
+    def error(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream."""
+        return self._seam.writer.error(error)
+
+    def _join(self) -> list[bytes]:
+        rest, why = judge_continuation(self._seam, self._begun)
+        if why:
+            raise UpstreamFailure("server", "no_seam", why)
+        self.joined = True
+        return [self._mark, *self._seam.writer.feed(text_delta(rest))]
 
 
 # ---- Counting tokens without a tokenizer
@@ -14864,8 +15146,8 @@ class Server:
 # 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
-# committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
-# error event and nothing is left looking complete.  Relay meets clients only through a Sink.
+# committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
+# have the rest (_go_on), else the client gets its format's error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
 # Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
 # first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
@@ -14889,6 +15171,7 @@ _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
 _LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+_RESUME_BYTES = 256 * 1024      #: of a stream that are kept for the case that it breaks off; a longer one is not gone on with
 #: Texts on which Claude Code compacts.
 _COMPACTS = re.compile(r"prompt is too long|exceed context limit")
 #: Payload rules are for requests of a conversation, whose fields a provider's entry knows.
@@ -15009,6 +15292,7 @@ class Relay:
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
         self.has_news = False                                #: something was proven that rows() should be saved for
+        self.resuming: frozenset[str] = frozenset()          #: providers that may go on with a stream that broke off
         self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
         self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
         self._sweeper: Alarm | None = None                   # rings every second while there are any
@@ -15022,6 +15306,7 @@ class Relay:
         self._targets = {}
         self._allowed = {}
         self.state.rules = failure_rules(config.carousel.limits)
+        self.resuming = frozenset(provider.name for provider in config.active if any(way_on(provider, model, config.carousel.resume) for model in provider.models))
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
@@ -15249,7 +15534,7 @@ class _Run:
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
-                 "_is_late", "_is_retrying", "_fault", "_task")
+                 "_sent", "_n_sent", "_seam", "_owed", "_spent", "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -15289,6 +15574,11 @@ class _Run:
         self._passing = True
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
+        self._sent: list[bytes] | None = None   # what the client has got of a stream that may be gone on with if it breaks off
+        self._n_sent = 0
+        self._seam: Seam | None = None          # where it broke off, while it is gone on with
+        self._owed: UpstreamFailure | None = None   # why it broke off, until the client has been told or the rest has come
+        self._spent: Usage | None = None        # of the attempts before this one, whose answers the client has
         self._task: asyncio.Task[Any] | None = None
         self._is_late = False                   # the time of the whole request is over
         self._is_retrying = False               # this attempt counts against the retry budget
@@ -15373,6 +15663,8 @@ class _Run:
         self._facts = self._read_facts()
         self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
+        if self._relay.resuming and job.stream and self._client.take_up is not None and any(route.provider.name in self._relay.resuming for route in waiting):
+            self._sent = []
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
@@ -15382,6 +15674,8 @@ class _Run:
                 self._passed_over.append((route, why))
                 continue
             failure = await self._try(route)
+            if self._owed is not None:
+                return await self._go_on(route, waiting)
             if failure is None or self._committed:
                 return
             if not self._repaired or failure.reason != "auth_refreshable":      # a token that had run out says nothing of the login
@@ -15399,11 +15693,61 @@ class _Run:
                 await self._relay.world.sleep(_RETRY_PAUSE_S * (0.5 + self._relay.world.random()))
         if self._shrink is not None and FAILURE_RULES[self._failures[-1].kind].goes_on:
             failure = await self._try(self._shrink[0])
+            if self._owed is not None:
+                return await self._go_on(self._shrink[0], waiting)
             if failure is None or self._committed:
                 return
             self._failures.append(failure)
         failures = sorted(self._failures, key=lambda failure: failure.reason == "content_policy")       # what was said of the request itself counts
         raise self._in_clients_words(answer_for(failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
+
+    async def _go_on(self, broken: Route, waiting: Iterable[Route]) -> None:
+        """A stream that broke off inside its text is gone on with by a route that can, unseen but for a comment; else the client gets its error event."""
+        carousel, failure, n_before = self._config.carousel, self._owed, len(self._attempts) - 1
+        assert failure is not None
+        self._failures.append(failure)
+        for route in (*sorted(waiting, key=lambda route: route.model.id != broken.model.id), broken):
+            how = way_on(route.provider, route.model, carousel.resume)
+            out = failure.reason == "timeout" if route is broken else not self._cooled.isdisjoint(route.keys)
+            if not how or out or self._n_asked >= carousel.max_attempts or misfit(route, self._needs) or self._has_filled_up(route):
+                continue
+            found = self._take_up()
+            if found is None:
+                break
+            if self._hold_back(route, deque()):
+                continue
+            self._seam, self._owed = Seam(*found, how), None
+            self._spend()
+            if await self._try(route) is None:
+                clear(self._relay.state, route)
+                self._log.info("resume.done req=%s route=%s after_chars=%d", self._job.id, route.id, len(found[1]))
+                return
+            failure = self._owed or failure
+        self._refuse(answer_for([failure], self._attempts[n_before:]))
+
+    def _take_up(self) -> tuple[Any, str] | None:
+        """What FORMATS says of the client's stream so far; None where it has no exact continuation."""
+        with contextlib.suppress(UpstreamFailure, GatewayError, ValueError):        # a request that only its own format understands, events that no reader does
+            found = self._client.take_up(b"".join(self._sent), self._asked()) if self._client.take_up is not None and self._sent and not self._carrier.calling else None
+            return found if found is not None and can_go_on(self._needs.hub(), found[1]) else None
+        return None
+
+    def _spend(self) -> None:
+        """What the attempt that broke off has used is counted besides what comes."""
+        used, spent = self._usage, self._spent or Usage(estimated=True)
+        if used is not None or self._n_content_bytes:
+            n_input, n_output = (used.input, used.output) if used is not None else (len(self._job.raw) // _BYTES_PER_TOKEN, 0)
+            self._spent = replace(spent, input=spent.input + n_input, output=spent.output + max(n_output, self._n_content_bytes // _BYTES_PER_TOKEN),
+                                  cached=spent.cached + (used.cached if used is not None else 0), cache_write=spent.cache_write + (used.cache_write if used is not None else 0))
+        self._usage, self._n_content_bytes = None, 0
+
+    def _note_sent(self, out: bytes) -> None:
+        """Keep what goes to the client, as long as it is little."""
+        self._n_sent += len(out)
+        if self._sent is not None:
+            self._sent.append(out)
+            if self._n_sent > _RESUME_BYTES:
+                self._sent = None
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
@@ -15596,7 +15940,7 @@ class _Run:
             target = await self._sign(route) if route.provider.preset.login else route
             body = self._request_body(target)
             attempt.changed = self._dropped
-            origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
+            origin, message = relay.message(*self._address(target), body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
             if self._fault is None:
@@ -15615,7 +15959,7 @@ class _Run:
             self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
-            if self._fault is None:
+            if self._fault is None and self._seam is None:
                 self._learn(route, failure, body)
             return failure
         except BaseException:
@@ -15680,10 +16024,27 @@ class _Run:
             settle(relay.state.ledger, hold, 0 if failure is not None and failure.status >= 400 else hold.n_input, self._n_content_bytes // _BYTES_PER_TOKEN, now)
         relay.wake()
 
+    def _address(self, route: Route) -> tuple[Route, Job]:
+        """What the head of a request is made from: some providers go on with an answer at another address, and none as if it were the same request."""
+        if self._seam is None:
+            return route, self._job
+        elsewhere = route.provider.preset.continue_url if self._seam.how != "told" else ""
+        return replace(route, provider=replace(route.provider, base_url=elsewhere)) if elsewhere else route, replace(self._job, idempotency_key="")
+
+    def _continuation_body(self, route: Route, seam: Seam) -> bytes:
+        """The body that asks a route for the rest of an answer."""
+        hub = recall(self._needs.hub(), self._relay.memo)
+        self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
+        made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
+        self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
+        return dump_json(made)
+
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
         job, provider = self._job, route.provider
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
+        if self._seam is not None:
+            return self._continuation_body(route, self._seam)
         self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         edits = self._edits(route)
@@ -15823,6 +16184,10 @@ class _Run:
     def _make_carrier(self) -> Any:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
+        if self._seam is not None:
+            source = self._source()._replace(profile=replace(self._profile, think_open=False))
+            route = self._attempts[-1].route
+            return Translation(self._wire.reader(source), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
         if self._spoke and self._job.client == "responses":
             self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
@@ -15858,6 +16223,8 @@ class _Run:
                 held += out
             elif out:
                 sink.write(out)
+                if self._sent is not None:
+                    self._note_sent(out)
                 keeper.set(keep_alive_s)
                 await sink.flush()
             self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
@@ -15884,7 +16251,8 @@ class _Run:
         if carrier.error is not None or not carrier.done:
             raise self._in_answer(route, carrier.error) if carrier.error is not None else self._bad_answer(route, "empty_answer", "")
         self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
-        self._start_stream(answer, attempt)
+        if not self._committed:
+            self._start_stream(answer, attempt)
         self._sink.write(out)
         self._sink.finish()
 
@@ -15904,12 +16272,15 @@ class _Run:
         await answer.read_start(_ERROR_BODY_BYTES, idle_s=_AFTER_END_S)
 
     def _break_off(self, failure: UpstreamFailure, attempt: Attempt) -> None:
-        """Raise `failure`; when content has gone out already, tell the client first."""
+        """Raise `failure`; when content has gone out already, tell the client first, or owe it to it where another route may have the rest."""
         if self._committed:
             failure.detail = redact(failure.detail, self._config.secrets)
             attempt.reason, attempt.detail = failure.reason, failure.detail
             attempt.ms = self._ms_since(attempt.started_at)
-            self._refuse(answer_for([failure], [attempt]))
+            if self._sent is not None and FAILURE_RULES[failure.kind].goes_on:
+                self._owed = failure
+            else:
+                self._refuse(answer_for([failure], [attempt]))
         raise failure
 
     def _in_answer(self, route: Route, error: Any) -> UpstreamFailure:
@@ -15973,6 +16344,8 @@ class _Run:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
             return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+        if self._seam is not None:
+            return self._seam.writer.error(error)
         if self._committed and self._passing:
             return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())
@@ -15983,7 +16356,10 @@ class _Run:
         if not self._sink.head_sent:
             kind = EVENT_STREAM_HEADERS if self._job.stream else [("content-type", "application/json")]
             self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
-        self._sink.write(self._sign_of_life())
+        sign = self._sign_of_life()
+        self._sink.write(sign)
+        if self._sent is not None:
+            self._note_sent(sign)
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_s)
 
@@ -15991,6 +16367,8 @@ class _Run:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
         if not self._job.stream:
             return b" "
+        if self._seam is not None:
+            return self._seam.writer.keep_alive()
         if self._committed and self._carrier is not None:
             return self._carrier.keep_alive()
         if self._job.client not in ("messages", "responses"):
@@ -16004,13 +16382,15 @@ class _Run:
     def _settle(self) -> None:
         """One usage row and one log line, for every request that reached a plan."""
         if self._usage is None:
-            served = self._committed
+            served = self._committed and (self._spent is None or self._n_content_bytes > 0)
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
         elif self._outcome != "ok" and self._wire is FORMATS["messages"] and self._carrier is not None and self._carrier.finish is None:
             # Messages tells of one token at its start, and of the others when they have all come.
             n_output = self._n_content_bytes // _BYTES_PER_TOKEN
             if n_output > self._usage.output:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
+        if self._spent is not None:
+            self._usage = Usage(*(getattr(self._usage, name) + getattr(self._spent, name) for name in ("input", "output", "cached", "cache_write", "reasoning")), estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
             note_cached(self._relay.state, self._facts, self._usage.cached)

@@ -220,6 +220,11 @@ def test_timeouts_and_defaults_are_those_of_the_module() -> None:
     assert f"silent for {carousel.limits.keep_alive_first_s} seconds" in README and f"every {carousel.limits.keep_alive_s:g} seconds" in README
 
 
+def test_providers_that_write_on_are_told() -> None:
+    [names] = re.findall(r"Some providers can write on from exactly where an answer ends: (.*?), and anthropic's", README, re.S)
+    assert set(re.findall(r"\w+", names)) == {name for name, profile in aicarousel.PROFILES.items() if profile.continues}
+
+
 def test_every_limit_stands_in_readme_as_the_module_has_it() -> None:
     """The rows are written here: what fails prints what README has to say."""
     rows = [f"| `{aicarousel.camel_name(name)}` | {row.default:.10g} {row.metadata['unit']} | {row.metadata['low']:.10g} to {row.metadata['high']:.10g} | {row.metadata['about']} |"
@@ -343,7 +348,7 @@ def words_wanted(group: str, name: str) -> list[str]:
     return raised.value.expected.partition("one of: ")[2].split(", ")
 
 
-@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel"))])
+@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel", "resume"))])
 def test_words_of_a_field_are_told(group: str, name: str) -> None:
     [row] = [line for line in chapter("models.json").splitlines() if line.startswith(f"| `{name}` |")]
     assert set(words_wanted(group, name)) <= set(re.findall(r"`([a-z-]+)`", row))
