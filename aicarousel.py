@@ -35,6 +35,7 @@ Contents
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
     25  Bundle              the copy that needs nothing installed
+    26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
@@ -75,6 +76,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import mmap
@@ -241,6 +243,8 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
+    weight: int = 1                          #: its share of the requests, beside those of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -894,6 +898,7 @@ class Bounds:
     keep_alive_s: float = _bound(12.0, 0.1, 3600.0, "seconds", "of silence until each further one")
     drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
     request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
+    queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
     retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be trying routes again that are known to fail")
     retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
     pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
@@ -1315,6 +1320,7 @@ _PROVIDER_FIELDS = {
     "timeouts": _Field("timeouts", _want_object(_TIMEOUT_FIELDS)),
     "limits": _Field("limits", _LIMITS),
     "maxConcurrent": _Field("max_concurrent", _want_whole(1, 10_000)),
+    "weight": _Field("weight", _want_whole(1, 1000)),
     "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, **rest: PayloadRule(
         models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
@@ -1331,7 +1337,7 @@ _BOUND_FIELDS = {
     for name, known in Bounds.__dataclass_fields__.items()}
 
 _CAROUSEL_FIELDS = {
-    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota")),
+    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota", "least-busy", "weighted")),
     "affinity": _Field("affinity", _want_word("auto", "on", "off")),
     "fallback": _Field("fallback", _want_word("chain", "same-model", "none")),
     "maxAttempts": _Field("max_attempts", _want_whole(1, 50)),
@@ -1491,7 +1497,8 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
                      else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
+                    any(row["id"] == ALL_MODELS for row in entry["models"]), entry.get("weight", 1))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -1559,8 +1566,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
     The preset's limits are those of free plans and are not taken over: a paid key would be throttled by them.
     """
     known = {model.id: replace(model, limits=None) for model in preset.models}
-    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"]]
+    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"] if row["id"] != ALL_MODELS]
     default = entry["default"]
+    if len(models) < len(entry["models"]) and default not in [model.id for model in models]:
+        models.insert(0, known.get(default, Model(default)))
     _refuse_twice(models, place)
     if models and default not in [model.id for model in models]:
         raise place.at("default").refuse(_shown(default), 'a model of "models"; ' + _one_of(default, [model.id for model in models]))
@@ -1571,6 +1580,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
             models.insert(0, known.get(default, Model(default)))
     _warn_retired(load, name, models, preset, place)
     return tuple(models), default
+
+
+#: Among the models of a provider: all that it lists.
+ALL_MODELS = "*"
 
 
 def _refuse_twice(models: Sequence[Model], place: _Place) -> None:
@@ -1832,7 +1845,7 @@ def _with_demo(providers: Sequence[Provider], url: str) -> list[Provider]:
     """The providers and the built-in one that answers offline: last, or first when nothing else answers."""
     if any(provider.name == "demo" for provider in providers):
         raise _Place("flag --demo").refuse('a provider named "demo" in models.json', "another name for it, or no --demo")
-    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo"),), (Credential("demo/1"),), proxy="")
+    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo", price=Price(0.0, 0.0, 0.0, 0.0)),), (Credential("demo/1"),), proxy="")
     return [*providers, demo] if any(not provider.why_out for provider in providers) else [demo, *providers]
 
 
@@ -2727,6 +2740,8 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
             waits.append(read_wait(value, utc))
         elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
+            if wait_s is not None and name.replace("reset", "renewalperiod") in headers:
+                wait_s /= 1000.0        # Azure
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
             elif left is not None and re.fullmatch(r"\s*(?:0+(?:\.0*)?|-\d+)\s*", left):
@@ -3388,12 +3403,12 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
 
 _PERIOD = r"(?:-(?:(\d{1,4})-)?(second|minute|hour|day|month))?"
 _HEADERS = tuple(re.compile(pattern) for pattern in (
-    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens))?{_PERIOD}",
+    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens|project-tokens))?{_PERIOD}",
     r"anthropic-ratelimit-(?P<measure>requests|tokens|input-tokens|output-tokens)-(?P<field>limit|remaining|reset)",
     rf"(?:x-)?(?P<measure>ratelimitbysize|tokenlimit)-(?P<field>limit|remaining|reset){_PERIOD}",
 ))
 _MEASURES: Mapping[str | None, str] = MappingProxyType({
-    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output",
+    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output", "project-tokens": "project",
     "ratelimitbysize": "tokens", "tokenlimit": "tokens",
 })
 #: Spans that the names do not tell and that cannot be worked out.
@@ -3425,12 +3440,17 @@ def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float
             words[field_name] = value
             if not named:
                 words["bare"] = value
-    return [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    found = [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    if ("project", 0.0) in said:        # OpenAI: a project's share of the account's tokens; the tighter of the two is what counts
+        tokens = [one for one in found if one.measure in ("project", "tokens")]
+        found = [one for one in found if one not in tokens] + [min(tokens, key=lambda one: _NEVER if one.left is None else one.left)._replace(measure="tokens")] if tokens else found
+    return found
 
 
 def _tell_window(preset_name: str, measure: str, span_s: float, words: Mapping[str, str], utc: float) -> Told | None:
     limit, left, period_s = (float(value) if _COUNT_TEXT.fullmatch(value := words.get(name, "").strip()) else None for name in ("limit", "remaining", "renewalperiod"))
     reset_s = read_wait(words["reset"], utc) if "reset" in words else None
+    reset_s = reset_s / 1000.0 if reset_s is not None and period_s is not None else reset_s     # Azure, which alone tells the period, counts milliseconds
     reset_s = reset_s if reset_s is not None and 0.0 <= reset_s <= 32 * 86_400.0 else None
     if (limit is None and left is None) or limit == 0.0 or (limit or left or 0.0) > _MAX_LIMIT:
         return None                 # a limit of 0 is what projects without one are told
@@ -3684,6 +3704,9 @@ def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
 # A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
+# What fits a request is section 14's to say: plan() is handed it, and asks it as seldom as it can.
+# A conversation stays where its prompt is cached, and waits there no longer than another provider would take to read that part anew.
+# One more strategy: a function of what less is better of, a line in _METRICS, its word in section 4; a row in tests/test_quota.py shows it.
 
 CAROUSEL_NAMES = frozenset({"", "aicarousel", "auto", "router-maestro"})
 _FAMILIES = (("gpt-", "openai"), ("chatgpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"), ("claude-", "anthropic"), ("gemini-", "gemini"))
@@ -3691,9 +3714,21 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
+_PREFILL_PER_S = 2000.0     #: tokens of a prompt that a provider reads in a second: what a cache saves in time
+_CACHE_S = 300.0            #: how long a cache is waited for: most providers forget a prompt after five to ten minutes
+_CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter prompts no provider keeps
 
+#: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
+MISFITS: Mapping[str, str] = MappingProxyType({
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
+    "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
+
+#: A route, and when what keeps it out ends.
+_Dated = tuple[float, Route]
 #: Routes of one provider that serve one request, by model and within a model by credential.
 Group = tuple[tuple[Route, ...], ...]
 
@@ -3728,16 +3763,26 @@ class Facts(NamedTuple):
 NO_FACTS = Facts()
 
 
+class Wait(NamedTuple):
+    """A route that is out, and when that ends."""
+    at: float
+    proven: bool
+    route: Route
+
+
 class Plan(NamedTuple):
     """Ordered routes for one request, why others were left out, and when the first of those is free.
 
-    session: hit when the conversation's route leads, moved when that one is out, new when there is none yet, "" when nothing sticks.
+    skipped: with the reason, which is a word of MISFITS where the route will not do for this request at all.
+    session: hit when the conversation's route leads or is waited for, moved when that one is out, repin when to wait for it costs more than its
+    cache is worth, new when there is none yet, "" when nothing sticks.
     """
     routes: tuple[Route, ...]
     skipped: tuple[tuple[Route, str], ...]
     free_at: float | None
     session: str = ""
     proven: bool = True             #: whether `free_at` was named by a provider or configured
+    waits: tuple[Wait, ...] = ()    #: routes that will be free in time
 
 
 class Decision(NamedTuple):
@@ -3756,6 +3801,16 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
+
+
+class Pin(NamedTuple):
+    """Where a conversation was served last, and how many tokens of its prompt were found in the cache there."""
+    route_id: str
+    at: float
+    n_cached: int = 0
 
 
 @dataclass(slots=True)
@@ -3769,6 +3824,8 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
@@ -3781,7 +3838,9 @@ class RoutingState:
     windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
     ledger: Ledger = field(default_factory=Ledger)
     speeds: dict[str, tuple[float, float]] = field(default_factory=dict)     #: route id -> (milliseconds to the first byte, when measured)
-    sessions: dict[str, tuple[str, float]] = field(default_factory=dict)     #: conversation -> (route id, when it was served), oldest first
+    shares: dict[str, float] = field(default_factory=dict)  #: provider -> how many requests it was asked, each divided by its weight
+    shares_now: float = 0.0                                 #: those of the provider asked last, before that
+    sessions: dict[str, Pin] = field(default_factory=dict)     #: by conversation, what was served longest ago first
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -3992,37 +4051,81 @@ def _globbed_group(provider: Provider, glob: str) -> Group:
     return _group_of(provider, models)
 
 
-def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str,
-         facts: Facts = NO_FACTS, give_up_at: float = 0.0) -> Plan:
+def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str, facts: Facts = NO_FACTS,
+         asked_at: float = 0.0, give_up_at: float = 0.0, fits: Callable[[Route], str] | None = None) -> Plan:
     """Order the routes of one request: those that are free, those a paid key may have room on, guessed cooldowns as a last resort, soonest end first.
 
     Proven cooldowns and routes without room are left out, `free_at` tells when the first of them is free.  When nothing is free and waiting
-    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.
+    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.  Nor are there any while a conversation's own
+    route is worth waiting for, counted from `asked_at`.
+    fits: "" or a word of MISFITS.  It is asked of the route that leads, and of all others only when no free one fits: it may cost something.
     """
+    pin = state.sessions.get(facts.session) if facts.sticks else None
+    if pin is not None and now - pin.at > _SESSION_S:
+        pin = None
+    found = _survey(_candidates(catalogue, choice, state, strategy, fallback), state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
+    session, pinned = "" if not facts.sticks else "new" if pin is None else "moved", found.pinned
+    if pin is not None and pinned is not None and found.routes:
+        place = next((place for place, route in enumerate(found.routes) if route is pinned), None)
+        wait = next((wait for wait in found.waits if wait.route is pinned and wait.at <= give_up_at), None)
+        if place is not None:
+            found.routes.insert(0, found.routes.pop(place))
+        elif wait is not None and not (fits and fits(pinned)):
+            if wait.at <= asked_at + _worth_s(pin, asked_at):
+                return Plan((), tuple(found.skipped), wait.at, "hit", wait.proven, (wait,))
+            session = "repin"
+    if fits is not None:
+        _leave_out_misfits(fits, found)
+    if found.routes and found.routes[0] is pinned:
+        session = "hit"
+    first = min(found.waits, key=_end_of) if found.waits else None
+    free_at, proven = (first.at, first.proven) if first is not None else (None, True)
+    routes, late = [*found.routes, *(route for _, route in found.soft)], found.late
+    if not routes and free_at is not None and now < free_at <= give_up_at:
+        return Plan((), tuple(found.skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven, tuple(found.waits))
+    if not routes and not late and found.probes:
+        late = [min(found.probes, key=_end_of)]
+    return Plan((*routes, *(route for _, route in late)), tuple(found.skipped), free_at, session, proven, tuple(found.waits))
+
+
+@dataclass(slots=True)
+class _Survey:
+    """How things stand with every route that may serve a request."""
+    routes: list[Route]                 #: free, in order
+    soft: list[_Dated]                  #: full by the figures of a free plan alone
+    late: list[_Dated]                  #: last resorts: out by a guess
+    probes: list[_Dated]                #: out by their provider's word, which may be tested
+    waits: list[Wait]                   #: out until then
+    skipped: list[tuple[Route, str]]    #: all but the free and soft ones, with the reason
+    pinned: Route | None = None         #: the conversation's own
+
+
+def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float, pinned_id: str) -> _Survey:
+    """Ask of each route once whether it cools and whether it has room."""
     ready: list[tuple[tuple[float, ...], Route]] = []
-    soft: list[tuple[float, Route]] = []
-    late: list[tuple[float, Route]] = []
-    waits: list[tuple[float, bool]] = []
-    skipped: list[tuple[Route, str]] = []
+    found = _Survey([], [], [], [], [], [])
+    soft, late, probes, waits, skipped = found.soft, found.late, found.probes, found.waits, found.skipped
     metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
-    asked_for: set[str] = set()
-    for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
+    for place, is_own, route in candidates:
+        if is_own and route.id == pinned_id:        # a conversation leads to no other route than was asked for
+            found.pinned = route
         cooldown = hindrance(state, route, now) if state.cooling else None
         if cooldown is not None:
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
-                waits.append((cooldown.until_at, True))
+                waits.append(Wait(cooldown.until_at, True, route))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
-                waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+                waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
             elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
-                waits.append((max(cooldown.until_at, shortage.at), False))       # refused, and counted full: asking now is in vain
+                if shortage.at != _ENDLESS:         # refused, and counted full: asking now is in vain
+                    waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))
             else:
                 late.append((cooldown.until_at, route))
             continue
         shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
         if shortage is None:
-            if is_own:
-                asked_for.add(route.id)
             ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
         elif shortage.soft:
             soft.append((shortage.at, route))
@@ -4030,23 +4133,46 @@ def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, 
             n_full += 1
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
-                waits.append((shortage.at, shortage.proven))
+                waits.append(Wait(shortage.at, shortage.proven, route))
     if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
-        paced = [pair for pair in ready if is_unknown(ledger, pair[1])]
-        skipped += [(route, "quota: unknown, others are being answered") for _, route in paced]
-        waits += [(now + _PROBE_S, False)] * len(paced)
-        ready = [pair for pair in ready if pair not in paced] if paced else ready
+        paced = [route for _, route in ready if is_unknown(ledger, route)]
+        skipped += [(route, "quota: unknown, others are being answered") for route in paced]
+        waits += [Wait(now + _PROBE_S, False, route) for route in paced]
+        ready = [pair for pair in ready if not is_unknown(ledger, pair[1])] if paced else ready
     if metric:
         ready.sort(key=lambda pair: pair[0])
-    soft.sort(key=lambda pair: pair[0])
-    late.sort(key=lambda pair: pair[0])
-    free_at, proven = min(waits) if waits else (None, True)
-    routes = [route for _, route in ready]
-    session = _stick(routes, asked_for, state, facts, now)
-    routes += [route for _, route in soft]
-    if not routes and free_at is not None and now < free_at <= give_up_at:
-        return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
-    return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+    soft.sort(key=_end_of)
+    late.sort(key=_end_of)
+    found.routes = [route for _, route in ready]
+    return found
+
+
+def _end_of(dated: _Dated | Wait) -> float:
+    return dated[0]
+
+
+def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
+    """Move what does not fit from the front of the free routes to those left out; when none of them fits, from everywhere."""
+    routes, skipped = found.routes, found.skipped
+    while routes and (why := fits(routes[0])):
+        skipped.append((routes.pop(0), why))
+    if routes:
+        return
+    unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
+    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
+    found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
+
+
+def _worth_s(pin: Pin, now: float) -> float:
+    """The seconds in which another provider would read what this conversation's cache holds; 0 for a cache that is small, old or was never found."""
+    return pin.n_cached / _PREFILL_PER_S if pin.n_cached >= _CACHE_LEAST and now - pin.at <= _CACHE_S else 0.0
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -4081,20 +4207,6 @@ def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, 
     return groups
 
 
-def _stick(routes: list[Route], asked_for: Collection[str], state: RoutingState, facts: Facts, now: float) -> str:
-    """Put the route that served the conversation last in front, unless it is another than was asked for; what Plan.session says of it."""
-    if not facts.sticks:
-        return ""
-    pinned, at = state.sessions.get(facts.session, ("", 0.0))
-    if not pinned or now - at > _SESSION_S:
-        return "new"
-    for place, route in enumerate(routes):
-        if route.id == pinned and pinned in asked_for:
-            routes.insert(0, routes.pop(place))
-            return "hit"
-    return "moved"
-
-
 def tell_shortage(shortage: Shortage, now: float) -> str:
     """What is short and until when, in words."""
     window = shortage.window
@@ -4125,7 +4237,18 @@ def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> fl
     return 1.0 - share_left(state.ledger, route, now)
 
 
-_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
+def _n_open(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """Requests under way in what the provider counts together."""
+    return float(max((bucket.n_open for bucket in find_buckets(state.ledger, route)), default=0))
+
+
+def _shares_had(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """How many shares of 1/weight its provider has had; one that took no part for a while has no claim to what it missed."""
+    return max(state.shares.get(route.provider.name, 0.0), state.shares_now)
+
+
+_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({
+    "fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity, "least-busy": _n_open, "weighted": _shares_had})
 
 
 def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
@@ -4171,10 +4294,17 @@ def note_served(state: RoutingState, route: Route, facts: Facts, first_ms: float
         if len(state.speeds) > _MAX_COOLDOWNS:
             del state.speeds[next(iter(state.speeds))]
     if facts.session:
-        state.sessions.pop(facts.session, None)
-        state.sessions[facts.session] = (route.id, now)
+        before = state.sessions.pop(facts.session, None)
+        state.sessions[facts.session] = Pin(route.id, now, before.n_cached if before is not None and before.route_id == route.id else 0)
         if len(state.sessions) > _MAX_SESSIONS:
             del state.sessions[next(iter(state.sessions))]
+
+
+def note_cached(state: RoutingState, facts: Facts, n_cached: int) -> None:
+    """Remember how much of a conversation's prompt came from the cache: more is believed at once, for prompts grow with every turn, less by half."""
+    pin = state.sessions.get(facts.session)
+    if pin is not None and n_cached != pin.n_cached:
+        state.sessions[facts.session] = pin._replace(n_cached=max(n_cached, (n_cached + pin.n_cached) // 2))
 
 
 def provider_of(group: Group) -> str:
@@ -4209,13 +4339,14 @@ def hindrance(state: RoutingState, route: Route, now: float) -> Cooldown | None:
 
 
 def describe_routes(providers: Iterable[Provider], state: RoutingState, now: float) -> list[Json]:
-    """Every configured route: {route, state: free, cooling or full, why, left_s, proven}."""
+    """Every configured route: {route, provider, key, model, buckets, state: free, cooling or full, why, left_s, proven}."""
     rows = []
     for provider in providers:
         for group in _group_of(provider, _known_models(provider)):
             for route in group:
                 cooldown, shortage = hindrance(state, route, now), find_shortage(state.ledger, route, 0, 0, now)
-                row: Json = {"route": route.id, "state": "free", "why": "", "left_s": None, "proven": None}
+                row: Json = {"route": route.id, "provider": provider.name, "key": route.credential.label or route.credential.id.rpartition("/")[2], "model": route.model.id,
+                             "buckets": [bucket.key for bucket in find_buckets(state.ledger, route)], "state": "free", "why": "", "left_s": None, "proven": None}
                 if cooldown is not None:
                     row |= {"state": "cooling", "why": cooldown.reason, "left_s": round(max(cooldown.until_at - now, 0.0)), "proven": cooldown.proven}
                 elif shortage is not None and not shortage.soft:
@@ -4259,13 +4390,17 @@ def is_listed(route: Route) -> bool:
 
 def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     """Remember that `route` is being asked: the turn moves on, and ended cooldowns of it are being probed."""
+    provider = route.provider
+    state.shares_now = max(state.shares.get(provider.name, 0.0), state.shares_now)
+    state.shares[provider.name] = state.shares_now + 1.0 / provider.weight
     if choice.rotates:
-        state.turns[choice.turn_name] = route.provider.name
+        state.turns[choice.turn_name] = provider.name
     if len(route.provider.credentials) > 1 and is_listed(route):
         state.turns[route.keys[2]] = route.credential.id
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -4373,7 +4508,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4389,7 +4526,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
@@ -14608,6 +14745,8 @@ class Server:
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
 # error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
+# Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
+# first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
 
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
 _AFTER_END_S = 0.25             #: how long to wait for the end of the body once the end mark has come
@@ -14618,6 +14757,11 @@ _SWEEP_S = 1.0                  #: how often requests whose time is over are loo
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MODELS_FRESH_S = 300.0
+_MODELS_S = 20.0                #: how long a provider may take over its list
+_MODELS_BYTES = 8 << 20
+_MODELS_MAX = 5000
+_MODELS_PATHS: Mapping[str, str] = MappingProxyType({"messages": "/models?limit=1000"})
 _SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
@@ -14679,6 +14823,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14688,6 +14833,15 @@ class Settled:
 
 
 _NO_PROFILE = Profile()
+
+
+#: Who waits for the same routes, by gateway key: keys take turns, within a key it is first come first served.
+Line = dict[int, deque[asyncio.Event]]
+
+
+def first_in(line: Line) -> asyncio.Event:
+    """Whose turn it is."""
+    return next(iter(line.values()))[0]
 
 
 def make_target(provider: Provider, credential: Credential, settings: Settings, user_agent: str, method: str, path: str) -> tuple[Origin, str]:
@@ -14719,10 +14873,10 @@ class Relay:
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
-        self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
+        self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
+        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
-        self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
         self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
         self._sweeper: Alarm | None = None                   # rings every second while there are any
         self._user_agent = user_agent
@@ -14761,20 +14915,37 @@ class Relay:
     def wake(self) -> None:
         """Something has ended or changed: whoever is first in a line looks again."""
         for line in self.lines.values():
-            line[0].set()
+            first_in(line).set()
 
-    def begin(self, run: _Run, ends_at: float) -> None:
-        """A request is under way: one timer for all of them, as one for each would cost a hundredth of a request."""
-        self.running[run] = ends_at
-        if self._sweeper is None:
-            self._sweeper = Alarm(self._sweep)
-        if self._sweeper.due_at == float("inf"):
-            self._sweeper.set(_SWEEP_S)
+    def leave_line(self, awaited: frozenset[str], key_id: int, turn: asyncio.Event) -> None:
+        """Give a place up. Behind the first comes another key's turn, and another line's."""
+        line = self.lines[awaited]
+        mates, was_first = line[key_id], first_in(line) is turn
+        mates.remove(turn)
+        if was_first or not mates:
+            del line[key_id]
+        if was_first:
+            del self.lines[awaited]
+            if mates:
+                line[key_id] = mates
+            if line:
+                self.lines[awaited] = line
+            self.wake()
+
+    def unclaimed(self, routes: Sequence[Route], awaited: frozenset[str]) -> Sequence[Route]:
+        """Those of `routes` for which no other line waits whose first has been first for longer than that of the line for `awaited`."""
+        for others in self.lines:
+            if others == awaited:
+                break
+            routes = [route for route in routes if route.id not in others]
+        return routes
 
     def _sweep(self) -> None:
+        """End the requests whose time is over: one timer for all of them, as one for each would cost a hundredth of a request."""
         now = self.world.clock()
-        for run in [run for run, ends_at in self.running.items() if ends_at <= now]:
-            run.be_late()
+        for run in self.running.values():
+            if run.ends_at <= now:
+                run.be_late()
         if self.running and self._sweeper is not None:
             self._sweeper.set(_SWEEP_S)
 
@@ -14802,19 +14973,29 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        await _Run(self, job, sink).go()
+        run = self.running[job.id] = _Run(self, job, sink)
+        if self._sweeper is None:
+            self._sweeper = Alarm(self._sweep)
+        if self._sweeper.due_at == float("inf"):
+            self._sweeper.set(_SWEEP_S)
+        try:
+            await run.go()
+        finally:
+            del self.running[job.id]
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
 
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        No quota counts it: Anthropic's limits of counting are none of those of messages.
         """
         hub = FORMATS["messages"].read_request(job.body)
         choice, catalogue = self.choose(job)
         routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
-        route = routes[0]
+        needs = Needs(job.raw, job.body, self.state.windows, self.world.utc(), FORMATS["messages"].read_request, self.calibration.ratio)
+        route = next((route for route in routes if not misfit(route, needs)), routes[0])     # where it would be sent
         profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
@@ -14850,14 +15031,94 @@ class Relay:
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
+    async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
+        """What a provider says that it has, in its order. Raises UpstreamFailure."""
+        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
+        answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
+                                              replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
+        try:
+            body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
+        finally:
+            answer.release()
+        found = read_models(body)
+        if answer.status != 200 or not found:
+            failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
+            failure.detail = redact(failure.detail, self.config.secrets)
+            raise failure
+        return found
+
+
+def read_models(body: bytes) -> tuple[Model, ...]:
+    """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    rows = next((told[name] for name in ("data", "models") if isinstance(told.get(name), list)), ()) if isinstance(told, dict) else told if isinstance(told, list) else ()
+    found: dict[str, Model] = {}
+    for row in rows[:_MODELS_MAX]:
+        name = row.get("id") or row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+            sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
+            name = name.removeprefix("models/")         # as Gemini has them
+            found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
+    return tuple(found.values())
+
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
-                 "_is_late", "_is_retrying", "_fault", "_task")
+                 "ends_at", "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -14871,7 +15132,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14898,7 +15159,8 @@ class _Run:
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
         self._task: asyncio.Task[Any] | None = None
-        self._is_late = False                   # the time of the whole request is over
+        self.ends_at = float("inf")             # when the time of the whole request is over
+        self._is_late = False                   # it is over
         self._is_retrying = False               # this attempt counts against the retry budget
         self._fault: Fault | None = None        # what this attempt suffers by the client's wish
 
@@ -14908,11 +15170,10 @@ class _Run:
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
         limit_s = min(job.limit_s, self._config.carousel.limits.request_total_s)
-        relay.begin(self, job.received_at + limit_s)
-        own = None
+        self.ends_at, own = job.received_at + limit_s, None
         if limit_s == job.limit_s:              # its client may mean less than a second
             own = Alarm(self.be_late)
-            own.set(max(job.received_at + limit_s - relay.world.clock(), 0.0))
+            own.set(max(self.ends_at - relay.world.clock(), 0.0))
         try:
             await self._serve()
         except GatewayError as error:
@@ -14932,7 +15193,6 @@ class _Run:
             self._note_leaving()
             raise
         finally:
-            del relay.running[self]
             self._task = None
             if own is not None:
                 own.stop()
@@ -14946,6 +15206,14 @@ class _Run:
             self._is_late = True
             self._task.cancel()
 
+    def describe(self, now: float) -> Json:
+        """How far it is: {id, format, model, streamed, for_s, route, attempts, state: in line, asking or answering}."""
+        job, attempt = self._job, self._attempts[-1] if self._attempts else None
+        asking = attempt is not None and not attempt.reason
+        return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
+                "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
+                "state": "answering" if self._committed else "asking" if asking else "in line"}
+
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
         job, relay = self._job, self._relay
@@ -14956,7 +15224,8 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        wait_ms = round((found.free_at - relay.world.clock()) * 1000) if found and not found.routes and found.free_at is not None and found.free_at <= self._give_up_at else 0
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -14972,11 +15241,11 @@ class _Run:
         self._facts = self._read_facts()
         self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
-        while (waiting or await self._replan(waiting)) and self._n_asked < carousel.max_attempts:
+        while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs) or self._hold_back(route, waiting)
+            why = misfit(route, self._needs) or self._hold_back(route, waiting) if self._attempts else ""       # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
@@ -15005,10 +15274,12 @@ class _Run:
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
+        return [route for route in routes if route.provider is routes[0].provider] if self._keeps_to_first() else routes
+
+    def _keeps_to_first(self) -> bool:
+        """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
-        if wish is None or wish.allow_fallbacks or wish.order or not routes:
-            return routes
-        return [route for route in routes if route.provider is routes[0].provider]
+        return wish is not None and not wish.allow_fallbacks and not wish.order
 
     def _hold_back(self, route: Route, waiting: deque[Route]) -> str:
         """Why a further attempt is left out, "" where it may go out now.
@@ -15066,57 +15337,96 @@ class _Run:
 
     async def _plan(self) -> Plan:
         """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
-        lines, name = self._relay.lines, self._choice.turn_name
-        if name not in lines:
-            found = self._look_for_routes()
-            if found.routes:
-                return found
-        line, turn = lines.setdefault(name, deque()), asyncio.Event()
-        alarm = Alarm(turn.set)
-        line.append(turn)
-        began_at = self._relay.world.clock()
+        found, relay = self._look_for_routes(), self._relay
+        if found.routes and not relay.lines:
+            return found
+        clock, turn, awaited = relay.world.clock, asyncio.Event(), frozenset[str]()
+        began_at, alarm = clock(), Alarm(turn.set)
         try:
-            while True:
-                at = self._give_up_at
-                if line[0] is turn or self._relay.world.clock() >= at:
-                    found = self._look_for_routes()
-                    if found.routes:
-                        return found
-                    at = min(at, found.free_at or at)
-                turn.clear()
-                alarm.set(max(at - self._relay.world.clock(), 0.01))
-                await turn.wait()
+            while (taken := self._take_unclaimed(found, awaited)) is None:
+                awaited, is_next = self._keep_place(found, awaited, turn), False
+                while not is_next:
+                    # Who waits for a cache looks by the time that is worth, whoever is first.
+                    looks_at = found.free_at if found.session == "hit" or first_in(relay.lines[awaited]) is turn else None
+                    looks_at = min(self._give_up_at, looks_at or self._give_up_at)
+                    turn.clear()
+                    alarm.set(max(looks_at - clock(), 0.01))
+                    await turn.wait()
+                    is_next = first_in(relay.lines[awaited]) is turn or clock() >= looks_at
+                found = self._look_for_routes()
+            return taken
         finally:
-            self._waited_s += self._relay.world.clock() - began_at
+            self._waited_s += clock() - began_at
             alarm.stop()
-            line.remove(turn)
-            if line:
-                line[0].set()
-            else:
-                del lines[name]
+            if awaited:
+                relay.leave_line(awaited, self._job.key_id, turn)
+
+    def _keep_place(self, found: Plan, awaited: frozenset[str], turn: asyncio.Event) -> frozenset[str]:
+        """Stand in the line for the routes of a plan, having left the one for `awaited`; those routes' ids. Raises GatewayError where too many stand there."""
+        relay, key_id = self._relay, self._job.key_id
+        wanted = frozenset(route.id for route in (*found.routes, *(wait.route for wait in found.waits)) if not self._why_not(route))
+        if wanted == awaited:
+            return awaited
+        line = relay.lines.get(wanted, {})
+        n_waiting, most = sum(map(len, line.values())), self._config.carousel.limits.queue
+        if not awaited and n_waiting >= most:
+            now = relay.world.clock()
+            raise no_route(f"{n_waiting} requests are waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
+        if awaited:
+            relay.leave_line(awaited, key_id, turn)
+        relay.lines.setdefault(wanted, {}).setdefault(key_id, deque()).append(turn)
+        return wanted
+
+    def _take_unclaimed(self, found: Plan, awaited: frozenset[str]) -> Plan | None:
+        """A plan with no more than the routes that it is this request's turn for, None for none; at the end of its time it takes any."""
+        routes = found.routes if self._relay.world.clock() >= self._give_up_at else self._relay.unclaimed(found.routes, awaited)
+        if len(routes) < len(found.routes):
+            routes = tuple(route for route in routes if not self._why_not(route))       # of the others than the first nobody has asked yet
+            session = "repin" if found.session == "hit" and routes[:1] != found.routes[:1] else found.session
+            self._plan_seen = found = found._replace(routes=routes, session=session)
+        return found if routes else None
 
     def _look_for_routes(self) -> Plan:
         """The plan as things are; without routes when waiting helps. Raises GatewayError when it does not."""
         relay, carousel = self._relay, self._config.carousel
         now = relay.world.clock()
         found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._may_fall_back() else "none",
-                     facts=self._facts, give_up_at=self._give_up_at)
+                     facts=self._facts, asked_at=self._job.received_at, give_up_at=self._give_up_at, fits=self._why_not)
         self._plan_seen = found
         if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
             return found
         if not found.skipped:
             raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
                                                         or "none has a usable key") + ".")
-        if all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
-            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
-        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
+        able = [(route, why) for route, why in found.skipped if why not in MISFITS]
+        if not able:
+            raise self._in_clients_words(answer_for([self._misfit_failure(route, why) for route, why in found.skipped], self._attempts))
+        if all(is_withdrawn(relay.state, route, now) for route, _ in able):
+            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in able)
+        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in able[:6])
         if found.free_at is None:
             raise bad_request(f"The request is larger than what any route grants at once ({why}).", code="context_length_exceeded")
         raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=max(found.free_at - now, 0.0))
 
+    def _why_not(self, route: Route) -> str:
+        """Why a route will not do for this request, "" when it may: a word of MISFITS.
+
+        What has failed the request is not asked again, unless its provider named the time until which a limit holds.
+        """
+        if self._attempts:
+            failure = next((failure for attempt, failure in zip(reversed(self._attempts), reversed(self._failures)) if attempt.route.id == route.id), None)
+            if failure is not None and not (failure.kind == "rate" and failure.proven):
+                return "failed"
+            if self._keeps_to_first() and route.provider is not self._attempts[0].route.provider:
+                return "not_wanted"
+        return misfit(route, self._needs)
+
     async def _replan(self, waiting: deque[Route]) -> bool:
-        """Whether there are routes again, in `waiting`: where a limit ended the last attempt and its provider named a time that can be waited for."""
-        if self._committed or not self._failures or not any(failure.kind == "rate" and failure.proven for failure in self._failures):
+        """Whether there are routes again, in `waiting`: after a wait where one that may serve is full, or cools for its limits, and that ends in time.
+
+        Guessed cooldowns of other kinds are not waited for: such a route was asked as a last resort, once, or has failed this request itself.
+        """
+        if self._committed or not self._failures:
             return False
         try:
             found = await self._plan()
@@ -15480,7 +15790,7 @@ class _Run:
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15542,8 +15852,9 @@ class _Run:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
+            note_cached(self._relay.state, self._facts, self._usage.cached)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15577,17 +15888,277 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 (python aicarousel.py key create NAME) and the model name aicarousel.  README.md tells the rest.
 """
 
+# The page, in three parts that a browser gets as one document.  It has no data in it but how clients are set up: what it shows it asks for with the key it is given.
+# Texts from elsewhere become text nodes, never markup; numbers it draws stand in data-value too, where tests compare them with `stats`.
+
+_PAGE_STYLE = r"""
+:root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2330;--soft:#5b6675;--line:#dde2ea;--accent:#2f5fd0;--good:#1d7f4e;--warm:#9a5b00;--bad:#b3261e;--fill:#e7ecf5;--in:#2f5fd0;--out:#c2620a}
+@media(prefers-color-scheme:dark){:root{--paper:#11151c;--card:#1a202b;--ink:#e6eaf1;--soft:#9aa5b5;--line:#2c3442;--accent:#8fb2ff;--good:#5fd39a;--warm:#f0b35a;--bad:#ff8f86;--fill:#283246;--in:#7ea4ff;--out:#f0a25a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:1240px;margin:0 auto;padding:0 16px}
+header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center;padding-top:18px}
+header svg{width:34px;height:34px;flex:none}
+h1{font-size:22px;margin:0;letter-spacing:-.01em}
+h2{font-size:16px;margin:30px 0 10px}
+h3{font-size:14px;margin:0}
+p{margin:6px 0}
+a{color:var(--accent)}
+.soft{color:var(--soft)}
+.right{margin-left:auto}
+.small{font-size:13px}
+.cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.card>.head{display:flex;gap:8px;align-items:baseline;margin-bottom:6px}
+.route{border-top:1px solid var(--line);padding:8px 0;overflow-wrap:anywhere}
+.route .head{display:flex;gap:8px;align-items:baseline;justify-content:space-between}
+.state{font-size:12px;border-radius:99px;padding:1px 9px;border:1px solid currentColor;white-space:nowrap;flex:none}
+.free{color:var(--good)}.cooling{color:var(--bad)}.full{color:var(--warm)}.out{color:var(--soft)}
+.meter{display:block;height:6px;border-radius:3px;background:var(--fill);margin:4px 0 2px;overflow:hidden}
+.meter>i{display:block;height:100%;background:var(--good)}
+.meter>i.low{background:var(--warm)}
+.meter>i.none{background:var(--bad)}
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:6px 12px;border-top:1px solid var(--line);vertical-align:top}
+thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.long{overflow-wrap:anywhere;min-width:130px}
+pre{margin:0;padding:10px 12px;background:var(--fill);border-radius:8px;overflow-x:auto;font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+button,input,select{font:inherit;color:inherit}
+button{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:4px 12px;cursor:pointer}
+button:hover{border-color:var(--accent)}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--paper)}
+button.plain{border:0;background:none;padding:0;color:var(--accent);text-align:left}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+input,select,textarea{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:5px 10px;min-width:0}
+textarea{width:100%;min-height:170px;color:inherit;font:13px/1.45 ui-monospace,monospace}
+form{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0}
+form input{flex:1 1 260px}
+.plots{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}
+figure{margin:0;overflow-x:auto}
+figure td,figure th{padding:6px 4px}
+figure td.long{min-width:70px}
+figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
+.columns{display:flex;align-items:flex-end;gap:2px;height:130px;border-bottom:1px solid var(--line)}
+.columns>i{flex:1;display:flex;flex-direction:column;justify-content:flex-end;height:100%;min-width:3px}
+.columns b{display:block;min-height:0}
+.b-in{background:var(--in)}.b-out{background:var(--out)}
+.key::before{content:"";display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
+.key.in::before{background:var(--in)}.key.outward::before{background:var(--out)}
+.ends{display:flex;justify-content:space-between}
+.bar{display:block;height:5px;border-radius:3px;background:var(--in);margin-top:3px}
+.heat{display:grid;grid-template-columns:34px repeat(24,1fr);gap:2px;align-items:center}
+.heat i{aspect-ratio:1;border-radius:2px;background:var(--fill)}
+.heat span{font-size:11px;color:var(--soft)}
+.h1{background:color-mix(in srgb,var(--in) 30%,var(--fill))!important}.h2{background:color-mix(in srgb,var(--in) 55%,var(--fill))!important}.h3{background:color-mix(in srgb,var(--in) 80%,var(--fill))!important}.h4{background:var(--in)!important}
+.tabs{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}
+[aria-selected=true]{border-color:var(--accent);color:var(--accent)}
+.copied{position:relative}
+.copied button{position:absolute;top:6px;right:6px}
+.copied pre{padding-right:80px}
+.warn{color:var(--bad)}
+footer{padding:24px 16px 40px}
+[hidden]{display:none!important}
+@media(max-width:520px){th,td{padding:6px 8px}.heat{gap:1px}.heat span{font-size:10px}}
+"""
+
+_PAGE_BODY = r"""
+<header>
+<svg viewBox="0 0 34 34" aria-hidden="true"><g fill="currentColor"><circle cx="17" cy="5" r="4"/><circle cx="27" cy="11" r="3.4" opacity=".8"/><circle cx="27" cy="23" r="3" opacity=".6"/><circle cx="17" cy="29" r="2.6" opacity=".45"/><circle cx="7" cy="23" r="2.2" opacity=".35"/><circle cx="7" cy="11" r="2" opacity=".25"/></g></svg>
+<h1>AICarousel</h1><span id="about" class="soft small"></span>
+<span class="right small"><a href="/docs">API</a> <button id="forget" hidden>Forget the key</button></span>
+</header>
+<main>
+<form id="ask" autocomplete="off">
+<p class="soft">What the carousel does is shown to holders of an admin key: <code>python aicarousel.py key create --admin</code>. It is kept in this tab and sent to this server alone.</p>
+<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required><button class="main">Show</button>
+</form>
+<p id="trouble" class="warn" role="alert"></p>
+<div id="shown" hidden>
+<h2 id="t-carousel">The carousel</h2><div id="carousel" class="cards" aria-labelledby="t-carousel"></div>
+<h2>Now</h2><div class="wide"><table><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
+<h2>Use in the last <select id="days" aria-label="Days"><option>7<option selected>30<option>90</select> days</h2>
+<div class="plots"><figure class="card" id="p-tokens"></figure><figure class="card" id="p-cost"></figure><figure class="card" id="p-model"></figure><figure class="card" id="p-key"></figure><figure class="card" id="p-heat"></figure></div>
+<h2>The last requests</h2><div class="wide"><table><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody></table></div>
+</div>
+<h2 id="t-connect">Connect</h2><div class="card"><div id="clients" class="tabs" role="tablist" aria-labelledby="t-connect"></div><div class="copied" role="tabpanel"><pre id="recipe" tabindex="0"></pre><button id="copy">Copy</button></div>
+<p class="soft small">In place of sk-... goes a gateway key: <code>python aicarousel.py key create NAME</code></p></div>
+</main>
+<footer class="soft small">This page asks this server alone and nobody else.</footer>
+"""
+
+_PAGE_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) {
+    if (name === "class") node.className = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "width" || name === "height") node.style[name] = value;
+    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...inside.filter(one => one !== null && one !== undefined && one !== ""));
+  return node;
+}
+const fill = (id, ...inside) => at(id).replaceChildren(...inside);
+const number = value => value === null || value === undefined ? "-" : Math.round(value).toLocaleString("en");
+const dollars = value => value === null || value === undefined ? "unknown" : "$" + value.toLocaleString("en", {minimumFractionDigits: value < 1 ? 4 : 2, maximumFractionDigits: value < 1 ? 4 : 2});
+const span = s => s === null || s === undefined ? "-" : s >= 172800 ? (s / 86400).toPrecision(3) + " d" : s >= 7200 ? (s / 3600).toPrecision(3) + " h" : s >= 120 ? (s / 60).toPrecision(3) + " min" : Math.round(s) + " s";
+const ms = value => value !== null ? (value < 1000 ? value + " ms" : (value / 1000).toFixed(1) + " s") : "-";
+
+async function ask(path) {
+  const answer = await fetch(path, {headers: {authorization: "Bearer " + sessionStorage.getItem("key")}, cache: "no-store"});
+  const body = await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(body.error ? body.error.message : "status " + answer.status), {status: answer.status});
+  return body;
+}
+
+function showRoutes(routes, windows) {
+  const groups = new Map(), byBucket = new Map();
+  for (const row of windows) byBucket.set(row.bucket, [...(byBucket.get(row.bucket) || []), row]);
+  for (const row of routes) groups.set(row.provider, [...(groups.get(row.provider) || []), row]);
+  fill("carousel", ...[...groups].map(([name, rows]) => {
+    const free = rows.filter(row => row.state === "free").length;
+    return make("section", {class: "card", "data-provider": name}, make("div", {class: "head"}, make("h3", {}, name), make("span", {class: "soft small right"}, free + " of " + rows.length + " free")),
+      ...rows.map(row => {
+        const limits = row.buckets.flatMap(bucket => byBucket.get(bucket) || []).filter(one => one.limit);
+        const tight = limits.sort((one, other) => one.left / one.limit - other.left / other.limit)[0];
+        const left = tight ? tight.left / tight.limit : 1;
+        const state = row.state === "free" ? "serving" : row.state + (row.left_s === null ? "" : " " + span(row.left_s) + (row.proven ? "" : " at most"));
+        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  " + row.key)), make("span", {class: "state " + row.state}, state)),
+          tight ? make("span", {class: "meter"}, make("i", {class: left <= 0 ? "none" : left < .2 ? "low" : "", width: Math.max(left * 100, left <= 0 ? 100 : 1) + "%"})) : null,
+          tight ? make("div", {class: "soft small"}, number(tight.left) + " of " + number(tight.limit) + " " + tight.measure + " a " + tight.per + " left" + (tight.resets_in_s === null ? "" : ", resets in " + span(tight.resets_in_s)) + " (" + tight.origin + ")") : null,
+          row.why ? make("div", {class: "small " + row.state}, row.why) : null,
+          row.last_error && row.state !== "free" ? make("div", {class: "soft small"}, "last error: " + row.last_error) : null);
+      }));
+  }));
+  if (!routes.length) fill("carousel", make("p", {class: "soft"}, "No provider takes part yet: put a key into .env, or run python aicarousel.py setup."));
+}
+
+function showRequests(seen) {
+  fill("live", ...(seen.live.length ? seen.live.map(row => make("tr", {}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
+    make("td", {class: "long"}, row.route || "-"), make("td", {}, row.state), make("td", {class: "n"}, span(row.for_s)))) : [make("tr", {}, make("td", {colspan: 5, class: "soft"}, "Nothing is under way."))]));
+  const open = new Map([...at("last").querySelectorAll("[data-lines]")].map(node => [node.dataset.lines, node.textContent]));
+  fill("last", ...(seen.last.length ? seen.last.flatMap(row => {
+    const more = make("tr", {hidden: open.has(row.id) ? null : ""}, make("td", {colspan: 7}, make("pre", {"data-lines": open.has(row.id) ? row.id : null}, open.get(row.id) || "")));
+    const why = make("button", {class: "plain", "aria-expanded": open.has(row.id), onclick: async () => {
+      const pre = more.querySelector("pre"), closed = more.hidden;
+      if (closed) { try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; } pre.dataset.lines = row.id; }
+      else delete pre.dataset.lines;
+      more.hidden = !closed; why.setAttribute("aria-expanded", closed);
+    }}, row.id);
+    return [make("tr", {"data-request": row.id}, make("td", {}, new Date(row.at_utc * 1000).toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
+      make("td", {class: row.outcome === "ok" ? "free" : "cooling"}, (row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status) + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
+      make("td", {class: "n"}, ms(row.first_ms || null)), make("td", {class: "n"}, ms(row.total_ms))), more];
+  }) : [make("tr", {}, make("td", {colspan: 7, class: "soft"}, "None since the start."))]));
+}
+
+const inward = row => row.input + row.cached + row.cache_write;
+function columns(id, title, days, parts, text, total) {
+  const most = Math.max(...days.map(day => parts.reduce((sum, part) => sum + part.of(day), 0)), 1e-9);
+  fill(id, make("figcaption", {}, make("h3", {}, title), make("span", {"data-total": total}, text(total))),
+    make("div", {class: "columns", role: "img", "aria-label": title + ": " + text(total)}, ...days.map(day => make("i", {title: day.day + ": " + parts.map(part => (part.name ? part.name + " " : "") + text(part.of(day))).join(", "), "data-day": day.day},
+      ...parts.map(part => make("b", {class: part.color, height: 100 * part.of(day) / most + "%", "data-value": part.of(day)}))))),
+    make("div", {class: "ends soft small"}, make("span", {}, days.length ? days[0].day : ""), ...parts.filter(part => part.name).map(part => make("span", {class: "key " + part.key}, part.name)), make("span", {}, days.length ? days[days.length - 1].day : "")));
+}
+function bars(id, title, rows, name) {
+  rows = rows.filter(row => row.requests).sort((one, other) => inward(other) + other.output - inward(one) - one.output).slice(0, 8);
+  const most = Math.max(...rows.map(row => inward(row) + row.output), 1);
+  fill(id, make("figcaption", {}, make("h3", {}, title)), make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, ""), make("th", {class: "n"}, "requests"), make("th", {class: "n"}, "tokens"), make("th", {class: "n"}, "cost"))),
+    make("tbody", {}, ...rows.map(row => make("tr", {"data-name": row[name] || "-"}, make("td", {class: "long"}, row[name] || "-", make("span", {class: "bar", width: 100 * (inward(row) + row.output) / most + "%"})), make("td", {class: "n"}, number(row.requests)),
+      make("td", {class: "n", "data-value": inward(row) + row.output}, number(inward(row) + row.output)), make("td", {class: "n"}, row.unpriced_requests && !row.cost_usd ? "unknown" : dollars(row.cost_usd)))))));
+}
+function showStats(days, models, keys, n_days) {
+  const byDay = new Map(days.groups.map(row => [row.day, row])), none = {input: 0, cached: 0, cache_write: 0, output: 0, cost_usd: 0}, all = [];
+  for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
+  columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
+  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd || 0);
+  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
+  bars("p-model", "By model", models.groups, "model");
+  bars("p-key", "By key", keys.groups, "key");
+  const most = Math.max(...days.hours.flat(), 1), names = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"];
+  fill("p-heat", make("figcaption", {}, make("h3", {}, "Requests by weekday and hour"), make("span", {}, number(days.total.requests))),
+    make("div", {class: "heat", role: "img", "aria-label": "Requests by weekday and hour, " + number(days.total.requests) + " in all"}, make("span", {}), ...Array.from({length: 24}, (_, hour) => make("span", {}, hour % 6 ? "" : String(hour))),
+      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((count, hour) => make("i", {class: count ? "h" + Math.ceil(4 * count / most) : "", title: names[day] + " " + hour + ":00, " + number(count) + " requests", "data-value": count}))])));
+}
+
+let timer = 0, turn = 0;
+async function look() {
+  clearTimeout(timer);
+  const mine = ++turn;
+  try {
+    if (!document.hidden) {
+      const n_days = Number(at("days").value), due = !look.statsAt || performance.now() - look.statsAt > 15000;
+      const [routes, quota, requests, ...stats] = await Promise.all(["/admin/routes", "/admin/quota", "/admin/requests", ...(due ? [`/admin/stats?days=${n_days}&by=day&heatmap=1`, `/admin/stats?days=${n_days}&by=model`, `/admin/stats?days=${n_days}&by=key`] : [])].map(ask));
+      if (mine !== turn) return;
+      at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
+      showRoutes(routes.routes, quota.windows); showRequests(requests);
+      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
+      if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
+    }
+  } catch (error) {
+    if (mine !== turn) return;
+    at("trouble").textContent = error.status ? error.message : "The gateway does not answer.";
+    if (error.status === 401 || error.status === 403) return forget();
+  }
+  timer = setTimeout(look, 2000);
+}
+function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
+at("ask").addEventListener("submit", event => { event.preventDefault(); at("trouble").textContent = ""; sessionStorage.setItem("key", at("key").value.trim()); look(); });
+at("forget").addEventListener("click", () => { at("trouble").textContent = ""; forget(); });
+at("days").addEventListener("change", () => { look.statsAt = 0; look(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden && sessionStorage.getItem("key")) look(); });
+
+const recipes = JSON.parse(at("data").textContent), tabs = Object.keys(recipes).map(name => make("button", {role: "tab", onclick: () => pick(name), onkeydown: event => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (step) { const next = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length]; next.focus(); next.click(); }
+}}, name));
+function pick(name) { tabs.forEach(tab => { const mine = tab.textContent === name; tab.setAttribute("aria-selected", mine); tab.tabIndex = mine ? 0 : -1; }); at("recipe").textContent = recipes[name].replaceAll("{url}", location.origin).replaceAll("{key}", "sk-..."); }
+at("clients").append(...tabs);
+if (tabs.length) pick(tabs[0].textContent);
+at("copy").addEventListener("click", async () => {
+  try { await navigator.clipboard.writeText(at("recipe").textContent); } catch { getSelection().selectAllChildren(at("recipe")); }
+  at("copy").textContent = "Copied"; setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
+});
+if (sessionStorage.getItem("key")) look(); else at("key").focus();
+"""
+
+
+def render_page(recipes: Mapping[str, str]) -> tuple[Headers, bytes]:
+    """The page of `/` for browsers; `recipes` are set-ups of clients by name, with {url} and {key} in them."""
+    return _document("AICarousel", _PAGE_BODY, _PAGE_SCRIPT, recipes)
+
+
+def _document(title: str, body: str, script: str, data: Any) -> tuple[Headers, bytes]:
+    """A page of its own: nothing is loaded from anywhere, no script runs but `script`, nobody may frame it. `data` is what the script reads under the id data."""
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    written = json.dumps(data).replace("<", "\\u003c")
+    policy = (f"default-src 'none'; style-src {source(_PAGE_STYLE)}; script-src {source(script)}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+            f'<link rel="icon" href="data:,"><style>{_PAGE_STYLE}</style></head><body>{body}<script type="application/json" id="data">{written}</script><script>{script}</script></body></html>\n')
+    return [("content-type", "text/html; charset=utf-8"), ("content-security-policy", policy), ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-store"), ("x-frame-options", "DENY")], page.encode()
+
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
 
-def list_models(config: Config) -> list[Json]:
-    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part. Limits where they are known."""
+Offers = Callable[[Provider], tuple[Model, ...]]
+
+
+def list_models(config: Config, offers: Offers) -> list[Json]:
+    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
     smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+        listed = {model.id for model in provider.models}
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
@@ -15597,9 +16168,9 @@ def _model_row(name: str, owner: str, model: Model) -> Json:
     return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": owner, **{label: value for label, value in limits.items() if value}}
 
 
-def find_model(config: Config, name: str) -> Json | None:
+def find_model(config: Config, offers: Offers, name: str) -> Json | None:
     """One row of the list; bare ids, aliases of models and provider names are known too."""
-    for row in list_models(config):
+    for row in list_models(config, offers):
         if row["id"] == name:
             return row
     for provider in config.active:
@@ -15621,9 +16192,6 @@ def as_messages_model(row: Json) -> Json:
 
 _EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
 _OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
-_MISFITS: Mapping[str, str] = MappingProxyType({
-    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
-    "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again"})
 
 
 def explain_lines(decision: Decision) -> list[str]:
@@ -15636,17 +16204,26 @@ def explain_lines(decision: Decision) -> list[str]:
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
              for attempt in decision.attempts]
     misfits = {route.id: why for route, why in decision.passed_over}
-    out = [f"  {route.id}: {_MISFITS.get(why, why)}" for route, why in decision.passed_over]
-    out += [f"  {route.id}: {why}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits]
+    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in decision.passed_over]
+    out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
     asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
-    notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
+    notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -15740,6 +16317,7 @@ MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
 _DECISIONS_MAX = 200        #: requests that can still be explained
+_SHOWN_MAX = 100            #: of them are listed
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
@@ -15774,8 +16352,10 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
     "/admin/explain": _Endpoint({"GET": "admin_explain", "POST": "admin_foresee"}, admin=True),
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
+    "/admin/requests": _Endpoint({"GET": "admin_requests"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
+    "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15793,9 +16373,12 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.transport.bounds = self.bounds
+        self.lists = ModelLists(self.relay)
+        self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
+        self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -15810,10 +16393,12 @@ class Gateway:
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
+        self.lists.look()
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
+        self.lists.close()
         self.transport.close()
 
     @property
@@ -15929,7 +16514,9 @@ class Gateway:
                                ("access-control-allow-headers", "Content-Type, Authorization, x-api-key, anthropic-version")], b"")
 
     async def front_page(self, request: Request, exchange: Exchange) -> None:
-        """GET /: what this is."""
+        """GET /: the page for a browser, a few lines for all else."""
+        if "text/html" in request.headers.get("accept", ""):
+            return exchange.respond(200, *render_page(self.recipes))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
@@ -15960,7 +16547,8 @@ class Gateway:
 
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
-        rows = list_models(self.config)
+        self.lists.look()
+        rows = list_models(self.config, self.lists.of)
         if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
@@ -15972,7 +16560,7 @@ class Gateway:
         """GET /v1/models/{id}; ids may hold slashes."""
         from urllib.parse import unquote
         name = unquote(request.path.partition("/models/")[2])
-        row = find_model(self.config, name)
+        row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
@@ -16075,9 +16663,33 @@ class Gateway:
         """GET /admin/quota: what is used and left of every limit."""
         exchange.respond(200, _JSON, dump_json({"windows": describe_ledger(self.relay.state.ledger, self.world.clock())}))
 
+    async def admin_requests(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/requests: those under way, and those that ended last, newest first."""
+        now = self.world.clock()
+        last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
+                 "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
+                for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
+        live = [run.describe(now) for run in self.relay.running.values()]
+        self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
+
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
-        """GET /admin/routes: every route and what keeps it out."""
-        exchange.respond(200, _JSON, dump_json({"routes": describe_routes(self.config.active, self.relay.state, self.world.clock())}))
+        """GET /admin/routes: every route, what keeps it out, and what it failed by last."""
+        rows = describe_routes(self.config.active, self.relay.state, self.world.clock())
+        errors: dict[str, str] = {}
+        for decision in self.decisions:
+            errors |= {attempt.route.id: f"{attempt.reason}{f' ({attempt.status})' if attempt.status else ''} {attempt.detail[:200]}".strip()
+                       for attempt in decision.attempts if attempt.reason and attempt.reason != "client_closed"}
+        self._show(exchange, {"routes": [{**row, "last_error": errors.get(row["route"])} for row in rows]})
+
+    def _show(self, exchange: Exchange, told: Json) -> None:
+        """Answer with what holds words of clients and providers: no secret in it, every text one printable line."""
+        def clean(value: Any) -> Any:
+            if isinstance(value, str):
+                return printable(redact(value, self.config.secrets))
+            if isinstance(value, dict):
+                return {name: clean(inner) for name, inner in value.items()}
+            return [clean(inner) for inner in value] if isinstance(value, list) else value
+        exchange.respond(200, _JSON, dump_json(clean(told)))
 
     async def admin_reset(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/routes/reset {"route": glob}: use routes again, whatever was held against them."""
@@ -16092,6 +16704,10 @@ class Gateway:
         self.relay.wake()
         self.usage.save_routing(self.relay.rows())
         exchange.respond(200, _JSON, dump_json({"reset": found}))
+
+    async def admin_refresh(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/models/refresh: ask providers with "*" among their models for their lists now."""
+        exchange.respond(200, _JSON, dump_json({"providers": await self.lists.refresh()}))
 
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
@@ -16126,7 +16742,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -16194,7 +16813,7 @@ class Gateway:
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
@@ -16911,16 +17530,10 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
     status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
     if status != 200:
         raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
-    try:
-        told = json.loads(answer)
-    except (ValueError, RecursionError):
-        told = None
-    rows = told if isinstance(told, list) else told.get("data", told.get("models")) if isinstance(told, dict) else None
-    names = [row.get("id", row.get("name")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    ids = [name.removeprefix("models/") for name in names if isinstance(name, str) and name and name == name.strip() and name.isprintable()]
-    if not ids:
+    found = read_models(answer)
+    if not found:
         raise transport_failure("not_json", "body", "no list of models")
-    return list(dict.fromkeys(ids))
+    return [model.id for model in found]
 
 
 def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
@@ -17124,7 +17737,225 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25
+# 26. Set-up                                                I/O | uses 1-4, 17, 23
+##############################################################################
+# The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
+
+class _Question(NamedTuple):
+    """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
+    prompt: str
+    read: Callable[[Home, str, Sequence[str]], list[str]]
+
+
+class _Action(NamedTuple):
+    """A line of a menu: the command's first words, and the questions that give the others."""
+    label: str
+    words: tuple[str, ...]
+    questions: tuple[_Question, ...] = ()
+
+
+class _Menu(NamedTuple):
+    """A part of the set-up: the command that shows how things are, and what can be done."""
+    label: str
+    shown: tuple[str, ...]
+    actions: tuple[_Action, ...]
+
+
+def _pick(text: str, names: Sequence[str], what: str) -> str:
+    """One of `names`, by itself or by its number. Raises Refused."""
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text in names:
+        return text
+    close = nearest(text, names)
+    raise Refused(f"there is no {what} {ascii(text)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"a number from 1 to {len(names)}, or a name" if names else "there are none"))
+
+
+def _read_provider(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [provider.name for provider in read_config(home, {}).providers], "provider")]
+
+
+def _read_known_model(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [model.id for model in find_provider(read_config(home, {}), words[-1]).models], "model")]
+
+
+def _read_order(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    names = [provider.name for provider in read_config(home, {}).providers]
+    return [",".join(_pick(part.strip(), names, "provider") for part in text.split(","))]
+
+
+def _read_word(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.startswith("-") or not text.isprintable():
+        raise Refused("that is no name")
+    return [text]
+
+
+def _read_switch(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.lower() not in ("on", "off"):
+        raise Refused("on or off")
+    return [text.lower()]
+
+
+def _read_count(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refused("a number is wanted")
+    return [text]
+
+
+def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text == "-" and words[-1] in PRESETS:
+        return []
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise Refused("an address like https://host/v1" + (", or - for its own" if words[-1] in PRESETS else ""))
+    return ["--url", text]
+
+
+def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [] if text == "-" else ["--models", *_read_word(home, text, words)]
+
+
+_PROVIDER = _Question("Provider (number or name)", _read_provider)
+_MODEL = _Question("Model (number or name)", _read_known_model)
+_KEY_ID = _Question("Id of the key", _read_count)
+
+_MENUS: Mapping[str, _Menu] = {
+    "2": _Menu("provider keys", ("provider", "list"), (
+        _Action("add a key", ()),
+        _Action("test all keys", ("provider", "test")),
+        _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
+    )),
+    "3": _Menu("gateway keys", ("key", "list"), (
+        _Action("make a key", ("key", "create"), (_Question("A name for it", _read_word),)),
+        _Action("revoke a key", ("key", "revoke"), (_KEY_ID,)),
+        _Action("delete a key", ("key", "delete"), (_KEY_ID,)),
+    )),
+    "4": _Menu("providers and their order", ("provider", "list"), (
+        _Action("switch one on", ("provider", "enable"), (_PROVIDER,)),
+        _Action("switch one off", ("provider", "disable"), (_PROVIDER,)),
+        _Action("change the order", ("provider", "order"), (_Question("All of them in the new order (numbers or names, with commas)", _read_order),)),
+        _Action("add one", ("provider", "add"), (_Question("Its name", _read_word), _Question("Its address (- for that of a built-in provider)", _read_url),
+                                                 _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
+        _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
+    )),
+    "5": _Menu("models", ("model", "list"), (
+        _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
+        _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
+        _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
+        _Action("ask the providers what they list now", ("model", "refresh")),
+    )),
+}
+_TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _MENUS.items()}, "6": "status", "q": "leave"}
+
+
+def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the first answer that it takes; None for a mere Enter."""
+    while True:
+        text = input(f"{prompt}: ").strip()
+        if not text:
+            return None
+        try:
+            return read(text)
+        except Refused as refused:
+            print(f"  {printable(str(refused))}")
+
+
+def _choose(choices: Mapping[str, str]) -> str | None:
+    """The key of the choice that was made, None for a mere Enter."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise Refused(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    return _ask("Number", read)
+
+
+def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
+    """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
+    import getpass
+    key = getpass.getpass(f"{prompt}: ")
+    form = key_form(clean_key(key))
+    if key.strip() and name is None and (form is None or not form.sure):
+        names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
+        print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
+        own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
+        name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
+    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+
+
+def _take_keys(home: Home, prompt: str) -> None:
+    """Takes provider keys until a mere Enter."""
+    while True:
+        try:
+            told = ask_key(home, None, prompt)
+        except (Refused, ConfigError) as refused:
+            told = str(refused)
+        if told is None:
+            return
+        print(f"  {printable(told)}")
+        prompt = "One more key (Enter: that is all)"
+
+
+def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+    """From nothing to what `serve` needs: a provider's key, and a key for clients."""
+    free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
+    print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
+    _take_keys(home, "Paste a key (it is not shown; Enter: none)")
+    config = read_config(home, {})
+    active = [provider.name for provider in config.active]
+    print("", f"2. Providers that take part: {', '.join(active)}" if active else "2. No provider takes part yet; the built-in one answers offline: serve --demo", sep="\n")
+    open_database(home.database_path).close()
+    n_keys = sum(key.active for key in list_keys(home.database_path))
+    key = "" if n_keys else create_key(home.database_path, "first")[0]
+    print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+
+
+def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
+    """Asks for what an action lacks and runs its command; one that was refused is asked for again."""
+    if not action.words:
+        return _take_keys(home, "Paste a key (it is not shown; Enter: back)")
+    while True:
+        words = list(action.words)
+        for question in action.questions:
+            answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
+            if answer is None:
+                return
+            words += answer
+        if run(words) == 0 or not action.questions:
+            return
+
+
+def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+    """The dialogue; its exit status.
+
+    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    """
+    try:
+        print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
+        if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
+            _go_step_by_step(home, recipes)
+            print("", "`setup` shows all that can be set from now on.", sep="\n")
+            return 0
+        while (choice := _choose(_TOP)) not in (None, "q"):
+            if choice in ("1", "6"):
+                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                continue
+            menu = _MENUS[choice]
+            labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+                _do(home, menu.actions[int(number) - 1], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -17545,12 +18376,10 @@ def _test_providers(arguments: Any, home: Home) -> int:
 def _login_command(arguments: Any) -> int:
     """Take a provider's key, check it there, and keep it in .env."""
     home = find_home(arguments.home)
-    if arguments.stdin or not sys.stdin.isatty():
-        key = sys.stdin.readline()
-    else:
-        import getpass
-        key = getpass.getpass(f"Key of {arguments.provider or 'a provider'} (it is not shown): ", stream=sys.stderr)
-    text, state, place = take_key(home, key, arguments.provider)
+    if not arguments.stdin and sys.stdin and sys.stdin.isatty():
+        told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
+        return _say_done(arguments, told or "no key came", told is not None)
+    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
     return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
 
 
@@ -17585,6 +18414,22 @@ def _alias_command(arguments: Any) -> int:
         return _print_told(arguments, {"aliases": {name: list(targets) for name, targets in aliases.items()}},
                            [printable(f"{name} = {', '.join(targets)}") for name, targets in aliases.items()] or ["there are no aliases"])
     return _say_done(arguments, set_alias(home, arguments.name, arguments.target) if arguments.action == "set" else remove_alias(home, arguments.name))
+
+
+def _setup_command(arguments: Any) -> int:
+    """The dialogue; where there is nobody to talk to, help."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        make_parser().print_help(sys.stderr)
+        print("\nsetup asks questions and needs a terminal; every action of it is also one of these commands", file=sys.stderr)
+        return 2
+
+    def run(words: Sequence[str]) -> int:
+        try:
+            return main([*words, *(["--home", arguments.home] if arguments.home else [])])
+        except SystemExit:
+            return 2                    # argparse has said why
+
+    return run_setup(find_home(arguments.home), run, client_recipes)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -17871,6 +18716,7 @@ def _version_command(arguments: Any) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
+    "setup": _setup_command,
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
@@ -17991,6 +18837,7 @@ def make_parser() -> Any:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
     served = commands.add_parser("serve", parents=[common], help="run the gateway")
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")

@@ -180,8 +180,8 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
-             "bundle", "version",             "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
+COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
+            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -295,6 +295,8 @@ def test_demo_answers_streamed_and_whole(demo: Gateway) -> None:
     assert whole.status == streamed.status == 200 and streamed.done and streamed.complete
     assert whole.text == streamed.text == aicarousel.Demo.ANSWER and len(streamed.chunks) > 20
     assert whole.headers["x-aicarousel-provider"] == "demo"
+    [model] = aicarousel.load_config(None, models_path="", environment={}, dotenv={}, flags={"demo": True, "demo_url": "http://127.0.0.1:9/v1"}).active[0].models
+    assert model.price == aicarousel.Price(0.0, 0.0, 0.0, 0.0), "it costs nothing, which is no unknown cost"
 
 
 def test_demo_and_a_provider_of_that_name(place: Place) -> None:

@@ -55,7 +55,7 @@ WHOLE = {
         "keys": ["env:VLLM_KEY", {"key": "env:VLLM_KEY_B", "label": "team-b", "proxy": "http://127.0.0.1:3128", "headers": {"X-Team": "b"},
                                   "models": ["*"], "excludedModels": ["*-preview"], "prefix": "teamB/", "disabled": False}],
         "headers": {"X-Title": "AICarousel"}, "proxy": "", "timeouts": {"connect": 10, "firstByte": 60.5, "idle": 60, "total": 5, "streamTotal": 7},
-        "limits": {"rpm": 30}, "maxConcurrent": 8,
+        "limits": {"rpm": 30}, "maxConcurrent": 8, "weight": 5,
         "rules": [{"models": "qwen*", "default": {"temperature": 0.7}, "override": {"top_p": 1}, "drop": ["logit_bias"]}]},
     "carousel": {"strategy": "fill-first", "affinity": "off", "fallback": "same-model", "maxAttempts": 3, "maxWait": 1.5, "toolStream": "live",
                  "unknownModel": "reject", "echoModel": True, "contentFallback": True, "aliases": {"fast": ["my-vllm/big", "my-vllm"], "claude-*": "aicarousel"}},
@@ -73,7 +73,7 @@ def test_every_optional_field_is_kept():
     assert (first.id, first.secret, first.source, first.proxy) == ("my-vllm/1", "key-one", "env:VLLM_KEY", None)
     assert (second.id, second.label, second.proxy, second.headers) == ("my-vllm/2", "team-b", "http://127.0.0.1:3128", (("X-Team", "b"),))
     assert (second.models, second.excluded_models, second.prefix) == (("*",), ("*-preview",), "teamB/")
-    assert provider.headers == (("X-Title", "AICarousel"),) and provider.proxy == "" and provider.max_concurrent == 8
+    assert provider.headers == (("X-Title", "AICarousel"),) and provider.proxy == "" and provider.max_concurrent == 8 and provider.weight == 5
     assert provider.timeouts == aicarousel.Timeouts(10, 60.5, 60, 5, 7) and provider.limits == Limits(rpm=30)
     assert provider.rules == (aicarousel.PayloadRule("qwen*", {"temperature": 0.7}, {"top_p": 1}, ("logit_bias",)),)
     assert config.carousel == aicarousel.Carousel("fill-first", "off", "same-model", 3, 1.5, "live", "reject", True,
@@ -194,6 +194,7 @@ REFUSED = [
     (entry(timeouts={"firstbyte": 1}), "x.timeouts.firstbyte", "unknown", 'did you mean "firstByte"?'),
     (entry(timeouts=5), "x.timeouts", "number 5", "an object"),
     (entry(limits={"rpm": "30"}), "x.limits.rpm", 'string "30"', "whole number"),
+    (entry(weight=0), "x.weight", "number 0", "from 1 to 1000"),
     (entry(maxConcurrent=0), "x.maxConcurrent", "number 0", "from 1"),
     (entry(rules={}), "x.rules", "an object", "a list"),
     (entry(rules=[{"drop": ["messages"]}]), "x.rules[0].drop[0]", "messages", "other than model"),
