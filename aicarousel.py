@@ -33,7 +33,10 @@ Contents
     20  Relay               attempts, commit, pump, keep-alives, cancellation
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
-    25  Command line        serve, key, status, stats, call, db, config
+    23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    25  Bundle              the copy that needs nothing installed
+    26  Set-up              the dialogue of `setup`
+    27  Command line        serve, key, status, stats, call, db, config
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -65,13 +68,16 @@ if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"] an
 
 import asyncio
 import base64
+import bisect
 import contextlib
 import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import mmap
@@ -86,7 +92,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -238,6 +244,8 @@ class Provider:
     max_concurrent: int | None = None
     rules: tuple[PayloadRule, ...] = ()
     why_out: str = ""                        #: why it takes no part, "" when it does
+    lists_models: bool = False               #: "*" is among its models: clients are shown all that it says it has
+    weight: int = 1                          #: its share of the requests, beside those of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +388,7 @@ _NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 def printable(text: str) -> str:
     """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -802,6 +810,70 @@ def price_text(price: Price | None) -> str:
     return f"{rates} {price.as_of or 'models.json'}" + (f" (dearer over {price.long_over})" if price.long_over is not None else "")
 
 
+# Keys.
+
+class KeyForm(NamedTuple):
+    """What keys of `providers` look like: of the one that it must be, or of those that it may be.  `why_not`: why such a key is of no use here."""
+    pattern: str
+    providers: tuple[str, ...]
+    sure: bool = True
+    why_not: str = ""
+
+
+_NO_MODELS = "it is for administration and cannot run models"
+
+#: Tried in this order; what nothing fits may be anybody's.
+KEY_FORMS: tuple[KeyForm, ...] = (
+    KeyForm(r"sk-or-v1-[0-9a-f]{64}", ("openrouter",)),
+    KeyForm(r"sk-ant-api[0-9]{2}-[\w-]{80,}", ("anthropic",)),
+    KeyForm(r"sk-ant-oat[0-9]{2}-.*", ("anthropic",), why_not="it belongs to a subscription, which is for the vendor's own programs"),
+    KeyForm(r"sk-ant-admin[0-9]{2}-.*", ("anthropic",), why_not=_NO_MODELS),
+    KeyForm(r"sk-(?:proj|svcacct)-[\w-]{20,}", ("openai",)),
+    KeyForm(r"sk-admin-.*", ("openai",), why_not=_NO_MODELS),
+    KeyForm(r"sk-[\w-]*T3BlbkFJ[\w-]+", ("openai",)),
+    KeyForm(r"gsk_[A-Za-z0-9]{40,}", ("groq",)),
+    KeyForm(r"csk-[A-Za-z0-9]{20,}", ("cerebras",)),
+    KeyForm(r"AIza[\w-]{35}|AQ\.[\w-]{20,}", ("gemini",)),
+    KeyForm(r"hf_[A-Za-z0-9]{30,}", ("huggingface",)),
+    KeyForm(r"gh[ou]_[A-Za-z0-9]{36,}", ("github-copilot",)),
+    KeyForm(r"tid=[^;]+;.*", ("github-copilot",), why_not="it expires within the hour: python aicarousel.py login github-copilot"),
+    KeyForm(r"ghp_[A-Za-z0-9]{36,}|github_pat_\w{50,}", ("github-copilot",), why_not="Copilot takes no personal access tokens: python aicarousel.py login github-copilot"),
+    KeyForm(r"xai-[A-Za-z0-9]{60,}", ("xai",)),
+    KeyForm(r"nvapi-[\w-]{40,}", ("nvidia",)),
+    KeyForm(r"fw_[A-Za-z0-9]{20,}", ("fireworks",)),
+    KeyForm(r"tgp_v1_[\w-]{30,}", ("together",)),
+    KeyForm(r"[0-9a-f]{32}\.[A-Za-z0-9]{16}", ("zai",)),
+    KeyForm(r"sk-kimi-.*", ("moonshot",), False),
+    KeyForm(r"sk-sp-.*", ("qwen",), False),
+    KeyForm(r"sk-lm-.*", ("lmstudio",), False),
+    KeyForm(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", ("sambanova",), False),
+    KeyForm(r"sk-[0-9a-f]{32}", ("deepseek", "qwen"), False),
+    KeyForm(r"sk-[A-Za-z0-9]{40,60}", ("moonshot", "openai"), False),
+    KeyForm(r"[0-9a-f]{64}", ("together",), False),
+    KeyForm(r"[A-Za-z0-9]{32}", ("mistral",), False),
+    KeyForm(r"[\w-]{40}", ("cloudflare",), False),
+    KeyForm(r"eyJ[\w-]+\.[\w-]+\..*", ("minimax",), False),
+)
+
+
+def clean_key(text: str) -> str:
+    """A key without what people paste around it: blanks, quotes, NAME=, Bearer."""
+    before = None
+    while before != text:
+        before, text = text, re.sub(r"^(?:(?:export\s+)?[A-Za-z_][A-Za-z0-9_]*_(?:KEY|TOKEN)\s*=|[Bb]earer\s)", "", text.strip().strip("\"'`,;"))
+    return text
+
+
+def key_form(key: str) -> KeyForm | None:
+    """What a key looks like, None for nothing known."""
+    return next((form for form in KEY_FORMS if re.fullmatch(form.pattern, key, re.ASCII)), None)
+
+
+def mask_key(key: str) -> str:
+    """A key as it may be shown: its first 6 and last 4 characters, of a short one nothing."""
+    return f"{key[:6]}...{key[-4:]}" if len(key) >= 20 else "***"
+
+
 #: The models.json a newcomer starts with: what can be had without paying, widest free allowance first, own machine last.
 DEFAULT_MODELS: Mapping[str, Json] = MappingProxyType({
     name: {"default": PRESETS[name].default, "enableFallback": True, "models": [model.id for model in PRESETS[name].models]}
@@ -815,7 +887,44 @@ DEFAULT_MODELS: Mapping[str, Json] = MappingProxyType({
 # Three layers: checkers (`_want_*`: a value and its place -> the value as we keep it, or a complaint), tables of
 # fields that name a checker each, and `_make_*`, which join what was checked with presets and variables.
 # No complaint repeats what may be a secret.  Guarded by tests/test_config.py: a row per rule.
-# One more field: a line in its table.  One more setting: a field of Settings, a line in _SETTINGS, a README line.
+# One more field: a line in its table.  One more limit: a line in Bounds, and the row that tests/test_docs.py then wants in README.  One more setting: a field of Settings, a line in _SETTINGS, a README line.
+
+def _bound(default: float, low: float, high: float, unit: str, about: str) -> Any:
+    """A field of Bounds: its default, the range it may be set in, its unit, and what README says of it."""
+    return field(default=default, metadata={"low": low, "high": high, "unit": unit, "about": about})
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """`carousel.limits` of models.json: how long, how much and how many.  This table is what checks, defaults, `config show` and README are made from.
+
+    A field's name in models.json is its own in camel case, without _s for seconds.  What is under way keeps what it began with.
+    """
+    client_head_s: float = _bound(10.0, 0.1, 3600.0, "seconds", "until the head of a client's request is there")
+    client_body_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "until its body is there")
+    client_idle_s: float = _bound(120.0, 1.0, 86_400.0, "seconds", "a client's connection may wait for the next request")     # Codex keeps its own for 90
+    client_stall_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a client may read nothing of its answer")
+    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; idle ones make room for new ones, else these are refused")
+    body_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of a request's body")
+    answer_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of an answer that is not streamed, or that comes compressed")
+    event_bytes: int = _bound(8 << 20, 1 << 17, 1 << 30, "bytes", "of one event of a stream, as long as it is not whole")
+    keep_alive_first_s: float = _bound(4.5, 0.1, 3600.0, "seconds", "of silence until a stream's first sign of life")
+    keep_alive_s: float = _bound(12.0, 0.1, 3600.0, "seconds", "of silence until each further one")
+    drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
+    request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
+    queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
+    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
+    retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
+    pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
+    pool_size: int = _bound(256, 0, 10_000, "connections", "kept so for each provider")
+    cool_rate_s: float = _bound(1.0, 0.1, 86_400.0, "seconds", "a key or model is left out after a first 429 that names no time")
+    cool_server_s: float = _bound(5.0, 0.1, 86_400.0, "seconds", "a key and model after a first `server` failure")
+    cool_network_s: float = _bound(5.0, 0.1, 86_400.0, "seconds", "a provider after a first `network` failure")
+    cool_model_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a model after a first `model` failure")
+    cool_most_s: float = _bound(600.0, 0.1, 86_400.0, "seconds", "where these four, doubling with each failure in a row, end")
+    cool_credential_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `credential` failure")
+    cool_payment_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `payment` failure")
+
 
 @dataclass(frozen=True, slots=True)
 class Carousel:
@@ -830,6 +939,7 @@ class Carousel:
     echo_model: bool = False
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
+    limits: Bounds = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -848,6 +958,7 @@ class Settings:
     no_proxy: tuple[str, ...] = ()
     no_auth: bool = False
     demo: bool = False
+    secret_commands: bool = False                          #: whether cmd: references may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -862,6 +973,7 @@ class Config:
     looked_for: tuple[str, ...]              #: key variables that were not set
     secrets: frozenset[str] = field(repr=False)
     models_path: str
+    secret_files: tuple[str, ...] = ()       #: what file: references name; read again when they change
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -1036,17 +1148,17 @@ def _want_model(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_key(value: Any, place: _Place) -> dict[str, Any]:
-    """A credential as env:NAME or an object; `variable` is the NAME."""
+    """A credential as a reference or an object; `variable` is the NAME of env:NAME, or the reference as it stands."""
     return {"variable": _want_reference(value, place)} if not isinstance(value, dict) else _want_object(_KEY_FIELDS, ("key",))(value, place)
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
-        return match[1]
+        return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME"; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1223,12 +1335,24 @@ _PROVIDER_FIELDS = {
     "timeouts": _Field("timeouts", _want_object(_TIMEOUT_FIELDS)),
     "limits": _Field("limits", _LIMITS),
     "maxConcurrent": _Field("max_concurrent", _want_whole(1, 10_000)),
+    "weight": _Field("weight", _want_whole(1, 1000)),
     "rules": _Field("rules", _want_list(_want_record(lambda models="*", default=None, override=None, **rest: PayloadRule(
         models, default or {}, override or {}, rest.get("drop", ())), _RULE_FIELDS))),
 }
 
+def camel_name(name: str) -> str:
+    """The name in models.json of a field we keep."""
+    first, *rest = name.removesuffix("_s").split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+_BOUND_FIELDS = {
+    camel_name(name): _Field(name, (_want_whole if isinstance(known.default, int) else functools.partial(_want_number, unit=known.metadata["unit"]))(
+        known.metadata["low"], known.metadata["high"]))
+    for name, known in Bounds.__dataclass_fields__.items()}
+
 _CAROUSEL_FIELDS = {
-    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota")),
+    "strategy": _Field("strategy", _want_word("round-robin", "fill-first", "priority", "fastest", "cheapest", "most-quota", "least-busy", "weighted")),
     "affinity": _Field("affinity", _want_word("auto", "on", "off")),
     "fallback": _Field("fallback", _want_word("chain", "same-model", "none")),
     "maxAttempts": _Field("max_attempts", _want_whole(1, 50)),
@@ -1238,6 +1362,7 @@ _CAROUSEL_FIELDS = {
     "echoModel": _Field("echo_model", _want_flag),
     "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
+    "limits": _Field("limits", _want_record(Bounds, _BOUND_FIELDS)),
 }
 
 
@@ -1313,6 +1438,25 @@ class _Load:
     warnings: list[str] = field(default_factory=list)
     looked_for: list[str] = field(default_factory=list)
     secrets: set[str] = field(default_factory=set)
+    secret_files: list[str] = field(default_factory=list)
+    read_secret: Callable[[str], str] | None = None
+    may_run: bool = False
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        kind, found, target = reference.partition(":")
+        if not found:
+            return self.look(reference)
+        if kind == "cmd" and not self.may_run:
+            self.warnings.append(f"{redact(reference)} is not run: AICAROUSEL_SECRET_COMMANDS=true in the environment or .env allows it")
+            return "", ""
+        if kind == "file":
+            self.secret_files.append(target)
+        try:
+            return self.read_secret(reference) if self.read_secret is not None else "", redact(reference)
+        except ConfigError as error:
+            self.warnings.append(str(error))
+            return "", ""
 
     def look(self, variable: str) -> tuple[str, str]:
         """(value, origin) of a variable, two empty strings when it is unset or blank.  One that is blank in the environment hides that of .env."""
@@ -1363,9 +1507,13 @@ def _make_provider(load: _Load, name: str, entry: Mapping[str, Any], place: _Pla
     out = (switch if not enabled else f"no model: name one in models.json or in {variable_name(name, 'MODEL')}" if not default
            else f"no account: {unset} is not set" if unset
            else keys_out)
-    timeouts = replace(Timeouts(first_byte_s=preset.first_byte_s, idle_s=preset.idle_s), **entry.get("timeouts", {}))
+    usual = replace(Timeouts(), first_byte_s=preset.first_byte_s, idle_s=preset.idle_s)
+    timeouts = replace(usual, **entry.get("timeouts", {}))
+    load.origins |= {f"{name}.timeouts.{field_name}": f"models.json {name}.timeouts.{field_name}" if known.name in entry.get("timeouts", {})
+                     else "default" if getattr(usual, known.name) == getattr(Timeouts(), known.name) else "built in" for field_name, known in _TIMEOUT_FIELDS.items()}
     return Provider(name, preset, base_url, wire, default, entry["enable_fallback"], models, credentials, enabled, entry.get("headers", ()),
-                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out)
+                    entry.get("proxy"), timeouts, entry.get("limits"), entry.get("max_concurrent"), entry.get("rules", ()), out,
+                    any(row["id"] == ALL_MODELS for row in entry["models"]), entry.get("weight", 1))
 
 
 def _choose_base_url(load: _Load, name: str, entry: Mapping[str, Any], preset: Preset, wire: str, place: _Place, own_port: int) -> str:
@@ -1433,8 +1581,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
     The preset's limits are those of free plans and are not taken over: a paid key would be throttled by them.
     """
     known = {model.id: replace(model, limits=None) for model in preset.models}
-    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"]]
+    models = [replace(known.get(row["id"], Model(row["id"])), **row) for row in entry["models"] if row["id"] != ALL_MODELS]
     default = entry["default"]
+    if len(models) < len(entry["models"]) and default not in [model.id for model in models]:
+        models.insert(0, known.get(default, Model(default)))
     _refuse_twice(models, place)
     if models and default not in [model.id for model in models]:
         raise place.at("default").refuse(_shown(default), 'a model of "models"; ' + _one_of(default, [model.id for model in models]))
@@ -1445,6 +1595,10 @@ def _choose_models(load: _Load, name: str, entry: Mapping[str, Any], preset: Pre
             models.insert(0, known.get(default, Model(default)))
     _warn_retired(load, name, models, preset, place)
     return tuple(models), default
+
+
+#: Among the models of a provider: all that it lists.
+ALL_MODELS = "*"
 
 
 def _refuse_twice(models: Sequence[Model], place: _Place) -> None:
@@ -1472,10 +1626,8 @@ def _choose_enabled(load: _Load, name: str, entry: Mapping[str, Any]) -> tuple[b
     value, origin = load.look(variable)
     if not value:
         return entry.get("enabled", True), "switched off in models.json"
-    if value.lower() not in _SWITCH:
-        raise _Place(origin).refuse(_shown(value), "true or false")
     load.origins[f"{name}.enabled"] = origin
-    return _SWITCH[value.lower()], f"switched off by {variable}"
+    return _want_switch(value, _Place(origin)), f"switched off by {variable}"
 
 
 _SWITCH: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -1497,7 +1649,7 @@ def _choose_credentials(load: _Load, name: str, entry: Mapping[str, Any], preset
         first.setdefault(key.secret, key)
     if first:
         load.origins.update({f"{name}.keys.{number}": key.origin for number, key in enumerate(first.values(), 1)})
-        return tuple(Credential(f"{name}/{number}", key.secret, source=f"env:{key.variable}", **key.options)
+        return tuple(Credential(f"{name}/{number}", key.secret, source=redact(key.variable) if ":" in key.variable else f"env:{key.variable}", **key.options)
                      for number, key in enumerate(first.values(), 1)), ""
     needs_none = not entry["keys"] if "keys" in entry else preset.keyless or is_loopback(_split_url(base_url).host)
     if needs_none:
@@ -1510,7 +1662,7 @@ def _keys_in(load: _Load, variables: Iterable[str], options: Mapping[str, Any]) 
     """The keys in these variables; one variable may hold several, parted by commas."""
     found = []
     for variable in variables:
-        value, origin = load.look(variable)
+        value, origin = load.resolve(variable)
         found += [_Found(_want_secret(part, _Place(origin)), variable, origin, options) for part in _split_list(value)]
     load.secrets |= {key.secret for key in found}
     return found
@@ -1524,7 +1676,8 @@ def _listed_keys(load: _Load, name: str, keys: Sequence[Mapping[str, Any]]) -> t
         here = _keys_in(load, [key["variable"]], options)
         if not here:
             lacking.append(redact(key["variable"]))
-            load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
+            if ":" not in key["variable"]:
+                load.warnings.append(f"{name}: {redact(key['variable'])} is not set; that key is left out")
         found += here if not key.get("disabled") else []
     return found, lacking
 
@@ -1561,6 +1714,12 @@ def _want_host(value: Any, place: _Place) -> str:
     if re.fullmatch(r"[\w.:%-]+|\[[\w.:%-]+\]", str(value), re.ASCII):
         return str(value).strip("[]")
     raise place.refuse(_shown(value), "a host name or an address, without scheme and port")
+
+
+def _want_switch(value: Any, place: _Place) -> bool:
+    if str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
+    raise place.refuse(_shown(value), "true or false")
 
 
 def _want_parts(item: _Want) -> _Want:
@@ -1604,6 +1763,7 @@ _SETTINGS = (
     _Setting("no_proxy", "", ("no_proxy", "NO_PROXY"), _want_parts(_want_text)),
     _Setting("no_auth", "no_auth", (), _want_flag),
     _Setting("demo", "demo", (), _want_flag),
+    _Setting("secret_commands", "", ("AICAROUSEL_SECRET_COMMANDS",), _want_switch),
 )
 
 
@@ -1628,15 +1788,17 @@ def _make_settings(load: _Load, flags: Mapping[str, Any]) -> Settings:
 # The whole.
 
 def load_config(models_text: str | None, *, models_path: str, environment: Mapping[str, str], dotenv: Mapping[str, str],
-                flags: Mapping[str, Any]) -> Config:
+                flags: Mapping[str, Any], read_secret: Callable[[str], str] | None = None) -> Config:
     """The configuration that these say together.
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
+    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
-    load = _Load(environment, dotenv)
+    load = _Load(environment, dotenv, read_secret=read_secret)
     settings = _make_settings(load, flags)
+    load.may_run = settings.secret_commands
     place = _Place(models_path)
     tree = _parse_models(models_text, models_path) if models_text is not None else {}
     carousel = _make_carousel(load, tree.pop("carousel", {}), place.at("carousel"))
@@ -1648,13 +1810,14 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
         providers = _with_demo(providers, str(flags.get("demo_url") or ""))
     _gather_secrets(load, providers, settings)
     return Config(tuple(providers), tuple(provider for provider in providers if not provider.why_out), carousel, settings, load.origins,
-                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path)
+                  tuple(load.warnings), tuple(dict.fromkeys(load.looked_for)), frozenset(load.secrets), models_path, tuple(load.secret_files))
 
 
 def _make_carousel(load: _Load, value: Any, place: _Place) -> Carousel:
     """The carousel from its entry."""
     carousel = Carousel(**_want_object(_CAROUSEL_FIELDS)(value, place))
     load.note("carousel", _CAROUSEL_FIELDS, value, "models.json")
+    load.note("carousel.limits", _BOUND_FIELDS, value.get("limits", {}), "models.json")
     return carousel
 
 
@@ -1697,7 +1860,7 @@ def _with_demo(providers: Sequence[Provider], url: str) -> list[Provider]:
     """The providers and the built-in one that answers offline: last, or first when nothing else answers."""
     if any(provider.name == "demo" for provider in providers):
         raise _Place("flag --demo").refuse('a provider named "demo" in models.json', "another name for it, or no --demo")
-    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo"),), (Credential("demo/1"),), proxy="")
+    demo = Provider("demo", CUSTOM_PRESET, url.rstrip("/"), "chat", "demo", True, (Model("demo", price=Price(0.0, 0.0, 0.0, 0.0)),), (Credential("demo/1"),), proxy="")
     return [*providers, demo] if any(not provider.why_out for provider in providers) else [demo, *providers]
 
 
@@ -1722,8 +1885,140 @@ _OPAQUE_MIN = 8
 _OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
+# Edits.
+#
+# Files that people write are changed as text: what an edit does not touch stays as it was, byte for byte.  Texts that come here have been loaded before.
+
+class _Node(NamedTuple):
+    """A value in JSON text from `start` to `end`; members of an object or list: (name or index, where the member begins, value)."""
+    start: int
+    end: int
+    members: tuple[tuple[str | int, int, _Node], ...] | None
+
+
+_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+_SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,\]}]+')
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the blanks from `at` on end."""
+    match = _BLANKS.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _scan(text: str, at: int = 0) -> _Node:
+    """The JSON value that begins behind the blanks at `at`."""
+    start = _skip(text, at)
+    close = {"{": "}", "[": "]"}.get(text[start])
+    if close is None:
+        match = _SCALAR.match(text, start)
+        assert match is not None
+        return _Node(start, match.end(), None)
+    members: list[tuple[str | int, int, _Node]] = []
+    at = _skip(text, start + 1)
+    while text[at] != close:
+        begin, name = at, len(members)
+        if close == "}":
+            label = _scan(text, at)
+            name, at = json.loads(text[label.start:label.end]), _skip(text, label.end) + 1
+        value = _scan(text, at)
+        members.append((name, begin, value))
+        at = _skip(text, value.end)
+        at = _skip(text, at + 1) if text[at] == "," else at
+    return _Node(start, at + 1, tuple(members))
+
+
+def _find_node(text: str, path: Sequence[str | int]) -> tuple[_Node, list[str | int]]:
+    """The value at `path`, or the deepest one on the way to it; and what of the path is left then."""
+    node, rest = _scan(text), list(path)
+    while rest and (found := next((child for name, _, child in node.members or () if name == rest[0]), None)) is not None:
+        node = found
+        del rest[0]
+    return node, rest
+
+
+def _dump_at(text: str, at: int, value: Any, pretty: bool) -> str:
+    """JSON for a place in `text`: on one line, or in the file's own indentation."""
+    if not pretty or not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    indent = re.match(r"[ \t]*", text[max(text.rfind("\n", 0, at), text.rfind("\r", 0, at)) + 1:])
+    unit = re.search(r"^([ \t]+)", text, re.M)
+    assert indent is not None
+    lines = json.dumps(value, ensure_ascii=False, indent=unit[1] if unit else "  ").split("\n")
+    return ("\r\n" if "\r\n" in text else "\n").join([lines[0], *(indent[0] + line for line in lines[1:])])
+
+
+def set_json(text: str, path: Sequence[str | int], value: Any) -> str:
+    """`text` with `value` at `path`: in place of what stands there, else as the last member, in the way its neighbours are written."""
+    node, rest = _find_node(text, path)
+    if not rest:
+        return text[:node.start] + _dump_at(text, node.start, value, "\n" in text[node.start:node.end]) + text[node.end:]
+    for name in reversed(rest[1:]):
+        value = {name: value}
+    label = "" if text[node.start] == "[" else json.dumps(rest[0], ensure_ascii=False)
+    if not node.members:
+        inner = label + (": " if label else "") + json.dumps(value, ensure_ascii=False)
+        inner = f"\n  {inner}\n" if len(path) == 1 else inner
+        return text[:node.start + 1] + inner + text[node.end - 1:]
+    _, begin, last = node.members[-1]
+    gap = text[len(text[:begin].rstrip(" \t\r\n")):begin]
+    gap = gap if "\n" in gap or len(node.members) > 1 else " "
+    colon = text[_scan(text, begin).end:last.start] if label else ""
+    pretty = any("\n" in text[child.start:child.end] for _, _, child in node.members)
+    return text[:last.end] + "," + gap + label + colon + _dump_at(text, begin, value, pretty) + text[last.end:]
+
+
+def cut_json(text: str, path: Sequence[str | int]) -> str:
+    """`text` without the member at `path`, which is there."""
+    holder = _find_node(text, path[:-1])[0]
+    members = holder.members or ()
+    index = next(number for number, (name, _, _) in enumerate(members) if name == path[-1])
+    if len(members) == 1:
+        start, end = holder.start + 1, holder.end - 1
+    elif index + 1 < len(members):
+        start, end = members[index][1], members[index + 1][1]
+    else:
+        start, end = members[index - 1][2].end, members[index][2].end
+    return text[:start] + text[end:]
+
+
+def order_json(text: str, path: Sequence[str | int], order: Sequence[int]) -> str:
+    """`text` with the members at `path` in another order: `order` holds the index of each now."""
+    members = _find_node(text, path)[0].members or ()
+    made, at = [], 0
+    for (_, begin, child), index in zip(members, order, strict=True):
+        made += [text[at:begin], text[members[index][1]:members[index][2].end]]
+        at = child.end
+    return "".join([*made, text[at:]])
+
+
+def set_dotenv(text: str, name: str, value: str) -> str:
+    """The .env file `text` with `name` set: in its own line where there is one, else in a new line at the end."""
+    quoted = value if re.fullmatch(r"[\w.,:/@+=*~-]+", value, re.ASCII) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    lines = re.split(r"(\r\n|\r|\n)", text)
+    for number in range(len(lines) - 1, -1, -2):
+        line = lines[number]
+        match = _DOTENV_LINE.fullmatch(line, 1 if line.startswith("\ufeff") else 0) if not line.lstrip().startswith("#") else None
+        if match is not None and match["name"] == name:
+            group = next(group for group in ("double", "single", "plain") if match[group] is not None)
+            start, end = match.span(group) if group == "plain" else (match.start(group) - 1, match.end(group) + 1)
+            comment = " " + line[start:end] if group == "plain" and line[start:end].startswith("#") else ""
+            lines[number] = line[:start] + quoted + comment + line[end:]
+            return "".join(lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text + (end if text and not text.endswith(("\n", "\r")) else "") + f"{name}={quoted}{end}"
+
+
+def cut_dotenv(text: str, name: str) -> str:
+    """The .env file `text` without the lines that set `name`."""
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
+    named = re.compile(rf"\ufeff?\s*(?:export\s+)?{re.escape(name)}\s*=", re.ASCII)
+    return "".join(line for line in lines if not named.match(line))
+
+
 ##############################################################################
-# 5. Failures                                               pure | uses 1-3
+# 5. Failures                                               pure | uses 1-4
 ##############################################################################
 # What came back from a provider, made into an UpstreamFailure: which kind, which finer reason, what cools, for how long.
 # A failure is judged once, from top to bottom: rows of _SIGNS (words and codes of one provider, or too plain to mistake),
@@ -1741,18 +2036,24 @@ class Rule:
     again: bool            #: once more on the same route when nothing else is left?
 
 
-#: Guesses end at ten minutes, but for credentials and money: those change by somebody's hand only, so one look an hour is enough.
-FAILURE_RULES: Mapping[Kind, Rule] = MappingProxyType({
-    "request":    Rule(False, "",           0.0,    0.0,    False),
-    "parameter":  Rule(False, "",           0.0,    0.0,    False),
-    "fit":        Rule(True,  "",           0.0,    0.0,    False),
-    "model":      Rule(True,  "model",      60.0,   600.0,  False),
-    "credential": Rule(True,  "credential", 3600.0, 3600.0, False),
-    "payment":    Rule(True,  "credential", 3600.0, 3600.0, False),
-    "rate":       Rule(True,  "route",      1.0,    600.0,  False),
-    "server":     Rule(True,  "route",      5.0,    600.0,  True),
-    "network":    Rule(True,  "provider",   5.0,    600.0,  False),
-})
+def failure_rules(bounds: Bounds) -> Mapping[Kind, Rule]:
+    """What follows from each kind.  Credentials and money change by somebody's hand only, so one look an hour is enough, and nothing doubles."""
+    most_s, credential_s, payment_s = bounds.cool_most_s, bounds.cool_credential_s, bounds.cool_payment_s
+    return MappingProxyType({
+        "request":    Rule(False, "",           0.0,                   0.0,          False),
+        "parameter":  Rule(False, "",           0.0,                   0.0,          False),
+        "fit":        Rule(True,  "",           0.0,                   0.0,          False),
+        "model":      Rule(True,  "model",      bounds.cool_model_s,   most_s,       False),
+        "credential": Rule(True,  "credential", credential_s,          credential_s, False),
+        "payment":    Rule(True,  "credential", payment_s,             payment_s,    False),
+        "rate":       Rule(True,  "route",      bounds.cool_rate_s,    most_s,       False),
+        "server":     Rule(True,  "route",      bounds.cool_server_s,  most_s,       True),
+        "network":    Rule(True,  "provider",   bounds.cool_network_s, most_s,       False),
+    })
+
+
+#: With the limits as they are where nobody has set them.
+FAILURE_RULES = failure_rules(Bounds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -2453,14 +2754,17 @@ def _header_waits(headers: Mapping[str, str], utc: float) -> list[float]:
     """Waits that headers name outright, and those of windows with nothing left."""
     waits: list[float | None] = []
     unsure: list[float] = []
+    says_when = any(name.endswith(("retry-after", "retry-after-ms")) for name in headers)
     for name, value in headers.items():
         if name == "retry-after-ms":
             number = value.strip()          # of more than float() would: OpenRouter's copies may hold control characters
             waits.append(float(number) / 1000.0 if _DECIMAL.fullmatch(number) else None)
         elif name.endswith("retry-after"):
             waits.append(read_wait(value, utc))
-        elif "ratelimit" in name and "reset" in name:
+        elif "ratelimit" in name and "reset" in name and (not says_when or "day" in name):     # where windows refill, it is when all is back, not when some is
             left, wait_s = headers.get(name.replace("reset", "remaining")), read_wait(value, utc)
+            if wait_s is not None and name.replace("reset", "renewalperiod") in headers:
+                wait_s /= 1000.0        # Azure
             if left is None and wait_s is not None:
                 unsure.append(wait_s)
             elif left is not None and re.fullmatch(r"\s*(?:0+(?:\.0*)?|-\d+)\s*", left):
@@ -2632,8 +2936,10 @@ _ALWAYS_COUNTED = (("requests", 60.0), ("tokens", 60.0), ("requests", 86_400.0),
 _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm", "tokens", 60.0), ("tpd", "tokens", 86_400.0))
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
-_FREE_SLACK = 1.25          #: a key that was served more than this much of a free plan's figure is on another plan
+_FREE_SLACK = 2.1           #: a key that was served more than this much of a free plan's figure is on another plan; two fixed windows meet in any rolling one
+_FIRST_ASKED = 8            #: so many requests may be unanswered at a provider of unknown limits while others are full, or twice what it served in the last minute
 _WRONG_MAX = 3
+_SLID_MAX = 2
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
 _MAX_LIMIT = 10.0 ** 12
@@ -2665,7 +2971,8 @@ class Window:
     resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
     grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
     patience_s: float = 0.0
-    n_wrong: int = 0                #: refill: refusals that should not have been; after three of them it rolls
+    n_wrong: int = 0                #: presets that refill: signs in a row that this window does not; after three of them it rolls
+    n_slid: int = 0                 #: rolling: resets that a header named and that did not end all; after two of them it is asked no sooner than its entries end
     entries: list[list[float]] = field(default_factory=list)    #: [at, amount], oldest first; of windows that do not roll the latest few
 
     @property
@@ -2681,6 +2988,8 @@ class Bucket:
     windows: list[Window] = field(default_factory=list)
     limited: tuple[Window, ...] = ()
     n_open: int = 0
+    n_unseen: int = 0               #: of these, those of which nothing is known yet, and their input: they may be refused
+    unseen_input: int = 0
     max_open: float = _NEVER        #: configured
     learned_open: float = _NEVER    #: by a refusal at `learned_open_at`, one more with every minute since
     learned_open_at: float = 0.0
@@ -2702,6 +3011,7 @@ class Hold:
     n_input: int
     n_output: int
     done: bool = False
+    seen: bool = False              #: the provider has answered
 
 
 class Shortage(NamedTuple):
@@ -2934,6 +3244,8 @@ def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now
                 continue
             origin, soft = window.origin, False
             at = min(_room_at(window, amount, now), max(window.grows_at, now))
+            if window.source == "learned" and bucket.n_unseen and at != _NEVER:
+                at = min(at, now + _ASKED_S)                    # they may prove that there is more
             if at != _NEVER and _resets_sooner(window):     # one request finds out whether all of it ends there
                 at = min(at, max(window.resets_at + _TRAVEL_S, now + _ASKED_S))
                 if not bucket.n_open and now >= window.resets_at + _TRAVEL_S:
@@ -3018,6 +3330,8 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
     hold = Hold(find_buckets(ledger, route), now, n_input, n_output)
     for bucket in hold.buckets:
         bucket.n_open += 1
+        bucket.n_unseen += 1
+        bucket.unseen_input += n_input
         for window in bucket.windows:
             if window.kind != "rolling" or len(window.entries) >= _GRAINS:
                 _expire(window, now, ledger.utc_less_now)
@@ -3038,6 +3352,8 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3053,8 +3369,33 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
                     later += out - reserved
                 if later:
                     _add(window, now, later)
-            if window.source == "preset" and window.used > _FREE_SLACK * window.known:
+            if window.source == "preset" and _confirmed(bucket, window) > _FREE_SLACK * window.known:
                 _forget_free_plan(bucket)
+
+
+def _note_seen(hold: Hold) -> None:
+    """The provider has taken the request in, or it is over: it is no longer unknown what becomes of it."""
+    hold.seen = True
+    for bucket in hold.buckets:
+        bucket.n_unseen -= 1
+        bucket.unseen_input -= hold.n_input
+        for window in bucket.limited:
+            if window.source == "learned" and (served := _confirmed(bucket, window)) > window.known:
+                window.known, window.limit = served, min(window.configured, served)
+
+
+def _confirmed(bucket: Bucket, window: Window) -> float:
+    """What counts in a window without the requests that may still be refused."""
+    return window.used - (bucket.n_unseen if window.measure == "requests" else bucket.unseen_input if window.measure != "output" else 0)
+
+
+def is_unknown(ledger: Ledger, route: Route) -> bool:
+    """Whether nothing tells how much a route takes, and more has been sent there unanswered than it has lately been seen to serve."""
+    for bucket in find_buckets(ledger, route)[:1]:
+        if not bucket.limited and bucket.n_unseen >= _FIRST_ASKED:
+            served = next((_confirmed(bucket, window) for window in bucket.windows if window.measure == "requests" and window.span_s == 60.0), 0.0)
+            return bucket.n_unseen >= 2.0 * served
+    return False
 
 
 def _forget_free_plan(bucket: Bucket) -> None:
@@ -3070,6 +3411,8 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
     if hold.done:
         return
     hold.done = True
+    if not hold.seen:
+        _note_seen(hold)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3083,12 +3426,12 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
 
 _PERIOD = r"(?:-(?:(\d{1,4})-)?(second|minute|hour|day|month))?"
 _HEADERS = tuple(re.compile(pattern) for pattern in (
-    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens))?{_PERIOD}",
+    rf"(?:x-)?ratelimit-(?P<field>limit|remaining|reset|renewalperiod)(?:-(?P<measure>requests|req|tokens|input-tokens|output-tokens|project-tokens))?{_PERIOD}",
     r"anthropic-ratelimit-(?P<measure>requests|tokens|input-tokens|output-tokens)-(?P<field>limit|remaining|reset)",
     rf"(?:x-)?(?P<measure>ratelimitbysize|tokenlimit)-(?P<field>limit|remaining|reset){_PERIOD}",
 ))
 _MEASURES: Mapping[str | None, str] = MappingProxyType({
-    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output",
+    None: "requests", "requests": "requests", "req": "requests", "tokens": "tokens", "input-tokens": "input", "output-tokens": "output", "project-tokens": "project",
     "ratelimitbysize": "tokens", "tokenlimit": "tokens",
 })
 #: Spans that the names do not tell and that cannot be worked out.
@@ -3120,12 +3463,17 @@ def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float
             words[field_name] = value
             if not named:
                 words["bare"] = value
-    return [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    found = [told for (measure, span_s), words in said.items() if (told := _tell_window(preset_name, measure, span_s, words, utc)) is not None]
+    if ("project", 0.0) in said:        # OpenAI: a project's share of the account's tokens; the tighter of the two is what counts
+        tokens = [one for one in found if one.measure in ("project", "tokens")]
+        found = [one for one in found if one not in tokens] + [min(tokens, key=lambda one: _NEVER if one.left is None else one.left)._replace(measure="tokens")] if tokens else found
+    return found
 
 
 def _tell_window(preset_name: str, measure: str, span_s: float, words: Mapping[str, str], utc: float) -> Told | None:
     limit, left, period_s = (float(value) if _COUNT_TEXT.fullmatch(value := words.get(name, "").strip()) else None for name in ("limit", "remaining", "renewalperiod"))
     reset_s = read_wait(words["reset"], utc) if "reset" in words else None
+    reset_s = reset_s / 1000.0 if reset_s is not None and period_s is not None else reset_s     # Azure, which alone tells the period, counts milliseconds
     reset_s = reset_s if reset_s is not None and 0.0 <= reset_s <= 32 * 86_400.0 else None
     if (limit is None and left is None) or limit == 0.0 or (limit or left or 0.0) > _MAX_LIMIT:
         return None                 # a limit of 0 is what projects without one are told
@@ -3145,6 +3493,8 @@ def _guess_span(preset_name: str, limit: float | None, left: float | None, reset
 
 def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None) -> None:
     """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered."""
+    if hold is not None and not hold.seen:
+        _note_seen(hold)
     buckets = find_buckets(ledger, route)
     told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
     for one in told:
@@ -3169,23 +3519,54 @@ def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | No
     truly_used = max(window.known - told.left, 0.0)
     since = _unseen(window, hold) if hold is not None else 0.0
     missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
+    if told.kind == "refill" and told.reset_s is not None:
+        _check_refill(window, truly_used, told.reset_s, now)
     began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
+    stale = _stale(window, now) if told.reset_s is not None else 0.0
+    if stale > 0.0 and stale > excess:
+        window.n_slid += 1
     if missing > 0.0:
         _add(window, began_at, missing)
     elif excess > 0.0:
-        if told.reset_s is not None and told.kind == "rolling" and _began_anew(window, truly_used, now):
+        if 0.0 < stale <= window.used - truly_used:
             window.kind = "fixed"
         _cut(window, truly_used + since)
     if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
         return
-    early = bool(window.entries) and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    early = bool(window.entries) and window.n_slid < _SLID_MAX and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
     window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
 
 
-def _began_anew(window: Window, truly_used: float, now: float) -> bool:
-    """Does what counted before the reset that was named last count no longer, though a rolling window would still count it?"""
-    stale = sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
-    return window.kind == "rolling" and window.resets_at <= now and 0.0 < stale <= window.used - truly_used
+def _check_refill(window: Window, truly_used: float, reset_s: float, now: float) -> None:
+    """Does a window fill up all the time, as its preset's do? Then its reset is when all of it is back. Three times not so, and it rolls until it is."""
+    full_s = truly_used / window.known * window.span_s
+    if full_s < 0.1 * window.span_s:
+        return                      # too little to tell: Anthropic rounds to thousands of tokens and whole seconds
+    if abs(reset_s - full_s) <= max(0.25 * full_s, 0.05 * window.span_s):
+        window.n_wrong = max(window.n_wrong - 1, 0) if window.kind == "rolling" else 0
+        if window.kind == "rolling" and not window.n_wrong:
+            window.kind, window.at = "refill", now
+    else:
+        window.n_wrong = min(window.n_wrong + 1, _WRONG_MAX)
+        if window.kind == "refill" and window.n_wrong == _WRONG_MAX:
+            _make_rolling(window, now)
+
+
+def _make_rolling(window: Window, now: float) -> None:
+    """From now on what counts ends a span after it went out."""
+    window.kind, window.n_wrong, window.entries = "rolling", _WRONG_MAX, [entry for entry in window.entries if entry[0] > now - window.span_s]
+    counted = sum(amount for _, amount in window.entries)
+    if counted < window.used:
+        window.entries.append([max(now, window.entries[-1][0]) if window.entries else now, window.used - counted])
+    truly_used, window.used = window.used, max(counted, window.used)
+    _cut(window, truly_used)
+
+
+def _stale(window: Window, now: float) -> float:
+    """What counts though it went out before the reset that was named last, which has passed; where all of it has ended, the window is fixed."""
+    if window.kind != "rolling" or window.resets_at > now:
+        return 0.0
+    return sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
 
 
 def _unseen(window: Window, hold: Hold) -> float:
@@ -3209,6 +3590,10 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
 
     text: the body, or the provider's words.
     """
+    return _named_windows(text) or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+
+
+def _named_windows(text: str) -> list[tuple[str, float, float | None]]:
     found: dict[tuple[str, float], float | None] = {}
     for name, span, value in _QUOTA_ID.findall(text):
         measure = "input" if "Input" in name else "tokens" if "Token" in name else "requests"
@@ -3221,13 +3606,13 @@ def read_refusal(text: str, reason: str) -> list[tuple[str, float, float | None]
     if not found:
         for measure, span in _SAID_LETTERS.findall(text):
             found["requests" if measure == "R" else "tokens", _UNITS_S[span.lower()]] = None
-    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()] or [("requests", 86_400.0 if reason == "rate_day" else 60.0, None)]
+    return [(measure, span_s, limit) for (measure, span_s), limit in found.items()]
 
 
-def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float) -> None:
-    """A provider refused for its limits: what it named is believed, else the count so far must have been the limit.
+def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float, hold: Hold | None = None) -> None:
+    """A provider refused for its limits: what it named is believed, else a limit that is known to be used up, else the count so far must have been one.
 
-    Call after release().  text: the body of the refusal.
+    Call after release().  text: the body of the refusal.  hold: the request that was refused.
     """
     buckets = find_buckets(ledger, route)
     if not buckets or failure.reason not in ("rate_minute", "rate_day", "request_over_tpm"):
@@ -3237,8 +3622,11 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
     if concurrency:
         buckets[0].learned_open, buckets[0].learned_open_at = float(concurrency[1] or max(buckets[0].n_open, 1)), now
         return
+    if hold is not None and not _named_windows(text) and any(_explains(window, hold, now, ledger.utc_less_now) for window in buckets[0].limited):
+        return
     for measure, span_s, limit in read_refusal(text, failure.reason):
         window = _window(buckets[0], measure, span_s, route.provider.preset.name)
+        size = sum(_amounts(window, hold.n_input, hold.n_output)) if hold is not None else 1.0
         _expire(window, now, ledger.utc_less_now)
         if limit:
             window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
@@ -3247,22 +3635,30 @@ def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: 
         if window.kind == "refill" and window.used + window.held < window.known:
             window.n_wrong += 1
             if window.n_wrong >= _WRONG_MAX:
-                window.kind, window.entries = "rolling", [[now, window.used]]
+                _make_rolling(window, now)
         if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
             window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
         if window.known != _NEVER and window.source in ("header", "refusal"):
-            if window.used < window.known:
-                _add(window, now, window.known - window.used)
+            missing = window.known - window.used - max(size - 1.0, 0.0)     # there was less left than it asked for
+            if missing > 0.0:
+                _add(window, now, missing)
         elif window.used + window.held >= 1.0:
-            _lower(window, now, now + ledger.utc_less_now)
+            _lower(window, _confirmed(buckets[0], window), hold.at if hold is not None else now, now, now + ledger.utc_less_now)
     _sort_out(buckets[0])
 
 
-def _lower(window: Window, now: float, utc: float) -> None:
-    """The limit must have been what is counted now; the longer it holds, the longer until more is tried."""
+def _explains(window: Window, hold: Hold, now: float, shift: float) -> bool:
+    """Had a window whose limit was told too little left for the request that was refused?"""
+    _expire(window, now, shift)
+    return window.origin in ("header", "refusal", "configured") and window.used + window.held + sum(_amounts(window, hold.n_input, hold.n_output)) > window.limit
+
+
+def _lower(window: Window, served: float, sent_at: float, now: float, utc: float) -> None:
+    """The limit must have been what was served; the longer it holds, the longer until more is tried. What went out before the last refusal came teaches no patience."""
     first_s = window.span_s * _PATIENCE_SPANS[window.span_s >= 3600.0]
-    window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
-    window.known, window.source, window.known_utc = max(min(window.used, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
+    if window.source != "learned" or sent_at >= window.grows_at - window.patience_s:
+        window.patience_s = min(max(window.patience_s * 2.0, first_s), _MAX_PATIENCE_S)
+    window.known, window.source, window.known_utc = max(min(served, window.known if window.source == "learned" else _NEVER), 1.0), "learned", utc
     window.grows_at = now + window.patience_s
 
 
@@ -3331,6 +3727,9 @@ def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
 # A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
+# What fits a request is section 14's to say: plan() is handed it, and asks it as seldom as it can.
+# A conversation stays where its prompt is cached, and waits there no longer than another provider would take to read that part anew.
+# One more strategy: a function of what less is better of, a line in _METRICS, its word in section 4; a row in tests/test_quota.py shows it.
 
 CAROUSEL_NAMES = frozenset({"", "aicarousel", "auto", "router-maestro"})
 _FAMILIES = (("gpt-", "openai"), ("chatgpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"), ("claude-", "anthropic"), ("gemini-", "gemini"))
@@ -3338,9 +3737,20 @@ _MAX_COOLDOWNS = 10_000
 _MAX_SESSIONS = 10_000
 _ENDLESS = float("inf")
 _PROBE_S = 0.5
+_LONG_S = 60.0              #: a named time that is shorter is simply kept
 _SESSION_S = 3600.0         #: how long a conversation stays with its route unheard: prompt caches live no longer
 _SPEED_S = 600.0            #: how long a measured speed is believed
+_PREFILL_PER_S = 2000.0     #: tokens of a prompt that a provider reads in a second: what a cache saves in time
+_CACHE_S = 300.0            #: how long a cache is waited for: most providers forget a prompt after five to ten minutes
+_CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter prompts no provider keeps
 
+#: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
+MISFITS: Mapping[str, str] = MappingProxyType({
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
+
+#: A route, and when what keeps it out ends.
+_Dated = tuple[float, Route]
 #: Routes of one provider that serve one request, by model and within a model by credential.
 Group = tuple[tuple[Route, ...], ...]
 
@@ -3375,16 +3785,26 @@ class Facts(NamedTuple):
 NO_FACTS = Facts()
 
 
+class Wait(NamedTuple):
+    """A route that is out, and when that ends."""
+    at: float
+    proven: bool
+    route: Route
+
+
 class Plan(NamedTuple):
     """Ordered routes for one request, why others were left out, and when the first of those is free.
 
-    session: hit when the conversation's route leads, moved when that one is out, new when there is none yet, "" when nothing sticks.
+    skipped: with the reason, which is a word of MISFITS where the route will not do for this request at all.
+    session: hit when the conversation's route leads or is waited for, moved when that one is out, repin when to wait for it costs more than its
+    cache is worth, new when there is none yet, "" when nothing sticks.
     """
     routes: tuple[Route, ...]
     skipped: tuple[tuple[Route, str], ...]
     free_at: float | None
     session: str = ""
     proven: bool = True             #: whether `free_at` was named by a provider or configured
+    waits: tuple[Wait, ...] = ()    #: routes that will be free in time
 
 
 class Decision(NamedTuple):
@@ -3403,6 +3823,16 @@ class Decision(NamedTuple):
     status: int = 0
     first_ms: int = 0
     total_ms: int = 0
+    told: str = ""                  #: what the client was told when it was refused
+    wish: Wish | None = None
+    models: tuple[str, ...] = ()    #: globs of the models its key may use
+
+
+class Pin(NamedTuple):
+    """Where a conversation was served last, and how many tokens of its prompt were found in the cache there."""
+    route_id: str
+    at: float
+    n_cached: int = 0
 
 
 @dataclass(slots=True)
@@ -3416,18 +3846,23 @@ class Cooldown:
     proven: bool
     probing: bool = False
     detail: str = ""                #: the provider's words
+    began_at: float = 0.0
+    n_asked: int = 0                #: proven: how often it was asked all the same, once in each quarter of the span but the first
 
 
 @dataclass(slots=True)
 class RoutingState:
     """What routing remembers between requests; owned by the relay, lives as long as the process."""
     cooling: dict[str, Cooldown] = field(default_factory=dict)
+    rules: Mapping[Kind, Rule] = field(default_factory=lambda: FAILURE_RULES)     #: with the limits in force
     turns: dict[str, str] = field(default_factory=dict)     #: turn name -> provider that served last
     repairs: dict[str, tuple[Repair, ...]] = field(default_factory=dict)    #: model key -> edits that make it take what it refused
     windows: dict[str, ContextWindow] = field(default_factory=dict)            #: model key -> what it holds
     ledger: Ledger = field(default_factory=Ledger)
     speeds: dict[str, tuple[float, float]] = field(default_factory=dict)     #: route id -> (milliseconds to the first byte, when measured)
-    sessions: dict[str, tuple[str, float]] = field(default_factory=dict)     #: conversation -> (route id, when it was served), oldest first
+    shares: dict[str, float] = field(default_factory=dict)  #: provider -> how many requests it was asked, each divided by its weight
+    shares_now: float = 0.0                                 #: those of the provider asked last, before that
+    sessions: dict[str, Pin] = field(default_factory=dict)     #: by conversation, what was served longest ago first
 
 
 def build_catalogue(config: Config) -> Catalogue:
@@ -3638,53 +4073,128 @@ def _globbed_group(provider: Provider, glob: str) -> Group:
     return _group_of(provider, models)
 
 
-def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str,
-         facts: Facts = NO_FACTS, give_up_at: float = 0.0) -> Plan:
+def plan(catalogue: Catalogue, choice: Choice, state: RoutingState, now: float, *, strategy: str, fallback: str, facts: Facts = NO_FACTS,
+         asked_at: float = 0.0, give_up_at: float = 0.0, fits: Callable[[Route], str] | None = None) -> Plan:
     """Order the routes of one request: those that are free, those a paid key may have room on, guessed cooldowns as a last resort, soonest end first.
 
     Proven cooldowns and routes without room are left out, `free_at` tells when the first of them is free.  When nothing is free and waiting
-    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.
+    until `give_up_at` helps, there are no routes: waiting beats asking what is known to be out.  Nor are there any while a conversation's own
+    route is worth waiting for, counted from `asked_at`.
+    fits: "" or a word of MISFITS.  It is asked of the route that leads, and of all others only when no free one fits: it may cost something.
     """
+    pin = state.sessions.get(facts.session) if facts.sticks else None
+    if pin is not None and now - pin.at > _SESSION_S:
+        pin = None
+    found = _survey(_candidates(catalogue, choice, state, strategy, fallback), state, now, strategy, facts, give_up_at, pin.route_id if pin is not None else "")
+    session, pinned = "" if not facts.sticks else "new" if pin is None else "moved", found.pinned
+    if pin is not None and pinned is not None and found.routes:
+        place = next((place for place, route in enumerate(found.routes) if route is pinned), None)
+        wait = next((wait for wait in found.waits if wait.route is pinned and wait.at <= give_up_at), None)
+        if place is not None:
+            found.routes.insert(0, found.routes.pop(place))
+        elif wait is not None and not (fits and fits(pinned)):
+            if wait.at <= asked_at + _worth_s(pin, asked_at):
+                return Plan((), tuple(found.skipped), wait.at, "hit", wait.proven, (wait,))
+            session = "repin"
+    if fits is not None:
+        _leave_out_misfits(fits, found)
+    if found.routes and found.routes[0] is pinned:
+        session = "hit"
+    first = min(found.waits, key=_end_of) if found.waits else None
+    free_at, proven = (first.at, first.proven) if first is not None else (None, True)
+    routes, late = [*found.routes, *(route for _, route in found.soft)], found.late
+    if not routes and free_at is not None and now < free_at <= give_up_at:
+        return Plan((), tuple(found.skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven, tuple(found.waits))
+    if not routes and not late and found.probes:
+        late = [min(found.probes, key=_end_of)]
+    return Plan((*routes, *(route for _, route in late)), tuple(found.skipped), free_at, session, proven, tuple(found.waits))
+
+
+@dataclass(slots=True)
+class _Survey:
+    """How things stand with every route that may serve a request."""
+    routes: list[Route]                 #: free, in order
+    soft: list[_Dated]                  #: full by the figures of a free plan alone
+    late: list[_Dated]                  #: last resorts: out by a guess
+    probes: list[_Dated]                #: out by their provider's word, which may be tested
+    waits: list[Wait]                   #: out until then
+    skipped: list[tuple[Route, str]]    #: all but the free and soft ones, with the reason
+    pinned: Route | None = None         #: the conversation's own
+
+
+def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float, pinned_id: str) -> _Survey:
+    """Ask of each route once whether it cools and whether it has room."""
     ready: list[tuple[tuple[float, ...], Route]] = []
-    soft: list[tuple[float, Route]] = []
-    late: list[tuple[float, Route]] = []
-    waits: list[tuple[float, bool]] = []
-    skipped: list[tuple[Route, str]] = []
-    metric, ledger = _METRICS.get(strategy), state.ledger
-    asked_for: set[str] = set()
-    for place, is_own, route in _candidates(catalogue, choice, state, strategy, fallback):
+    found = _Survey([], [], [], [], [], [])
+    soft, late, probes, waits, skipped = found.soft, found.late, found.probes, found.waits, found.skipped
+    metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
+    for place, is_own, route in candidates:
+        if is_own and route.id == pinned_id:        # a conversation leads to no other route than was asked for
+            found.pinned = route
         cooldown = hindrance(state, route, now) if state.cooling else None
         if cooldown is not None:
             skipped.append((route, f"{cooldown.reason}, {'probing' if cooldown.until_at <= now else f'{cooldown.until_at - now:.0f} s left'}"))
             if cooldown.until_at > now and cooldown.proven:
-                waits.append((cooldown.until_at, True))
+                waits.append(Wait(cooldown.until_at, True, route))
+                if _may_have_ended(cooldown, now):
+                    probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
-                waits.append((max(cooldown.until_at, now + _PROBE_S), False))     # its probe will have told by then
+                waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
+            elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
+                if shortage.at != _ENDLESS:         # refused, and counted full: asking now is in vain
+                    waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))
             else:
                 late.append((cooldown.until_at, route))
             continue
         shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
         if shortage is None:
-            if is_own:
-                asked_for.add(route.id)
             ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
         elif shortage.soft:
             soft.append((shortage.at, route))
         else:
+            n_full += 1
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
-                waits.append((shortage.at, shortage.proven))
+                waits.append(Wait(shortage.at, shortage.proven, route))
+    if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
+        paced = [route for _, route in ready if is_unknown(ledger, route)]
+        skipped += [(route, "quota: unknown, others are being answered") for route in paced]
+        waits += [Wait(now + _PROBE_S, False, route) for route in paced]
+        ready = [pair for pair in ready if not is_unknown(ledger, pair[1])] if paced else ready
     if metric:
         ready.sort(key=lambda pair: pair[0])
-    soft.sort(key=lambda pair: pair[0])
-    late.sort(key=lambda pair: pair[0])
-    free_at, proven = min(waits) if waits else (None, True)
-    routes = [route for _, route in ready]
-    session = _stick(routes, asked_for, state, facts, now)
-    routes += [route for _, route in soft]
-    if not routes and free_at is not None and now < free_at <= give_up_at:
-        return Plan((), tuple(skipped), min([free_at, *(at for at, _ in late if at > now)]), session, proven)
-    return Plan((*routes, *(route for _, route in late)), tuple(skipped), free_at, session, proven)
+    soft.sort(key=_end_of)
+    late.sort(key=_end_of)
+    found.routes = [route for _, route in ready]
+    return found
+
+
+def _end_of(dated: _Dated | Wait) -> float:
+    return dated[0]
+
+
+def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
+    """Move what does not fit from the front of the free routes to those left out; when none of them fits, from everywhere."""
+    routes, skipped = found.routes, found.skipped
+    while routes and (why := fits(routes[0])):
+        skipped.append((routes.pop(0), why))
+    if routes:
+        return
+    unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
+    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
+    found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
+
+
+def _worth_s(pin: Pin, now: float) -> float:
+    """The seconds in which another provider would read what this conversation's cache holds; 0 for a cache that is small, old or was never found."""
+    return pin.n_cached / _PREFILL_PER_S if pin.n_cached >= _CACHE_LEAST and now - pin.at <= _CACHE_S else 0.0
+
+
+def _may_have_ended(cooldown: Cooldown, now: float) -> bool:
+    """May a route be asked before the time that its provider named, when all others are out? Once after 25, 50 and 75 % of it: quotas are raised and paid for."""
+    span_s = cooldown.until_at - cooldown.began_at
+    return not cooldown.probing and cooldown.kind != "model" and cooldown.n_asked < 3 and span_s >= _LONG_S and now >= cooldown.began_at + span_s * 0.25 * (cooldown.n_asked + 1)
 
 
 def _candidates(catalogue: Catalogue, choice: Choice, state: RoutingState, strategy: str, fallback: str) -> Iterator[tuple[float, bool, Route]]:
@@ -3719,20 +4229,6 @@ def _turned(choice: Choice, state: RoutingState, strategy: str) -> tuple[Group, 
     return groups
 
 
-def _stick(routes: list[Route], asked_for: Collection[str], state: RoutingState, facts: Facts, now: float) -> str:
-    """Put the route that served the conversation last in front, unless it is another than was asked for; what Plan.session says of it."""
-    if not facts.sticks:
-        return ""
-    pinned, at = state.sessions.get(facts.session, ("", 0.0))
-    if not pinned or now - at > _SESSION_S:
-        return "new"
-    for place, route in enumerate(routes):
-        if route.id == pinned and pinned in asked_for:
-            routes.insert(0, routes.pop(place))
-            return "hit"
-    return "moved"
-
-
 def tell_shortage(shortage: Shortage, now: float) -> str:
     """What is short and until when, in words."""
     window = shortage.window
@@ -3763,7 +4259,18 @@ def _scarcity(state: RoutingState, route: Route, facts: Facts, now: float) -> fl
     return 1.0 - share_left(state.ledger, route, now)
 
 
-_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({"fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity})
+def _n_open(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """Requests under way in what the provider counts together."""
+    return float(max((bucket.n_open for bucket in find_buckets(state.ledger, route)), default=0))
+
+
+def _shares_had(state: RoutingState, route: Route, facts: Facts, now: float) -> float:
+    """How many shares of 1/weight its provider has had; one that took no part for a while has no claim to what it missed."""
+    return max(state.shares.get(route.provider.name, 0.0), state.shares_now)
+
+
+_METRICS: Mapping[str, Callable[[RoutingState, Route, Facts, float], float]] = MappingProxyType({
+    "fastest": _first_ms, "cheapest": _cost, "most-quota": _scarcity, "least-busy": _n_open, "weighted": _shares_had})
 
 
 def find_session(body: Json, named: str, key_id: int, affinity: str) -> tuple[str, bool]:
@@ -3809,10 +4316,17 @@ def note_served(state: RoutingState, route: Route, facts: Facts, first_ms: float
         if len(state.speeds) > _MAX_COOLDOWNS:
             del state.speeds[next(iter(state.speeds))]
     if facts.session:
-        state.sessions.pop(facts.session, None)
-        state.sessions[facts.session] = (route.id, now)
+        before = state.sessions.pop(facts.session, None)
+        state.sessions[facts.session] = Pin(route.id, now, before.n_cached if before is not None and before.route_id == route.id else 0)
         if len(state.sessions) > _MAX_SESSIONS:
             del state.sessions[next(iter(state.sessions))]
+
+
+def note_cached(state: RoutingState, facts: Facts, n_cached: int) -> None:
+    """Remember how much of a conversation's prompt came from the cache: more is believed at once, for prompts grow with every turn, less by half."""
+    pin = state.sessions.get(facts.session)
+    if pin is not None and n_cached != pin.n_cached:
+        state.sessions[facts.session] = pin._replace(n_cached=max(n_cached, (n_cached + pin.n_cached) // 2))
 
 
 def provider_of(group: Group) -> str:
@@ -3847,13 +4361,14 @@ def hindrance(state: RoutingState, route: Route, now: float) -> Cooldown | None:
 
 
 def describe_routes(providers: Iterable[Provider], state: RoutingState, now: float) -> list[Json]:
-    """Every configured route: {route, state: free, cooling or full, why, left_s, proven}."""
+    """Every configured route: {route, provider, key, model, buckets, state: free, cooling or full, why, left_s, proven}."""
     rows = []
     for provider in providers:
         for group in _group_of(provider, _known_models(provider)):
             for route in group:
                 cooldown, shortage = hindrance(state, route, now), find_shortage(state.ledger, route, 0, 0, now)
-                row: Json = {"route": route.id, "state": "free", "why": "", "left_s": None, "proven": None}
+                row: Json = {"route": route.id, "provider": provider.name, "key": route.credential.label or route.credential.id.rpartition("/")[2], "model": route.model.id,
+                             "buckets": [bucket.key for bucket in find_buckets(state.ledger, route)], "state": "free", "why": "", "left_s": None, "proven": None}
                 if cooldown is not None:
                     row |= {"state": "cooling", "why": cooldown.reason, "left_s": round(max(cooldown.until_at - now, 0.0)), "proven": cooldown.proven}
                 elif shortage is not None and not shortage.soft:
@@ -3875,6 +4390,21 @@ def reset_routes(providers: Iterable[Provider], state: RoutingState, glob: str) 
     return found
 
 
+def forget_changed(state: RoutingState, before: Iterable[Provider], after: Iterable[Provider]) -> None:
+    """End the cooldowns of keys and addresses that are no longer those that they were held against."""
+    def facts(providers: Iterable[Provider]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for provider in providers:
+            found[f"provider {provider.name}"] = (provider.base_url, provider.proxy)
+            found |= {f"credential {credential.id}": (provider.base_url, credential.secret, credential.proxy) for credential in provider.credentials}
+        return found
+
+    now = facts(after)
+    changed = {name for name, fact in facts(before).items() if now.get(name) != fact}
+    for key in [key for key in state.cooling if key.replace("route ", "credential ", 1).partition(":")[0] in changed]:
+        del state.cooling[key]
+
+
 def is_listed(route: Route) -> bool:
     """Whether configuration knows the model: of names that clients make up nothing is remembered."""
     return route.model in route.provider.models or route.model.id == route.provider.default
@@ -3882,13 +4412,17 @@ def is_listed(route: Route) -> bool:
 
 def begin_attempt(state: RoutingState, choice: Choice, route: Route) -> None:
     """Remember that `route` is being asked: the turn moves on, and ended cooldowns of it are being probed."""
+    provider = route.provider
+    state.shares_now = max(state.shares.get(provider.name, 0.0), state.shares_now)
+    state.shares[provider.name] = state.shares_now + 1.0 / provider.weight
     if choice.rotates:
-        state.turns[choice.turn_name] = route.provider.name
+        state.turns[choice.turn_name] = provider.name
     if len(route.provider.credentials) > 1 and is_listed(route):
         state.turns[route.keys[2]] = route.credential.id
     for key in route.keys if state.cooling else ():
         if key in state.cooling:
             state.cooling[key].probing = True
+            state.cooling[key].n_asked += 1
 
 
 def end_probe(state: RoutingState, route: Route) -> None:
@@ -3983,7 +4517,7 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
     end_probe(state, route)
     if not failure.scope or (failure.scope in ("model", "route") and not is_listed(route)):
         return None
-    rule = FAILURE_RULES[failure.kind]
+    rule = state.rules[failure.kind]
     key = route.keys[SCOPES[failure.scope]]
     before = state.cooling.get(key)
     if before is not None and before.until_at > now and not failure.proven:
@@ -3996,7 +4530,9 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
         span_s = min(rule.cap_s, first_s * 2.0 ** min(strikes - 1, 20) * (0.8 + 0.4 * jitter))
     if len(state.cooling) >= _MAX_COOLDOWNS and key not in state.cooling:
         del state.cooling[min(state.cooling, key=lambda name: state.cooling[name].until_at)]
-    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300])
+    state.cooling[key] = cooldown = Cooldown(key, failure.kind, failure.reason, now + span_s, strikes, failure.proven, detail=failure.detail[:300], began_at=now)
+    if before is not None and before.until_at > now:        # asked all the same, and refused: the quarters go on
+        cooldown.began_at, cooldown.n_asked = before.began_at, before.n_asked
     return cooldown
 
 
@@ -4012,7 +4548,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
         with contextlib.suppress(KeyError, TypeError, ValueError):
             until_at = float(row["until_utc"]) - state.ledger.utc_less_now
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
-                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True)
+                state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
 
 ##############################################################################
@@ -4039,15 +4575,16 @@ class Event(NamedTuple):
 class FrameSplitter:
     """Cuts a byte stream into whole SSE frames, blank line included; what is unfinished stays inside."""
 
-    __slots__ = ("rest", "_began", "_searched")
+    __slots__ = ("rest", "max_bytes", "_began", "_searched")
 
     def __init__(self) -> None:
         self.rest = b""
+        self.max_bytes = MAX_EVENT_BYTES        #: of one frame
         self._began = False     # past the byte order mark
         self._searched = 0      # no blank line ends before here
 
     def feed(self, chunk: bytes) -> bytes:
-        """All frames that `chunk` completes, as one piece of bytes. Raises UpstreamFailure past MAX_EVENT_BYTES."""
+        """All frames that `chunk` completes, as one piece of bytes. Raises UpstreamFailure past max_bytes."""
         buffer = self.rest + chunk if self.rest else chunk
         if not self._began and buffer:
             if buffer[:3] != b"\xef\xbb\xbf"[:len(buffer[:3])]:
@@ -4062,8 +4599,8 @@ class FrameSplitter:
             cut = max(cut if cut >= 2 else 0, self._last_blank(buffer, cut if cut >= 2 else self._searched))
         self.rest = buffer[cut:]
         self._searched = max(0, len(self.rest) - 3)
-        if len(self.rest) > MAX_EVENT_BYTES:
-            raise UpstreamFailure("server", "too_big", f"one event is larger than {MAX_EVENT_BYTES} bytes", phase="body")
+        if len(self.rest) > self.max_bytes:
+            raise UpstreamFailure("server", "too_big", f"one event is larger than {self.max_bytes} bytes", phase="body")
         return buffer[:cut]
 
     @staticmethod
@@ -6941,9 +7478,9 @@ def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str
 
 def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
     """The messages without fields the provider rejects and with its word for developer; the same list when nothing changes."""
-    unwanted = set(preset.message_rejects)
-    rename = preset.system_role if any(message["role"] == "developer" for message in messages) else ""
-    if not rename and not any(unwanted.intersection(message) for message in messages):
+    unwanted = preset.message_rejects
+    rename = preset.system_role if "developer" in [message["role"] for message in messages] else ""
+    if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
     fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
@@ -7068,7 +7605,7 @@ class ChatPassage:
     Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_frames", "_prefix", "_suffix", "_last", "_called")
+    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "frames", "_echo", "_prefix", "_suffix", "_last", "_called")
 
     def __init__(self, *, wants_usage: bool, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """n_prompt_tokens: an estimate, for a client that wants usage from a provider that tells none."""
@@ -7086,7 +7623,7 @@ class ChatPassage:
         self._n_prompt_tokens = n_prompt_tokens
         self._usage_shown = False
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._prefix = self._suffix = b""   #: what the last event of plain text had around its text
         self._last: Json = {}
         self._called = False
@@ -7120,7 +7657,7 @@ class ChatPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -7132,7 +7669,7 @@ class ChatPassage:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
         if self.error or self.broken:
             return b""
-        rest = self._frames.rest
+        rest = self.frames.rest
         if not self.n_signs and rest.lstrip()[:1] in (b"{", b"["):
             self.error, self.broken = _error_in_json(rest), "not_json"      # a body that is no stream at all
             return b""
@@ -9728,7 +10265,7 @@ class ResponsesPassage:
     Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "_echo", "_frames", "_overhead", "_began", "_open_call", "_response")
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "frames", "_echo", "_overhead", "_began", "_open_call", "_response")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         self.content = False                #: something of the answer itself has come
@@ -9740,7 +10277,7 @@ class ResponsesPassage:
         self.n_content_bytes = 0            #: for an estimate where no usage comes
         self.n_signs = 0                    #: grows with every event
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
         self.sequence = 0                   #: number of the last event
         self._began = self._open_call = False
@@ -9756,7 +10293,7 @@ class ResponsesPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -9765,7 +10302,7 @@ class ResponsesPassage:
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
         out = b""
-        rest = self._frames.rest
+        rest = self.frames.rest
         if not (self.done or self.error or self.broken) and whole_json(read_frame(rest).data):
             out = self._look(rest + b"\n\n")
         if not (self.done or self.error or self.broken):
@@ -10870,7 +11407,7 @@ class MessagesPassage:
     Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
     """
 
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "_echo", "_frames", "_prefix", "_raw_usage", "_called", "_open_call")
+    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "frames", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """wants_usage is what other formats' passages ask; a Messages stream always carries its usage."""
@@ -10883,7 +11420,7 @@ class MessagesPassage:
         self.n_content_bytes = 0            #: for an estimate where no usage comes
         self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._echo = echo_model
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._prefix = b""                  #: what the last plain delta had before its text
         self._raw_usage: Json = {}
         self._called = self._open_call = False
@@ -10902,7 +11439,7 @@ class MessagesPassage:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -10910,7 +11447,7 @@ class MessagesPassage:
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
-        rest = self._frames.rest
+        rest = self.frames.rest
         event = read_frame(rest)
         out = self._look(rest + b"\n\n") if not self.done and event.data and (event.data.strip() == "[DONE]" or whole_json(event.data)) else b""
         if self.done or self.error or self.broken:
@@ -11250,13 +11787,13 @@ def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profi
 class Needs:
     """What one request needs of a route that serves it; the costly parts are worked out when a route first makes them matter.
 
-    windows: RoutingState's.  utc: now.  read_hub: the request in the hub's form.  ratio: what Calibration learned of a model.
+    windows: RoutingState's.  utc: now.  read_hub: from `body` to the hub's form.  ratio: what Calibration learned of a model.
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_counts")
 
-    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[], Json], ratio: Callable[[str], float],
+    def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[Json], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
         self.tools = bool(body.get("tools")) and body.get("tool_choice") not in ("none", {"type": "none"})
         self.required = required
@@ -11264,6 +11801,7 @@ class Needs:
         self.overflowed = 0             #: tokens that the largest of them holds
         self._raw, self._windows, self._utc, self._read_hub, self._ratio = raw, windows, utc, read_hub, ratio
         self._body = body
+        self._hub: Json | None = None           # read when first needed
         self._shows: bool | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
@@ -11271,7 +11809,7 @@ class Needs:
     def images(self) -> bool:
         """Whether its last turn shows an image."""
         if self._shows is None:
-            hub = self._hub() if b"image" in self._raw else None
+            hub = self._readable_hub() if b"image" in self._raw else None
             self._shows = hub is not None and shows_image(hub)
         return self._shows
 
@@ -11298,14 +11836,19 @@ class Needs:
         """The prompt's tokens for a wire model, estimated; 0 where it is none that can be read."""
         family = count_family(model.lower())
         if family not in self._counts:
-            hub = self._hub()
+            hub = self._readable_hub()
             self._counts[family] = estimate_tokens(hub, model) if hub is not None else 0
         return round(self._counts[family] * self._ratio(model))
 
-    def _hub(self) -> Json | None:
-        """The request in the hub's form, None where only a provider of its own format understands it."""
+    def hub(self) -> Json:
+        """The request in the hub's form. Raises GatewayError 400, and UpstreamFailure where only a provider of its own format understands it."""
+        if self._hub is None:
+            self._hub = self._read_hub(self._body)
+        return self._hub
+
+    def _readable_hub(self) -> Json | None:
         with contextlib.suppress(UpstreamFailure, GatewayError):
-            return self._read_hub()
+            return self.hub()
         return None
 
     def note_overflow(self, window: int | None) -> None:
@@ -11447,7 +11990,7 @@ class Translation:
     """
 
     __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
-                 "_frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
+                 "frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
         self.content = False
@@ -11460,7 +12003,7 @@ class Translation:
         self.n_content_bytes = 0
         self.n_signs = 0
         self.kept: list[Json] = []              #: thinking and calls of the answer, for the memo
-        self._frames = FrameSplitter()
+        self.frames = FrameSplitter()
         self._reader = reader
         self._holder = CallHolder(live)
         self._filler = UsageFiller(n_prompt_tokens)
@@ -11482,7 +12025,7 @@ class Translation:
         if self.done or self.error or self.broken:
             return b""
         try:
-            block = self._frames.feed(chunk)
+            block = self.frames.feed(chunk)
         except UpstreamFailure as failure:
             self.broken = failure.reason
             return b""
@@ -11508,7 +12051,7 @@ class Translation:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` when it ended wrongly."""
         if self.done or self.error or self.broken:
             return b""
-        rest = read_frame(self._frames.rest)
+        rest = read_frame(self.frames.rest)
         if rest.data.strip() == "[DONE]" or whole_json(rest.data):
             self._take(self._reader.feed(rest))
         self._take(self._reader.close())
@@ -12288,6 +12831,8 @@ _FIELD_JUNK = {code: None for code in (*range(0, 9), *range(10, 32), 127)}
 
 def header_value(text: str) -> str:
     """`text` as it may stand in a header we write: one line of printable Latin-1."""
+    if text.isascii() and text.isprintable():       # nearly every one
+        return text.strip()
     return text.translate(_FIELD_JUNK).encode("latin-1", "replace").decode("latin-1").strip()
 
 
@@ -13307,18 +13852,15 @@ def _freed_after_s(account: _Account, place: int, limit: int, now: float) -> flo
 
 
 ##############################################################################
-# 18. Transport                                             I/O | uses 1-2, 5, 15-16
+# 18. Transport                                             I/O | uses 1-2, 4-5, 15-16
 ##############################################################################
 # The providers' side: one request, one Answer.  Every way a connection can fail leaves here as an UpstreamFailure and as
 # nothing else.  Connections are pooled per (origin, proxy) and come back to the pool only when their answer was whole, its
 # framing unambiguous and not one byte came after it; a byte or an end that arrives while a connection waits spoils it.
 # Deadlines are one Alarm per connection: it aborts the transport, the pending read ends, and the phase tells what for.
 
-MAX_ANSWER_BYTES = 32 * 1024 * 1024
 _MAX_INFORMATIONAL = 20
 _READ_BYTES = 128 * 1024
-_POOL_IDLE_S = 60.0
-_POOL_SIZE = 256
 
 
 class Origin(NamedTuple):
@@ -13438,7 +13980,7 @@ class Answer:
         self._failure: UpstreamFailure | None = None
         self._ended = False
         fields = dict(headers)
-        self._inflate = _make_inflater(fields["content-encoding"]) if "content-encoding" in fields else None
+        self._inflate = _make_inflater(fields["content-encoding"], transport.bounds.answer_bytes) if "content-encoding" in fields else None
         self._reusable = not self._eof_ends and "close" not in fields.get("connection", "").lower()
         if self._body.done:
             self._body.rest, self._pending = self._pending, b""
@@ -13482,10 +14024,10 @@ class Answer:
         except BadHttp as error:
             raise transport_failure("protocol", "body", str(error)) from error
 
-    async def read_all(self, max_bytes: int = MAX_ANSWER_BYTES, *, idle_s: float, within_s: float) -> bytes:
+    async def read_all(self, *, idle_s: float, within_s: float) -> bytes:
         """The whole body, in `within_s` at the most. Blank pieces are keep-alives; once something else came the rest must follow within `idle_s`."""
         pieces: list[bytes] = []
-        n_bytes, ends_at = 0, self._transport.clock() + within_s
+        n_bytes, max_bytes, ends_at = 0, self._transport.bounds.answer_bytes, self._transport.clock() + within_s
         if not self._pending:
             self.watch("idle", min(idle_s, within_s))
         while piece := await self.read():
@@ -13524,7 +14066,7 @@ class Answer:
         self._transport.take_back(self._line, reusable)
 
 
-def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
+def _make_inflater(coding: str, max_bytes: int) -> Callable[[bytes], bytes] | None:
     """A function that inflates piece by piece, None for plain bodies; its output is capped, and b"" checks the end."""
     coding = coding.strip().lower()
     if coding in ("", "identity"):
@@ -13538,12 +14080,12 @@ def _make_inflater(coding: str) -> Callable[[bytes], bytes] | None:
         if not piece and not engine.eof:
             raise transport_failure("cut", "body", "a compressed answer ended early")
         try:
-            plain = engine.decompress(piece, MAX_ANSWER_BYTES - n_bytes + 1) if piece else b""
+            plain = engine.decompress(piece, max_bytes - n_bytes + 1) if piece else b""
         except zlib.error as error:
             raise transport_failure("protocol", "body", "the answer is not compressed as it says") from error
         n_bytes += len(plain)
-        if n_bytes > MAX_ANSWER_BYTES:
-            raise transport_failure("too_big", "body", f"an answer larger than {MAX_ANSWER_BYTES} bytes when inflated")
+        if n_bytes > max_bytes:
+            raise transport_failure("too_big", "body", f"an answer larger than {max_bytes} bytes when inflated")
         if engine.unused_data:
             raise transport_failure("protocol", "body", "something follows the compressed answer")
         return plain
@@ -13557,6 +14099,7 @@ class Transport:
     def __init__(self, world: World) -> None:
         self._world = world
         self.clock = world.clock
+        self.bounds = Bounds()          #: as they are configured now
         self._pool: dict[Origin, deque[_Line]] = {}
         self._context: ssl.SSLContext | None = None
 
@@ -13583,10 +14126,10 @@ class Transport:
             return
         lines = self._pool.setdefault(line.origin, deque())
         line.inbox.parked = True
-        line.alarm.set(_POOL_IDLE_S)
+        line.alarm.set(self.bounds.pool_idle_s)
         line.phase = "parked"
         lines.append(line)
-        if len(lines) > _POOL_SIZE:
+        if len(lines) > self.bounds.pool_size:
             lines.popleft().close()
 
     def close(self) -> None:
@@ -13718,19 +14261,14 @@ class Transport:
 
 
 ##############################################################################
-# 19. Server                                                I/O | uses 1-2, 15-16
+# 19. Server                                                I/O | uses 1-2, 4, 15-16
 ##############################################################################
 # The clients' side: accept, read one request at a time, hand it to the application, write its answer.  What the server
 # decides by itself is HTTP and nothing else: framing, limits, keep-alive, order of pipelined answers, draining.
-# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read.
+# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read,
+# and `bounds`, looked at each time: an edit of models.json is in force from the next wait on.
 
-MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_TARGET_BYTES = 8 * 1024
-MAX_CONNECTIONS = 4096
-_HEAD_S = 10.0
-_BODY_S = 60.0
-_IDLE_S = 120.0
-_WRITE_STALL_S = 60.0
 _LINGER_S = 1.0
 _SURPLUS = 16               #: connections over the cap that are still told so
 _ACCEPT_AT_ONCE = 16
@@ -13774,6 +14312,8 @@ class Sink(Protocol):
 
 class Application(Protocol):
     """What a server serves. `admit` raises GatewayError (or returns the handler) before the body is read; `explain` renders errors."""
+    @property
+    def bounds(self) -> Bounds: ...
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
     def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]: ...
@@ -13913,7 +14453,7 @@ class _Link:
         if transport.is_closing():
             raise ConnectionResetError("the client has gone")
         if transport.get_write_buffer_size() > 65536:
-            self._write_alarm.set(_WRITE_STALL_S)
+            self._write_alarm.set(self.server.application.bounds.client_stall_s)
             try:
                 await self.writer.drain()
             finally:
@@ -13947,8 +14487,9 @@ class _Link:
                 self.exchange.keep_alive = False
                 raise GatewayError(f"The gateway has {self.server.max_connections} connections open and takes no more.", 503, "too_many_connections", retry_after_s=1.0)
             handler = self.server.application.admit(request)
-            if framing.kind == "length" and framing.n_bytes > self.server.max_body_bytes:
-                raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
+            max_bytes = self.server.application.bounds.body_bytes
+            if framing.kind == "length" and framing.n_bytes > max_bytes:
+                raise too_large(f"the body is larger than {max_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
             self._refuse(request or _glimpse(head or self._buffer), bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
@@ -13969,7 +14510,8 @@ class _Link:
     async def _read_head(self) -> bytes | None:
         """The bytes of the next head, None when the client has nothing more to say."""
         self._buffer = self._buffer.lstrip(b"\r\n")       # RFC 9112 2.2: empty lines before a request line are ignored
-        self.alarm.set(_HEAD_S if self._buffer else _IDLE_S)
+        bounds = self.server.application.bounds
+        self.alarm.set(bounds.client_head_s if self._buffer else bounds.client_idle_s)
         while not (end := find_head_end(self._buffer)):
             data = await self.inbox.read(_READ_BYTES_CLIENT)
             if not data:
@@ -13979,7 +14521,7 @@ class _Link:
                 continue
             self._buffer = data.lstrip(b"\r\n")
             if self._buffer and b"\r\n\r\n" not in data:
-                self.alarm.set(_HEAD_S)
+                self.alarm.set(bounds.client_head_s)
         head, self._buffer = self._buffer[:end], self._buffer[end:]
         return head
 
@@ -14011,8 +14553,8 @@ class _Link:
             if not self._buffer and request.version == "1.1":
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if len(self._buffer) < framing.n_bytes or framing.kind == "chunked":
-            self.alarm.set(_BODY_S)
-        pieces, n_bytes = [], 0
+            self.alarm.set(self.server.application.bounds.client_body_s)
+        pieces, n_bytes, max_bytes = [], 0, self.server.application.bounds.body_bytes
         while not reader.done:
             data, self._buffer = self._buffer or await self.inbox.read(_READ_BYTES_CLIENT), b""
             if not data:
@@ -14021,8 +14563,8 @@ class _Link:
             if reader.bad:
                 raise BadHttp(reader.bad)
             n_bytes += len(piece)
-            if n_bytes > self.server.max_body_bytes:
-                raise too_large(f"the body is larger than {self.server.max_body_bytes} bytes")
+            if n_bytes > max_bytes:
+                raise too_large(f"the body is larger than {max_bytes} bytes")
             pieces.append(piece)
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -14058,7 +14600,7 @@ class _Link:
         # From here on drain() means that everything has gone out; a TLS transport pauses at its mark, a plain one above it.
         transport.set_write_buffer_limits(high=1 if self._secure else 0)
         self.alarm.rest()
-        self._write_alarm.set(_WRITE_STALL_S)
+        self._write_alarm.set(self.server.application.bounds.client_stall_s)
         await self.writer.drain()
         self._write_alarm.rest()
         if self.inbox.at_eof():
@@ -14100,11 +14642,10 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World, *, max_body_bytes: int = MAX_BODY_BYTES, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, application: Application, world: World, *, fitting: int = 1 << 20) -> None:
         self.application = application
         self.clock = world.clock
-        self.max_body_bytes = max_body_bytes
-        self.max_connections = max_connections
+        self._fitting = fitting         # connections that the system has descriptors for
         self.open = True
         self._context: ssl.SSLContext | None = None
         self._arriving: set[asyncio.Task[None]] = set()
@@ -14155,7 +14696,7 @@ class Server:
         protocol = _ClientProtocol(inbox, self._begin, loop=loop)
         protocol.inbox = inbox
         with contextlib.suppress(OSError):
-            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=_HEAD_S if self._context else None)
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -14163,6 +14704,11 @@ class Server:
         if second != self._date[0]:
             self._date = (second, f"date: {email.utils.formatdate(second, usegmt=True)}\r\n")
         return self._date[1]
+
+    @property
+    def max_connections(self) -> int:
+        """How many clients may be connected at once."""
+        return min(self.application.bounds.connections, self._fitting)
 
     def n_connections(self) -> int:
         """How many clients are connected."""
@@ -14236,9 +14782,9 @@ class Server:
 # committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
 # error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
+# Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
+# first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
 
-_KEEP_ALIVE_FIRST_S = 4.5
-_KEEP_ALIVE_S = 12.0
 _AFTER_FINISH_S = 2.0           #: how long to wait for usage and [DONE] once a finish reason has come
 _AFTER_END_S = 0.25             #: how long to wait for the end of the body once the end mark has come
 _ERROR_BODY_BYTES = 64 * 1024
@@ -14247,6 +14793,11 @@ _RETRY_PAUSE_S = 0.2
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MODELS_FRESH_S = 300.0
+_MODELS_S = 20.0                #: how long a provider may take over its list
+_MODELS_BYTES = 8 << 20
+_MODELS_MAX = 5000
+_MODELS_PATHS: Mapping[str, str] = MappingProxyType({"messages": "/models?limit=1000"})
 _SECRET_MIN = 16                #: characters of a key whose last four tell nothing of the others
 _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should survive even a crash
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
@@ -14259,6 +14810,13 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+
+
+@functools.lru_cache(256)
+def _is_relayed(name: str) -> bool:
+    return name in _RELAYED_HEADERS or name.startswith(_RELAYED_PREFIXES)
+
+
 EVENT_STREAM_HEADERS: Headers = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
 
 
@@ -14299,6 +14857,7 @@ class Settled:
     plan: Plan | None
     facts: Facts
     waited_ms: int
+    told: str = ""                  #: what the client was told when it was refused
     discarded: Sequence[tuple[Attempt, Usage]] = ()     #: attempts whose answers were counted by their providers and reached no client
 
     @property
@@ -14308,6 +14867,31 @@ class Settled:
 
 
 _NO_PROFILE = Profile()
+
+
+#: Who waits for the same routes, by gateway key: keys take turns, within a key it is first come first served.
+Line = dict[int, deque[asyncio.Event]]
+
+
+def first_in(line: Line) -> asyncio.Event:
+    """Whose turn it is."""
+    return next(iter(line.values()))[0]
+
+
+def make_target(provider: Provider, credential: Credential, settings: Settings, user_agent: str, method: str, path: str) -> tuple[Origin, str]:
+    """Where requests to `path` behind a provider's base URL go, and the lines of their head that are always the same."""
+    scheme, host, port, base = split_url(provider.base_url)
+    proxy = credential.proxy if credential.proxy is not None else provider.proxy
+    if proxy is None:
+        proxy = settings.https_proxy if scheme == "https" else settings.http_proxy
+        proxy = "" if is_loopback(host) or no_proxy_covers(host, settings.no_proxy) else proxy
+    name = f"[{host}]" if ":" in host else host
+    name += "" if port == {"https": 443, "http": 80}[scheme] else f":{port}"
+    secret = [(provider.preset.auth_header, f"{provider.preset.auth_scheme} {credential.secret}".strip())] if credential.secret else []
+    fixed = [("Host", name), ("User-Agent", user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
+             *provider.preset.headers, *provider.headers, *credential.headers]
+    lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
+    return Origin(scheme, host, port, proxy or ""), f"{method} {base}{path} HTTP/1.1\r\n{''.join(lines.values())}"
 
 
 class Relay:
@@ -14323,8 +14907,9 @@ class Relay:
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
-        self.lines: dict[str, deque[asyncio.Event]] = {}     #: by turn name, who waits for a free route, first come first
+        self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
+        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
@@ -14335,6 +14920,7 @@ class Relay:
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
         self._allowed = {}
+        self.state.rules = failure_rules(config.carousel.limits)
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
@@ -14361,7 +14947,30 @@ class Relay:
     def wake(self) -> None:
         """Something has ended or changed: whoever is first in a line looks again."""
         for line in self.lines.values():
-            line[0].set()
+            first_in(line).set()
+
+    def leave_line(self, awaited: frozenset[str], key_id: int, turn: asyncio.Event) -> None:
+        """Give a place up. Behind the first comes another key's turn, and another line's."""
+        line = self.lines[awaited]
+        mates, was_first = line[key_id], first_in(line) is turn
+        mates.remove(turn)
+        if was_first or not mates:
+            del line[key_id]
+        if was_first:
+            del self.lines[awaited]
+            if mates:
+                line[key_id] = mates
+            if line:
+                self.lines[awaited] = line
+            self.wake()
+
+    def unclaimed(self, routes: Sequence[Route], awaited: frozenset[str]) -> Sequence[Route]:
+        """Those of `routes` for which no other line waits whose first has been first for longer than that of the line for `awaited`."""
+        for others in self.lines:
+            if others == awaited:
+                break
+            routes = [route for route in routes if route.id not in others]
+        return routes
 
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
@@ -14387,19 +14996,25 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        await _Run(self, job, sink).go()
+        run = self.running[job.id] = _Run(self, job, sink)
+        try:
+            await run.go()
+        finally:
+            del self.running[job.id]
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
 
         A provider that speaks Messages is asked, once; whatever it fails by, it stays as healthy as it was and the answer is an estimate.
+        No quota counts it: Anthropic's limits of counting are none of those of messages.
         """
         hub = FORMATS["messages"].read_request(job.body)
         choice, catalogue = self.choose(job)
         routes = plan(catalogue, choice, self.state, self.world.clock(), strategy=self.config.carousel.strategy, fallback=self.config.carousel.fallback).routes
         if not routes:
             return estimate_tokens(hub), True
-        route = routes[0]
+        needs = Needs(job.raw, job.body, self.state.windows, self.world.utc(), FORMATS["messages"].read_request, self.calibration.ratio)
+        route = next((route for route in routes if not misfit(route, needs)), routes[0])     # where it would be sent
         profile = target_profile(route.provider.preset.name, route.model, route.provider.format)
         if profile.format == "messages":
             with contextlib.suppress(UpstreamFailure, ValueError, KeyError, TypeError):
@@ -14425,7 +15040,7 @@ class Relay:
         if known is not None and known[0] is route.provider:
             target = known[1]
         else:                           # a request under way may still be on the configuration before
-            target = self._make_target(route, path)
+            target = make_target(route.provider, route.credential, self.config.settings, self._user_agent, "POST", path)
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
             self._targets[route.id, path] = route.provider, target
@@ -14435,28 +15050,93 @@ class Relay:
         accept = "text/event-stream" if job.stream else "application/json"
         return target[0], f"{target[1]}{own}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
 
-    def _make_target(self, route: Route, path: str) -> tuple[Origin, str]:
-        provider, credential, settings = route.provider, route.credential, self.config.settings
-        scheme, host, port, base = split_url(provider.base_url)
-        proxy = credential.proxy if credential.proxy is not None else provider.proxy
-        if proxy is None:
-            proxy = settings.https_proxy if scheme == "https" else settings.http_proxy
-            proxy = "" if is_loopback(host) or no_proxy_covers(host, settings.no_proxy) else proxy
-        name = f"[{host}]" if ":" in host else host
-        name += "" if port == {"https": 443, "http": 80}[scheme] else f":{port}"
-        secret = [(provider.preset.auth_header, f"{provider.preset.auth_scheme} {credential.secret}".strip())] if credential.secret else []
-        fixed = [("Host", name), ("User-Agent", self._user_agent), ("Content-Type", "application/json"), ("Accept-Encoding", "identity"), *secret,
-                 *provider.preset.headers, *provider.headers, *credential.headers]
-        lines = {label.lower(): f"{label}: {header_value(value)}\r\n" for label, value in fixed}    # later ones win
-        return Origin(scheme, host, port, proxy or ""), f"POST {base}{path} HTTP/1.1\r\n{''.join(lines.values())}"
+    async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
+        """What a provider says that it has, in its order. Raises UpstreamFailure."""
+        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
+        answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
+                                              replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
+        try:
+            body = await answer.read_start(_MODELS_BYTES, idle_s=_MODELS_S)
+        finally:
+            answer.release()
+        found = read_models(body)
+        if answer.status != 200 or not found:
+            failure = classify(provider.preset.name, provider.preset.bucket, answer.status, dict(answer.headers), body[:_ERROR_BODY_BYTES], utc=self.world.utc())
+            failure.detail = redact(failure.detail, self.config.secrets)
+            raise failure
+        return found
+
+
+def read_models(body: bytes) -> tuple[Model, ...]:
+    """The models of a provider's list in any of its shapes, with their context where it is told; () for what is no list."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return ()
+    rows = next((told[name] for name in ("data", "models") if isinstance(told.get(name), list)), ()) if isinstance(told, dict) else told if isinstance(told, list) else ()
+    found: dict[str, Model] = {}
+    for row in rows[:_MODELS_MAX]:
+        name = row.get("id") or row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+            sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
+            name = name.removeprefix("models/")         # as Gemini has them
+            found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
+    return tuple(found.values())
+
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
 
 
 class _Run:
     """The work on one job."""
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
-                 "_first_ms", "_outcome", "_status", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_hub", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -14470,7 +15150,7 @@ class _Run:
         self._discarded: list[tuple[Attempt, Usage]] = []
         self._n_content_bytes = 0
         self._first_ms = 0
-        self._outcome, self._status = "error", 500
+        self._outcome, self._status, self._told = "error", 500, ""
         self._cooled: set[str] = set()
         self._dropped: tuple[str, ...] = ()
         self._choice: Choice
@@ -14482,7 +15162,7 @@ class _Run:
         self._refusal = ""                      # the body of an answer other than 200
         self._sent_at = 0.0
         self._log = logging.getLogger("aicarousel.relay")
-        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), self._hub_request, relay.calibration.ratio,
+        self._needs = Needs(job.raw if job.client != "embeddings" else b"", job.body, relay.state.windows, relay.world.utc(), FORMATS[job.client].read_request, relay.calibration.ratio,
                             frozenset(job.body) if job.wish is not None and job.wish.require_parameters else frozenset())
         self._passed_over: list[tuple[Route, str]] = []     # routes that could not serve this request, and why
         self._repaired = False                  # the refusal of this attempt has told how to ask again
@@ -14490,7 +15170,6 @@ class _Run:
         self._client = self._wire = FORMATS[job.client]     # what the client speaks, and what the provider of this attempt is asked in
         self._n_asked = 0                       # requests that went out
         self._n_estimated = 0                   # prompt tokens, where they had to be estimated
-        self._hub: Json | None = None           # read when first needed
         self._writer: Any = None                # the request's own writer, for translated answers and keep-alives
         self._spoke = False                     # a keep-alive has gone through it
         self._carrier: Any = None               # what an answer under way goes through
@@ -14501,7 +15180,7 @@ class _Run:
     async def go(self) -> None:
         """Serve, and settle whatever happens."""
         if self._keeper is not None:
-            self._keeper.set(_KEEP_ALIVE_FIRST_S)
+            self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
         try:
             await self._serve()
         except GatewayError as error:
@@ -14521,6 +15200,14 @@ class _Run:
                 self._keeper.stop()
             self._settle()
 
+    def describe(self, now: float) -> Json:
+        """How far it is: {id, format, model, streamed, for_s, route, attempts, state: in line, asking or answering}."""
+        job, attempt = self._job, self._attempts[-1] if self._attempts else None
+        asking = attempt is not None and not attempt.reason
+        return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
+                "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
+                "state": "answering" if self._committed else "asking" if asking else "in line"}
+
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
         job, relay = self._job, self._relay
@@ -14531,7 +15218,8 @@ class _Run:
             self._look_for_routes()
         found = self._plan_seen
         misfits = [(route, why) for route in (found.routes if found else ()) if (why := misfit(route, self._needs))]
-        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, 0, "")
+        wait_ms = round((found.free_at - relay.world.clock()) * 1000) if found and not found.routes and found.free_at is not None and found.free_at <= self._give_up_at else 0
+        return Decision(job.id, relay.world.utc(), job.client, (job.model or "")[:200], job.stream, self._facts, found, (), misfits, wait_ms, "", wish=job.wish, models=job.models)
 
     def _note_leaving(self) -> None:
         """The client has gone; that says nothing of an answer that was whole by then."""
@@ -14547,11 +15235,11 @@ class _Run:
         self._facts = self._read_facts()
         self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
-        while (waiting or await self._replan(waiting)) and self._n_asked < carousel.max_attempts:
+        while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs)
+            why = misfit(route, self._needs) if self._attempts else ""         # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
@@ -14580,10 +15268,12 @@ class _Run:
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
+        return [route for route in routes if route.provider is routes[0].provider] if self._keeps_to_first() else routes
+
+    def _keeps_to_first(self) -> bool:
+        """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
-        if wish is None or wish.allow_fallbacks or wish.order or not routes:
-            return routes
-        return [route for route in routes if route.provider is routes[0].provider]
+        return wish is not None and not wish.allow_fallbacks and not wish.order
 
     def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
         """What a route that was passed over would have failed by."""
@@ -14617,57 +15307,96 @@ class _Run:
 
     async def _plan(self) -> Plan:
         """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
-        lines, name = self._relay.lines, self._choice.turn_name
-        if name not in lines:
-            found = self._look_for_routes()
-            if found.routes:
-                return found
-        line, turn = lines.setdefault(name, deque()), asyncio.Event()
-        alarm = Alarm(turn.set)
-        line.append(turn)
-        began_at = self._relay.world.clock()
+        found, relay = self._look_for_routes(), self._relay
+        if found.routes and not relay.lines:
+            return found
+        clock, turn, awaited = relay.world.clock, asyncio.Event(), frozenset[str]()
+        began_at, alarm = clock(), Alarm(turn.set)
         try:
-            while True:
-                at = self._give_up_at
-                if line[0] is turn or self._relay.world.clock() >= at:
-                    found = self._look_for_routes()
-                    if found.routes:
-                        return found
-                    at = min(at, found.free_at or at)
-                turn.clear()
-                alarm.set(max(at - self._relay.world.clock(), 0.01))
-                await turn.wait()
+            while (taken := self._take_unclaimed(found, awaited)) is None:
+                awaited, is_next = self._keep_place(found, awaited, turn), False
+                while not is_next:
+                    # Who waits for a cache looks by the time that is worth, whoever is first.
+                    looks_at = found.free_at if found.session == "hit" or first_in(relay.lines[awaited]) is turn else None
+                    looks_at = min(self._give_up_at, looks_at or self._give_up_at)
+                    turn.clear()
+                    alarm.set(max(looks_at - clock(), 0.01))
+                    await turn.wait()
+                    is_next = first_in(relay.lines[awaited]) is turn or clock() >= looks_at
+                found = self._look_for_routes()
+            return taken
         finally:
-            self._waited_s += self._relay.world.clock() - began_at
+            self._waited_s += clock() - began_at
             alarm.stop()
-            line.remove(turn)
-            if line:
-                line[0].set()
-            else:
-                del lines[name]
+            if awaited:
+                relay.leave_line(awaited, self._job.key_id, turn)
+
+    def _keep_place(self, found: Plan, awaited: frozenset[str], turn: asyncio.Event) -> frozenset[str]:
+        """Stand in the line for the routes of a plan, having left the one for `awaited`; those routes' ids. Raises GatewayError where too many stand there."""
+        relay, key_id = self._relay, self._job.key_id
+        wanted = frozenset(route.id for route in (*found.routes, *(wait.route for wait in found.waits)) if not self._why_not(route))
+        if wanted == awaited:
+            return awaited
+        line = relay.lines.get(wanted, {})
+        n_waiting, most = sum(map(len, line.values())), self._config.carousel.limits.queue
+        if not awaited and n_waiting >= most:
+            now = relay.world.clock()
+            raise no_route(f"{n_waiting} requests are waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
+        if awaited:
+            relay.leave_line(awaited, key_id, turn)
+        relay.lines.setdefault(wanted, {}).setdefault(key_id, deque()).append(turn)
+        return wanted
+
+    def _take_unclaimed(self, found: Plan, awaited: frozenset[str]) -> Plan | None:
+        """A plan with no more than the routes that it is this request's turn for, None for none; at the end of its time it takes any."""
+        routes = found.routes if self._relay.world.clock() >= self._give_up_at else self._relay.unclaimed(found.routes, awaited)
+        if len(routes) < len(found.routes):
+            routes = tuple(route for route in routes if not self._why_not(route))       # of the others than the first nobody has asked yet
+            session = "repin" if found.session == "hit" and routes[:1] != found.routes[:1] else found.session
+            self._plan_seen = found = found._replace(routes=routes, session=session)
+        return found if routes else None
 
     def _look_for_routes(self) -> Plan:
         """The plan as things are; without routes when waiting helps. Raises GatewayError when it does not."""
         relay, carousel = self._relay, self._config.carousel
         now = relay.world.clock()
         found = plan(self._catalogue, self._choice, relay.state, now, strategy=carousel.strategy, fallback=carousel.fallback if self._may_fall_back() else "none",
-                     facts=self._facts, give_up_at=self._give_up_at)
+                     facts=self._facts, asked_at=self._job.received_at, give_up_at=self._give_up_at, fits=self._why_not)
         self._plan_seen = found
         if found.routes or (found.free_at is not None and now < found.free_at <= self._give_up_at):
             return found
         if not found.skipped:
             raise no_route("No provider takes part: " + ("; ".join(f"{provider.name}: {provider.why_out}" for provider in self._config.providers[:8] if provider.why_out)
                                                         or "none has a usable key") + ".")
-        if all(is_withdrawn(relay.state, route, now) for route, _ in found.skipped):
-            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in found.skipped)
-        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in found.skipped[:6])
+        able = [(route, why) for route, why in found.skipped if why not in MISFITS]
+        if not able:
+            raise self._in_clients_words(answer_for([self._misfit_failure(route, why) for route, why in found.skipped], self._attempts))
+        if all(is_withdrawn(relay.state, route, now) for route, _ in able):
+            raise withdrawn((f"{route.provider.name}/{route.model.id}", relay.state.cooling[route.keys[SCOPES["model"]]].detail) for route, _ in able)
+        why = "; ".join(f"{route.provider.name}/{route.model.id}: {reason}" for route, reason in able[:6])
         if found.free_at is None:
             raise bad_request(f"The request is larger than what any route grants at once ({why}).", code="context_length_exceeded")
         raise no_route(f"Every route is waiting for its limit to reset ({why}).", status=429, retry_after_s=max(found.free_at - now, 0.0))
 
+    def _why_not(self, route: Route) -> str:
+        """Why a route will not do for this request, "" when it may: a word of MISFITS.
+
+        What has failed the request is not asked again, unless its provider named the time until which a limit holds.
+        """
+        if self._attempts:
+            failure = next((failure for attempt, failure in zip(reversed(self._attempts), reversed(self._failures)) if attempt.route.id == route.id), None)
+            if failure is not None and not (failure.kind == "rate" and failure.proven):
+                return "failed"
+            if self._keeps_to_first() and route.provider is not self._attempts[0].route.provider:
+                return "not_wanted"
+        return misfit(route, self._needs)
+
     async def _replan(self, waiting: deque[Route]) -> bool:
-        """Whether there are routes again, in `waiting`: where a limit ended the last attempt and its provider named a time that can be waited for."""
-        if self._committed or not self._failures or not any(failure.kind == "rate" and failure.proven for failure in self._failures):
+        """Whether there are routes again, in `waiting`: after a wait where one that may serve is full, or cools for its limits, and that ends in time.
+
+        Guessed cooldowns of other kinds are not waited for: such a route was asked as a last resort, once, or has failed this request itself.
+        """
+        if self._committed or not self._failures:
             return False
         try:
             found = await self._plan()
@@ -14766,7 +15495,7 @@ class _Run:
             rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
             body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
         else:
-            hub = recall(self._hub_request(), self._relay.memo)
+            hub = recall(self._needs.hub(), self._relay.memo)
             self._names = name_map(hub, self._profile)
             made, self._dropped = translate_request(hub, self._profile, edits)
             body = dump_json(made)
@@ -14806,15 +15535,9 @@ class _Run:
                 self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
                                   log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
-    def _hub_request(self) -> Json:
-        """The client's request in the hub's form. Raises GatewayError 400."""
-        if self._hub is None:
-            self._hub = self._client.read_request(self._job.body)
-        return self._hub
-
     def _asked(self) -> Asked:
         """What writers are told."""
-        return Asked(self._hub_request(), self._job.id, int(self._relay.world.utc()), self._names)
+        return Asked(self._needs.hub(), self._job.id, int(self._relay.world.utc()), self._names)
 
     def _source(self) -> Source:
         """What readers are told."""
@@ -14822,7 +15545,7 @@ class _Run:
 
     def _n_prompt_tokens(self) -> int:
         """The estimate for this attempt's model; what it learns from is the plain one."""
-        self._n_estimated = estimate_tokens(self._hub_request(), self._profile.model)
+        self._n_estimated = estimate_tokens(self._needs.hub(), self._profile.model)
         return round(self._n_estimated * self._relay.calibration.ratio(self._profile.model))
 
     async def _read_failure(self, answer: Answer, route: Route) -> UpstreamFailure:
@@ -14836,7 +15559,7 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock())
+        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -14909,11 +15632,12 @@ class _Run:
 
     async def _relay_stream(self, answer: Answer, attempt: Attempt) -> None:
         """Pump a stream: hold until content, then pass on what each read completes. One loop kept whole: it runs once per read."""
-        sink, keeper, timeouts = self._sink, self._keeper, attempt.route.provider.timeouts
+        sink, keeper, timeouts, keep_alive_s = self._sink, self._keeper, attempt.route.provider.timeouts, self._config.carousel.limits.keep_alive_s
         assert keeper is not None
         if answer.header("content-type").startswith("application/json"):
             return await self._relay_unstreamed(answer, attempt)
         self._carrier = carrier = self._make_carrier()
+        carrier.frames.max_bytes = self._config.carousel.limits.event_bytes
         held, n_signs, ends_at = b"", 0, self._sent_at + timeouts.stream_total_s
         while not (carrier.done or carrier.error or carrier.broken):
             failure: UpstreamFailure | None = None
@@ -14932,7 +15656,7 @@ class _Run:
                 held += out
             elif out:
                 sink.write(out)
-                keeper.set(_KEEP_ALIVE_S)
+                keeper.set(keep_alive_s)
                 await sink.flush()
             self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
             if failure is not None and not carrier.done:
@@ -15018,13 +15742,13 @@ class _Run:
             headers.append(("x-aicarousel-dropped", header_value(",".join(self._dropped))))
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
-        prefixes = _RELAYED_PREFIXES if self._job.hold is None else ()      # limits of the key are told under the same names
-        return headers + [(name, value) for name, value in answer.headers if name in _RELAYED_HEADERS or name.startswith(prefixes)]
+        relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
+        return headers + [pair for pair in answer.headers if relayed(pair[0])]
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
         error.redact(self._config.secrets)
-        self._outcome, self._status = "error", self._client.status(error)
+        self._outcome, self._status, self._told = "error", self._client.status(error), error.message
         if self._sink.head_sent and self._job.stream:
             self._sink.write(self._error_event(error))
             self._sink.finish()
@@ -15058,7 +15782,7 @@ class _Run:
             self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
         self._sink.write(self._sign_of_life())
         if self._keeper is not None:
-            self._keeper.set(_KEEP_ALIVE_S)
+            self._keeper.set(self._config.carousel.limits.keep_alive_s)
 
     def _sign_of_life(self) -> bytes:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
@@ -15086,8 +15810,9 @@ class _Run:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
+            note_cached(self._relay.state, self._facts, self._usage.cached)
         self._relay.settle(Settled(self._job, self._attempts, self._outcome, self._status, self._usage, self._first_ms, self._ms_since(self._job.received_at),
-                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._discarded))
+                                    self._passed_over, self._plan_seen, self._facts, round(self._waited_s * 1000), self._told, self._discarded))
 
     def _ms_since(self, at: float) -> int:
         return round((self._relay.world.clock() - at) * 1000)
@@ -15126,17 +15851,448 @@ Point an OpenAI client at this address with /v1 behind it, an Anthropic client a
 (python aicarousel.py key create NAME) and the model name aicarousel.  README.md tells the rest.
 """
 
+# The page, in three parts that a browser gets as one document.  It has no data in it but how clients are set up: what it shows it asks for with the key it is given.
+# Texts from elsewhere become text nodes, never markup; numbers it draws stand in data-value too, where tests compare them with `stats`.
+
+_PAGE_STYLE = r"""
+:root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2330;--soft:#5b6675;--line:#dde2ea;--accent:#2f5fd0;--good:#1d7f4e;--warm:#9a5b00;--bad:#b3261e;--fill:#e7ecf5;--in:#2f5fd0;--out:#c2620a}
+@media(prefers-color-scheme:dark){:root{--paper:#11151c;--card:#1a202b;--ink:#e6eaf1;--soft:#9aa5b5;--line:#2c3442;--accent:#8fb2ff;--good:#5fd39a;--warm:#f0b35a;--bad:#ff8f86;--fill:#283246;--in:#7ea4ff;--out:#f0a25a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:1240px;margin:0 auto;padding:0 16px}
+header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center;padding-top:18px}
+header svg{width:34px;height:34px;flex:none}
+h1{font-size:22px;margin:0;letter-spacing:-.01em}
+h2{font-size:16px;margin:30px 0 10px}
+h3{font-size:14px;margin:0}
+p{margin:6px 0}
+a{color:var(--accent)}
+.soft{color:var(--soft)}
+.right{margin-left:auto}
+.small{font-size:13px}
+.cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.card>.head{display:flex;gap:8px;align-items:baseline;margin-bottom:6px}
+.route{border-top:1px solid var(--line);padding:8px 0;overflow-wrap:anywhere}
+.route .head{display:flex;gap:8px;align-items:baseline;justify-content:space-between}
+.state{font-size:12px;border-radius:99px;padding:1px 9px;border:1px solid currentColor;white-space:nowrap;flex:none}
+.free{color:var(--good)}.cooling{color:var(--bad)}.full{color:var(--warm)}.out{color:var(--soft)}
+.meter{display:block;height:6px;border-radius:3px;background:var(--fill);margin:4px 0 2px;overflow:hidden}
+.meter>i{display:block;height:100%;background:var(--good)}
+.meter>i.low{background:var(--warm)}
+.meter>i.none{background:var(--bad)}
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:6px 12px;border-top:1px solid var(--line);vertical-align:top}
+thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.long{overflow-wrap:anywhere;min-width:130px}
+pre{margin:0;padding:10px 12px;background:var(--fill);border-radius:8px;overflow-x:auto;font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+button,input,select{font:inherit;color:inherit}
+button{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:4px 12px;cursor:pointer}
+button:hover{border-color:var(--accent)}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--paper)}
+button.plain{border:0;background:none;padding:0;color:var(--accent);text-align:left}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+input,select,textarea{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:5px 10px;min-width:0}
+textarea{width:100%;min-height:170px;color:inherit;font:13px/1.45 ui-monospace,monospace}
+form{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0}
+form input{flex:1 1 260px}
+.plots{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}
+figure{margin:0;overflow-x:auto}
+figure td,figure th{padding:6px 4px}
+figure td.long{min-width:70px}
+figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
+.columns{display:flex;align-items:flex-end;gap:2px;height:130px;border-bottom:1px solid var(--line)}
+.columns>i{flex:1;display:flex;flex-direction:column;justify-content:flex-end;height:100%;min-width:3px}
+.columns b{display:block;min-height:0}
+.b-in{background:var(--in)}.b-out{background:var(--out)}
+.key::before{content:"";display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
+.key.in::before{background:var(--in)}.key.outward::before{background:var(--out)}
+.ends{display:flex;justify-content:space-between}
+.bar{display:block;height:5px;border-radius:3px;background:var(--in);margin-top:3px}
+.heat{display:grid;grid-template-columns:34px repeat(24,1fr);gap:2px;align-items:center}
+.heat i{aspect-ratio:1;border-radius:2px;background:var(--fill)}
+.heat span{font-size:11px;color:var(--soft)}
+.h1{background:color-mix(in srgb,var(--in) 30%,var(--fill))!important}.h2{background:color-mix(in srgb,var(--in) 55%,var(--fill))!important}.h3{background:color-mix(in srgb,var(--in) 80%,var(--fill))!important}.h4{background:var(--in)!important}
+.tabs{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}
+[aria-selected=true]{border-color:var(--accent);color:var(--accent)}
+.copied{position:relative}
+.copied button{position:absolute;top:6px;right:6px}
+.copied pre{padding-right:80px}
+.warn{color:var(--bad)}
+footer{padding:24px 16px 40px}
+[hidden]{display:none!important}
+@media(max-width:520px){th,td{padding:6px 8px}.heat{gap:1px}.heat span{font-size:10px}}
+"""
+
+_PAGE_BODY = r"""
+<header>
+<svg viewBox="0 0 34 34" aria-hidden="true"><g fill="currentColor"><circle cx="17" cy="5" r="4"/><circle cx="27" cy="11" r="3.4" opacity=".8"/><circle cx="27" cy="23" r="3" opacity=".6"/><circle cx="17" cy="29" r="2.6" opacity=".45"/><circle cx="7" cy="23" r="2.2" opacity=".35"/><circle cx="7" cy="11" r="2" opacity=".25"/></g></svg>
+<h1>AICarousel</h1><span id="about" class="soft small"></span>
+<span class="right small"><a href="/docs">API</a> <button id="forget" hidden>Forget the key</button></span>
+</header>
+<main>
+<form id="ask" autocomplete="off">
+<p class="soft">What the carousel does is shown to holders of an admin key: <code>python aicarousel.py key create --admin</code>. It is kept in this tab and sent to this server alone.</p>
+<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required><button class="main">Show</button>
+</form>
+<p id="trouble" class="warn" role="alert"></p>
+<div id="shown" hidden>
+<h2 id="t-carousel">The carousel</h2><div id="carousel" class="cards" aria-labelledby="t-carousel"></div>
+<h2>Now</h2><div class="wide"><table><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
+<h2>Use in the last <select id="days" aria-label="Days"><option>7<option selected>30<option>90</select> days</h2>
+<div class="plots"><figure class="card" id="p-tokens"></figure><figure class="card" id="p-cost"></figure><figure class="card" id="p-model"></figure><figure class="card" id="p-key"></figure><figure class="card" id="p-heat"></figure></div>
+<h2>The last requests</h2><div class="wide"><table><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody></table></div>
+</div>
+<h2 id="t-connect">Connect</h2><div class="card"><div id="clients" class="tabs" role="tablist" aria-labelledby="t-connect"></div><div class="copied" role="tabpanel"><pre id="recipe" tabindex="0"></pre><button id="copy">Copy</button></div>
+<p class="soft small">In place of sk-... goes a gateway key: <code>python aicarousel.py key create NAME</code></p></div>
+</main>
+<footer class="soft small">This page asks this server alone and nobody else.</footer>
+"""
+
+_PAGE_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) {
+    if (name === "class") node.className = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "width" || name === "height") node.style[name] = value;
+    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...inside.filter(one => one !== null && one !== undefined && one !== ""));
+  return node;
+}
+const fill = (id, ...inside) => at(id).replaceChildren(...inside);
+const number = value => value === null || value === undefined ? "-" : Math.round(value).toLocaleString("en");
+const dollars = value => value === null || value === undefined ? "unknown" : "$" + value.toLocaleString("en", {minimumFractionDigits: value < 1 ? 4 : 2, maximumFractionDigits: value < 1 ? 4 : 2});
+const span = s => s === null || s === undefined ? "-" : s >= 172800 ? (s / 86400).toPrecision(3) + " d" : s >= 7200 ? (s / 3600).toPrecision(3) + " h" : s >= 120 ? (s / 60).toPrecision(3) + " min" : Math.round(s) + " s";
+const ms = value => value !== null ? (value < 1000 ? value + " ms" : (value / 1000).toFixed(1) + " s") : "-";
+
+async function ask(path) {
+  const answer = await fetch(path, {headers: {authorization: "Bearer " + sessionStorage.getItem("key")}, cache: "no-store"});
+  const body = await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(body.error ? body.error.message : "status " + answer.status), {status: answer.status});
+  return body;
+}
+
+function showRoutes(routes, windows) {
+  const groups = new Map(), byBucket = new Map();
+  for (const row of windows) byBucket.set(row.bucket, [...(byBucket.get(row.bucket) || []), row]);
+  for (const row of routes) groups.set(row.provider, [...(groups.get(row.provider) || []), row]);
+  fill("carousel", ...[...groups].map(([name, rows]) => {
+    const free = rows.filter(row => row.state === "free").length;
+    return make("section", {class: "card", "data-provider": name}, make("div", {class: "head"}, make("h3", {}, name), make("span", {class: "soft small right"}, free + " of " + rows.length + " free")),
+      ...rows.map(row => {
+        const limits = row.buckets.flatMap(bucket => byBucket.get(bucket) || []).filter(one => one.limit);
+        const tight = limits.sort((one, other) => one.left / one.limit - other.left / other.limit)[0];
+        const left = tight ? tight.left / tight.limit : 1;
+        const state = row.state === "free" ? "serving" : row.state + (row.left_s === null ? "" : " " + span(row.left_s) + (row.proven ? "" : " at most"));
+        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  " + row.key)), make("span", {class: "state " + row.state}, state)),
+          tight ? make("span", {class: "meter"}, make("i", {class: left <= 0 ? "none" : left < .2 ? "low" : "", width: Math.max(left * 100, left <= 0 ? 100 : 1) + "%"})) : null,
+          tight ? make("div", {class: "soft small"}, number(tight.left) + " of " + number(tight.limit) + " " + tight.measure + " a " + tight.per + " left" + (tight.resets_in_s === null ? "" : ", resets in " + span(tight.resets_in_s)) + " (" + tight.origin + ")") : null,
+          row.why ? make("div", {class: "small " + row.state}, row.why) : null,
+          row.last_error && row.state !== "free" ? make("div", {class: "soft small"}, "last error: " + row.last_error) : null);
+      }));
+  }));
+  if (!routes.length) fill("carousel", make("p", {class: "soft"}, "No provider takes part yet: put a key into .env, or run python aicarousel.py setup."));
+}
+
+function showRequests(seen) {
+  fill("live", ...(seen.live.length ? seen.live.map(row => make("tr", {}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
+    make("td", {class: "long"}, row.route || "-"), make("td", {}, row.state), make("td", {class: "n"}, span(row.for_s)))) : [make("tr", {}, make("td", {colspan: 5, class: "soft"}, "Nothing is under way."))]));
+  const open = new Map([...at("last").querySelectorAll("[data-lines]")].map(node => [node.dataset.lines, node.textContent]));
+  fill("last", ...(seen.last.length ? seen.last.flatMap(row => {
+    const more = make("tr", {hidden: open.has(row.id) ? null : ""}, make("td", {colspan: 7}, make("pre", {"data-lines": open.has(row.id) ? row.id : null}, open.get(row.id) || "")));
+    const why = make("button", {class: "plain", "aria-expanded": open.has(row.id), onclick: async () => {
+      const pre = more.querySelector("pre"), closed = more.hidden;
+      if (closed) { try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; } pre.dataset.lines = row.id; }
+      else delete pre.dataset.lines;
+      more.hidden = !closed; why.setAttribute("aria-expanded", closed);
+    }}, row.id);
+    return [make("tr", {"data-request": row.id}, make("td", {}, new Date(row.at_utc * 1000).toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
+      make("td", {class: row.outcome === "ok" ? "free" : "cooling"}, (row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status) + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
+      make("td", {class: "n"}, ms(row.first_ms || null)), make("td", {class: "n"}, ms(row.total_ms))), more];
+  }) : [make("tr", {}, make("td", {colspan: 7, class: "soft"}, "None since the start."))]));
+}
+
+const inward = row => row.input + row.cached + row.cache_write;
+function columns(id, title, days, parts, text, total) {
+  const most = Math.max(...days.map(day => parts.reduce((sum, part) => sum + part.of(day), 0)), 1e-9);
+  fill(id, make("figcaption", {}, make("h3", {}, title), make("span", {"data-total": total}, text(total))),
+    make("div", {class: "columns", role: "img", "aria-label": title + ": " + text(total)}, ...days.map(day => make("i", {title: day.day + ": " + parts.map(part => (part.name ? part.name + " " : "") + text(part.of(day))).join(", "), "data-day": day.day},
+      ...parts.map(part => make("b", {class: part.color, height: 100 * part.of(day) / most + "%", "data-value": part.of(day)}))))),
+    make("div", {class: "ends soft small"}, make("span", {}, days.length ? days[0].day : ""), ...parts.filter(part => part.name).map(part => make("span", {class: "key " + part.key}, part.name)), make("span", {}, days.length ? days[days.length - 1].day : "")));
+}
+function bars(id, title, rows, name) {
+  rows = rows.filter(row => row.requests).sort((one, other) => inward(other) + other.output - inward(one) - one.output).slice(0, 8);
+  const most = Math.max(...rows.map(row => inward(row) + row.output), 1);
+  fill(id, make("figcaption", {}, make("h3", {}, title)), make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, ""), make("th", {class: "n"}, "requests"), make("th", {class: "n"}, "tokens"), make("th", {class: "n"}, "cost"))),
+    make("tbody", {}, ...rows.map(row => make("tr", {"data-name": row[name] || "-"}, make("td", {class: "long"}, row[name] || "-", make("span", {class: "bar", width: 100 * (inward(row) + row.output) / most + "%"})), make("td", {class: "n"}, number(row.requests)),
+      make("td", {class: "n", "data-value": inward(row) + row.output}, number(inward(row) + row.output)), make("td", {class: "n"}, row.unpriced_requests && !row.cost_usd ? "unknown" : dollars(row.cost_usd)))))));
+}
+function showStats(days, models, keys, n_days) {
+  const byDay = new Map(days.groups.map(row => [row.day, row])), none = {input: 0, cached: 0, cache_write: 0, output: 0, cost_usd: 0}, all = [];
+  for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
+  columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
+  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd || 0);
+  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
+  bars("p-model", "By model", models.groups, "model");
+  bars("p-key", "By key", keys.groups, "key");
+  const most = Math.max(...days.hours.flat(), 1), names = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"];
+  fill("p-heat", make("figcaption", {}, make("h3", {}, "Requests by weekday and hour"), make("span", {}, number(days.total.requests))),
+    make("div", {class: "heat", role: "img", "aria-label": "Requests by weekday and hour, " + number(days.total.requests) + " in all"}, make("span", {}), ...Array.from({length: 24}, (_, hour) => make("span", {}, hour % 6 ? "" : String(hour))),
+      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((count, hour) => make("i", {class: count ? "h" + Math.ceil(4 * count / most) : "", title: names[day] + " " + hour + ":00, " + number(count) + " requests", "data-value": count}))])));
+}
+
+let timer = 0, turn = 0;
+async function look() {
+  clearTimeout(timer);
+  const mine = ++turn;
+  try {
+    if (!document.hidden) {
+      const n_days = Number(at("days").value), due = !look.statsAt || performance.now() - look.statsAt > 15000;
+      const [routes, quota, requests, ...stats] = await Promise.all(["/admin/routes", "/admin/quota", "/admin/requests", ...(due ? [`/admin/stats?days=${n_days}&by=day&heatmap=1`, `/admin/stats?days=${n_days}&by=model`, `/admin/stats?days=${n_days}&by=key`] : [])].map(ask));
+      if (mine !== turn) return;
+      at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
+      showRoutes(routes.routes, quota.windows); showRequests(requests);
+      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
+      if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
+    }
+  } catch (error) {
+    if (mine !== turn) return;
+    at("trouble").textContent = error.status ? error.message : "The gateway does not answer.";
+    if (error.status === 401 || error.status === 403) return forget();
+  }
+  timer = setTimeout(look, 2000);
+}
+function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
+at("ask").addEventListener("submit", event => { event.preventDefault(); at("trouble").textContent = ""; sessionStorage.setItem("key", at("key").value.trim()); look(); });
+at("forget").addEventListener("click", () => { at("trouble").textContent = ""; forget(); });
+at("days").addEventListener("change", () => { look.statsAt = 0; look(); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden && sessionStorage.getItem("key")) look(); });
+
+const recipes = JSON.parse(at("data").textContent), tabs = Object.keys(recipes).map(name => make("button", {role: "tab", onclick: () => pick(name), onkeydown: event => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (step) { const next = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length]; next.focus(); next.click(); }
+}}, name));
+function pick(name) { tabs.forEach(tab => { const mine = tab.textContent === name; tab.setAttribute("aria-selected", mine); tab.tabIndex = mine ? 0 : -1; }); at("recipe").textContent = recipes[name].replaceAll("{url}", location.origin).replaceAll("{key}", "sk-..."); }
+at("clients").append(...tabs);
+if (tabs.length) pick(tabs[0].textContent);
+at("copy").addEventListener("click", async () => {
+  try { await navigator.clipboard.writeText(at("recipe").textContent); } catch { getSelection().selectAllChildren(at("recipe")); }
+  at("copy").textContent = "Copied"; setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
+});
+if (sessionStorage.getItem("key")) look(); else at("key").focus();
+"""
+
+
+def render_page(recipes: Mapping[str, str]) -> tuple[Headers, bytes]:
+    """The page of `/` for browsers; `recipes` are set-ups of clients by name, with {url} and {key} in them."""
+    return _document("AICarousel", _PAGE_BODY, _PAGE_SCRIPT, recipes)
+
+
+def _document(title: str, body: str, script: str, data: Any) -> tuple[Headers, bytes]:
+    """A page of its own: nothing is loaded from anywhere, no script runs but `script`, nobody may frame it. `data` is what the script reads under the id data."""
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    written = json.dumps(data).replace("<", "\\u003c")
+    policy = (f"default-src 'none'; style-src {source(_PAGE_STYLE)}; script-src {source(script)}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+            f'<link rel="icon" href="data:,"><style>{_PAGE_STYLE}</style></head><body>{body}<script type="application/json" id="data">{written}</script><script>{script}</script></body></html>\n')
+    return [("content-type", "text/html; charset=utf-8"), ("content-security-policy", policy), ("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-store"), ("x-frame-options", "DENY")], page.encode()
+
+
+# The API, described once: openapi.json, and the page that reads it and can send a request.
+
+_HELLO: Json = {"role": "user", "content": "Hello"}
+
+
+class _Call(NamedTuple):
+    """One endpoint as it is described; a body that can be sent as it stands, and query parameters with what they do."""
+    summary: str
+    access: Literal["open", "key", "admin"] = "key"
+    sample: Any = None
+    query: Mapping[str, str] = MappingProxyType({})
+    kind: str = "application/json"
+
+
+_API: Mapping[tuple[str, str], _Call] = MappingProxyType({
+    ("post", "/v1/chat/completions"): _Call("OpenAI Chat Completions", sample={"model": "aicarousel", "stream": True, "messages": [_HELLO]}),
+    ("post", "/v1/responses"): _Call("OpenAI Responses", sample={"model": "aicarousel", "stream": True, "input": "Hello"}),
+    ("get", "/v1/responses"): _Call("426: Responses are not served over WebSocket"),
+    ("post", "/v1/messages"): _Call("Anthropic Messages", sample={"model": "aicarousel", "stream": True, "max_tokens": 1000, "messages": [_HELLO]}),
+    ("post", "/v1/messages/count_tokens"): _Call("Tokens of a Messages request, counted or estimated", sample={"model": "aicarousel", "messages": [_HELLO]}),
+    ("post", "/v1/completions"): _Call("OpenAI Completions, what came before Chat", sample={"model": "aicarousel", "prompt": "Once upon a time"}),
+    ("post", "/v1/embeddings"): _Call("OpenAI Embeddings, by the model that is named and no other", sample={"model": "openai/text-embedding-3-small", "input": "Hello"}),
+    ("get", "/v1/models"): _Call("Names a client may use", "open"),
+    ("get", "/v1/models/{id}"): _Call("One of them", "open"),
+    ("post", "/chat"): _Call("A bare list of messages in, text out", sample=[_HELLO], kind="text/plain"),
+    ("get", "/health"): _Call("Alive, and with a key the state of every provider", "open", query={"deep": "1 for the providers; needs a key"}),
+    ("get", "/metrics"): _Call("Counters and gauges for Prometheus", kind="text/plain"),
+    ("get", "/openapi.json"): _Call("This description", "open"),
+    ("get", "/docs"): _Call("This description as a page", "open", kind="text/html"),
+    ("get", "/"): _Call("What this is; for browsers the page", "open", kind="text/plain"),
+    ("get", "/admin/stats"): _Call("What was used and what it cost", "admin", query={
+        "days": "local days, today being the last", "by": "comma list of key, model, provider, day", "provider": "of one provider", "model": "of one model", "heatmap": "1 for requests by weekday and hour"}),
+    ("get", "/admin/explain"): _Call("Why a request went where it went", "admin", query={"id": "its x-aicarousel-request-id; without it the one that ended last"}),
+    ("post", "/admin/explain"): _Call("Where a request would go, asking nobody", "admin", {"model": "aicarousel", "messages": [_HELLO]}, {"format": "chat, responses or messages"}),
+    ("get", "/admin/quota"): _Call("What is used and left of every limit", "admin"),
+    ("get", "/admin/requests"): _Call("Requests under way and those that ended last", "admin"),
+    ("get", "/admin/routes"): _Call("Every route and what keeps it out", "admin"),
+    ("post", "/admin/routes/reset"): _Call("Use routes again, whatever was held against them", "admin", {"route": "groq"}),
+    ("post", "/admin/models/refresh"): _Call("Ask providers for their lists of models anew", "admin", {}),
+})
+
+
+def describe_api() -> Json:
+    """The API as an OpenAPI 3.1 document."""
+    paths: dict[str, Json] = {}
+    for (method, path), call in _API.items():
+        answers: Json = {"200": {"description": "the answer", "content": {call.kind: {}}}, "4XX": {"description": "what is wrong, in the format of the endpoint", "content": {"application/json": {}}}}
+        told: Json = {"summary": call.summary, "operationId": f"{method}{re.sub('[^a-z]+', '_', path).rstrip('_') or '_page'}", "responses": answers, "security": [] if call.access == "open" else [{call.access: []}]}
+        parameters = [{"name": name, "in": "query", "description": about, "schema": {"type": "string"}} for name, about in call.query.items()]
+        parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)]
+        told |= {"parameters": parameters} if parameters else {}
+        if call.sample is not None:
+            schema = {"type": "array"} if isinstance(call.sample, list) else {"type": "object", "properties": {name: {} for name in call.sample}, "additionalProperties": True}
+            told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema, "example": call.sample}}}
+        paths.setdefault(path, {})[method] = told
+    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "a gateway key"}, "admin": {"type": "http", "scheme": "bearer", "description": "an admin key, from this machine"}}
+    return {"openapi": "3.1.0", "info": {"title": "AICarousel", "version": __version__, "description": "One address for many LLM APIs."}, "servers": [{"url": "/"}], "paths": paths,
+            "components": {"securitySchemes": schemes}}
+
+
+_DOCS_BODY = r"""
+<header>
+<h1>AICarousel API</h1><span id="about" class="soft small"></span><span class="right small"><a href="/">The carousel</a> <a href="/openapi.json">openapi.json</a></span>
+</header>
+<main>
+<form id="ask" autocomplete="off"><input id="key" type="password" aria-label="Gateway key" placeholder="gateway key, sk-..." autocomplete="off" spellcheck="false"><button>Keep in this tab</button></form>
+<div id="calls"></div>
+</main>
+<footer class="soft small">Requests go to this server alone, with the key above.</footer>
+"""
+
+_DOCS_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id), api = JSON.parse(at("data").textContent);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) name === "class" ? node.className = value : name.startsWith("on") ? node.addEventListener(name.slice(2), value) : node.setAttribute(name, value);
+  node.append(...inside);
+  return node;
+}
+async function send(method, path, body, out, button) {
+  const key = sessionStorage.getItem("key"), headers = {...(key ? {authorization: "Bearer " + key} : {}), ...(body === null ? {} : {"content-type": "application/json"})};
+  button.disabled = true;
+  try {
+    const answer = await fetch(path, {method, headers, ...(body === null ? {} : {body}), cache: "no-store"});
+    const told = ["content-type", "retry-after"].concat([...answer.headers.keys()].filter(name => name.startsWith("x-"))).filter(name => answer.headers.has(name)).map(name => name + ": " + answer.headers.get(name));
+    out.textContent = answer.status + " " + answer.statusText + "\n" + told.join("\n") + "\n\n";
+    const reader = answer.body.getReader(), decoder = new TextDecoder();
+    for (let read; !(read = await reader.read()).done;) out.append(decoder.decode(read.value, {stream: true}));
+  } catch (error) { out.append(String(error)); }
+  button.disabled = false;
+}
+for (const [path, methods] of Object.entries(api.paths)) for (const [method, call] of Object.entries(methods)) {
+  const sample = call.requestBody && call.requestBody.content["application/json"].example, out = make("pre", {tabindex: "0", "aria-live": "polite"});
+  const where = make("input", {"aria-label": "Path", value: path + (call.parameters || []).filter(one => one.in === "query" && one.example !== undefined).map((one, place) => (place ? "&" : "?") + one.name + "=" + one.example).join("")});
+  const body = sample === undefined ? null : make("textarea", {"aria-label": "Body", spellcheck: "false"}, JSON.stringify(sample, null, 2));
+  const button = make("button", {class: "main", onclick: () => send(method.toUpperCase(), where.value, body && body.value, out, button)}, "Send");
+  at("calls").append(make("details", {class: "card"}, make("summary", {}, make("b", {}, method.toUpperCase() + " " + path), " ", make("span", {class: "soft"}, call.summary)),
+    make("form", {onsubmit: event => { event.preventDefault(); button.click(); }}, where), ...(body ? [body] : []), make("p", {}, button), out));
+}
+at("about").textContent = api.info.version;
+at("key").value = sessionStorage.getItem("key") || "";
+at("ask").addEventListener("submit", event => { event.preventDefault(); sessionStorage.setItem("key", at("key").value.trim()); });
+at("key").addEventListener("change", () => sessionStorage.setItem("key", at("key").value.trim()));
+"""
+
+
+def render_docs() -> tuple[Headers, bytes]:
+    """The page of `/docs`."""
+    return _document("AICarousel API", _DOCS_BODY, _DOCS_SCRIPT, describe_api())
+
+
+# Metrics, in the text format of Prometheus.  Labels hold what configuration and this file name, never what clients send, so that their number is bounded.
+
+_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Tally:
+    """What is counted since the start; `add` is called once for each usage row."""
+
+    __slots__ = ("counts", "first_s", "total_s")
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, ...], float] = defaultdict(float)      #: name and label values -> count
+        self.first_s, self.total_s = ([0.0] * (len(_BUCKETS_S) + 2) for _ in range(2))    #: by bucket; the last but one is what is longer, the last the sum
+
+    def add(self, row: Any, attempts: Iterable[Attempt]) -> None:
+        """Count a UsageRow, and attempts of its request."""
+        counts, provider = self.counts, row.provider
+        counts["requests", row.client_format, row.outcome] += 1.0
+        counts["tokens", provider, "input"] += row.input + row.cached + row.cache_write
+        counts["tokens", provider, "output"] += row.output
+        if row.cost_usd:
+            counts["cost", provider] += row.cost_usd
+        for attempt in attempts:
+            counts["attempts", attempt.route.provider.name, attempt.reason or "served"] += 1.0
+        for spans, ms in ((self.first_s, row.first_ms), (self.total_s, row.total_ms)):
+            if ms is not None:
+                spans[bisect.bisect_left(_BUCKETS_S, ms / 1000.0)] += 1.0
+                spans[-1] += ms / 1000.0
+
+
+#: Name in Tally.counts -> name, labels and help of the metric.
+_COUNTERS: Mapping[str, tuple[str, tuple[str, ...], str]] = MappingProxyType({
+    "requests": ("aicarousel_requests_total", ("format", "outcome"), "Requests that ended, and answers thrown away (outcome discarded)."),
+    "attempts": ("aicarousel_attempts_total", ("provider", "result"), "Attempts, by what came of them."),
+    "tokens": ("aicarousel_tokens_total", ("provider", "kind"), "Tokens, those read from caches among the input."),
+    "cost": ("aicarousel_cost_usd_total", ("provider",), "US dollars, of requests with a known price."),
+})
+
+
+def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tuple[str, str], ...], float]]]) -> str:
+    """All metrics; gauges: name -> (help, labels -> value)."""
+    def label(pairs: Iterable[tuple[str, str]]) -> str:
+        text = ",".join('{}="{}"'.format(name, value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")) for name, value in pairs)
+        return f"{{{text}}}" if text else ""
+
+    lines = []
+    for kind, (name, labels, about) in _COUNTERS.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} counter"]
+        lines += [f"{name}{label(zip(labels, key[1:]))} {count:.10g}" for key, count in sorted(tally.counts.items()) if key[0] == kind]
+    for name, spans, about in (("aicarousel_first_content_seconds", tally.first_s, "Until the first content of an answer."), ("aicarousel_request_seconds", tally.total_s, "Until the end of a request.")):
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        sums = itertools.accumulate(spans[:-1])
+        lines += [f'{name}_bucket{{le="{f"{bound:g}"}"}} {count:.10g}' for bound, count in zip((*_BUCKETS_S, float("inf")), sums)]
+        lines += [f"{name}_sum {spans[-1]:.10g}", f"{name}_count {sum(spans[:-1]):.10g}"]
+    for name, (about, values) in gauges.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} gauge", *(f"{name}{label(pairs)} {value:.10g}" for pairs, value in values.items())]
+    return "\n".join(lines).replace('le="inf"', 'le="+Inf"') + "\n"
+
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
 
-def list_models(config: Config) -> list[Json]:
-    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part. Limits where they are known."""
+Offers = Callable[[Provider], tuple[Model, ...]]
+
+
+def list_models(config: Config, offers: Offers) -> list[Json]:
+    """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
     smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
     rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
-        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in provider.models
+        listed = {model.id for model in provider.models}
+        rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
 
@@ -15146,9 +16302,9 @@ def _model_row(name: str, owner: str, model: Model) -> Json:
     return {"id": name, "object": "model", "created": _CREATED_S, "owned_by": owner, **{label: value for label, value in limits.items() if value}}
 
 
-def find_model(config: Config, name: str) -> Json | None:
+def find_model(config: Config, offers: Offers, name: str) -> Json | None:
     """One row of the list; bare ids, aliases of models and provider names are known too."""
-    for row in list_models(config):
+    for row in list_models(config, offers):
         if row["id"] == name:
             return row
     for provider in config.active:
@@ -15170,8 +16326,6 @@ def as_messages_model(row: Json) -> Json:
 
 _EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
 _OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
-_MISFITS: Mapping[str, str] = MappingProxyType({
-    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field"})
 
 
 def explain_lines(decision: Decision) -> list[str]:
@@ -15184,17 +16338,26 @@ def explain_lines(decision: Decision) -> list[str]:
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
              for attempt in decision.attempts]
     misfits = {route.id: why for route, why in decision.passed_over}
-    out = [f"  {route.id}: {_MISFITS.get(why, why)}" for route, why in decision.passed_over]
-    out += [f"  {route.id}: {why}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits]
+    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in decision.passed_over]
+    out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
     asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
     free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
-    notes = [f"waited {decision.waited_ms} ms in line"] if decision.waited_ms else []
+    notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
-    notes += ["no route to this model" if plan else "no plan was made"] if not (tried or out or free) else []
+    notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
+    notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
+    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
     lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
     lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
+
+
+def _tell_wish(wish: Wish) -> str:
+    """What a request said of its own routing."""
+    names = [f"{label} {', '.join(value)}" for label, value in (("models", wish.models), ("order", wish.order), ("only", wish.only), ("without", wish.ignore)) if value]
+    names += [label for label, is_so in (("no fallbacks", not wish.allow_fallbacks), ("all parameters", wish.require_parameters)) if is_so]
+    return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
 def _list_head(title: str, rows: Sequence[str]) -> str:
@@ -15288,6 +16451,7 @@ MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
 _DECISIONS_MAX = 200        #: requests that can still be explained
+_SHOWN_MAX = 100            #: of them are listed
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
@@ -15322,8 +16486,13 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
     "/admin/explain": _Endpoint({"GET": "admin_explain", "POST": "admin_foresee"}, admin=True),
     "/admin/quota": _Endpoint({"GET": "admin_quota"}, admin=True),
+    "/admin/requests": _Endpoint({"GET": "admin_requests"}, admin=True),
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
+    "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
+    "/metrics": _Endpoint({"GET": "metrics"}),
+    "/docs": _Endpoint({"GET": "docs", "HEAD": "docs"}, False),
+    "/openapi.json": _Endpoint({"GET": "openapi", "HEAD": "openapi"}, False),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -15340,9 +16509,14 @@ class Gateway:
         self.relay = Relay(world, self.transport, self._settle, self._keep, f"aicarousel/{__version__}")
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
+        self.transport.bounds = self.bounds
+        self.lists = ModelLists(self.relay)
+        self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
+        self.tally = Tally()
+        self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -15353,13 +16527,22 @@ class Gateway:
         """Go on with another configuration; address, port and TLS stay what they were."""
         self._good_hosts.clear()
         self.keys.accept(config.settings.api_keys)
+        forget_changed(self.relay.state, self.config.providers, config.providers)
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
+        self.transport.bounds = self.bounds
+        self.lists.look()
 
     def close(self) -> None:
         """Save what routing knows and let go of connections; the usage writer and the key ring belong to the caller."""
         self.usage.save_routing(self.relay.rows())
+        self.lists.close()
         self.transport.close()
+
+    @property
+    def bounds(self) -> Bounds:
+        """The limits the server keeps to."""
+        return self.config.carousel.limits
 
     # Admission.
 
@@ -15466,8 +16649,31 @@ class Gateway:
                                ("access-control-allow-headers", "Content-Type, Authorization, x-api-key, anthropic-version")], b"")
 
     async def front_page(self, request: Request, exchange: Exchange) -> None:
-        """GET /: what this is."""
+        """GET /: the page for a browser, a few lines for all else."""
+        if "text/html" in request.headers.get("accept", ""):
+            return exchange.respond(200, *render_page(self.recipes))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
+
+    async def docs(self, request: Request, exchange: Exchange) -> None:
+        """GET /docs: the API as a page."""
+        exchange.respond(200, *render_docs())
+
+    async def openapi(self, request: Request, exchange: Exchange) -> None:
+        """GET /openapi.json: the API described."""
+        exchange.respond(200, _JSON, dump_json(describe_api()))
+
+    async def metrics(self, request: Request, exchange: Exchange) -> None:
+        """GET /metrics: for Prometheus."""
+        states: dict[tuple[tuple[str, str], ...], float] = defaultdict(float)
+        for row in describe_routes(self.config.active, self.relay.state, self.world.clock()):
+            states[("provider", row["provider"]), ("state", row["state"])] += 1.0
+        gauges = {
+            "aicarousel_running_requests": ("Requests under way.", {(): float(len(self.relay.running))}),
+            "aicarousel_routes": ("Routes, by whether they can be used.", states),
+            "aicarousel_uptime_seconds": ("Since the start.", {(): self.world.clock() - self._began_at}),
+            "aicarousel_info": ("The version.", {(("version", __version__),): 1.0}),
+        }
+        exchange.respond(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], metrics_text(self.tally, gauges).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
         """GET /health: alive; with ?deep=1 and a key, the state of every provider. Never asks a provider."""
@@ -15497,7 +16703,8 @@ class Gateway:
 
     async def models(self, request: Request, exchange: Exchange) -> None:
         """GET /v1/models, in Anthropic's shape for its clients."""
-        rows = list_models(self.config)
+        self.lists.look()
+        rows = list_models(self.config, self.lists.of)
         if _wants_anthropic(request):
             data = [as_messages_model(row) for row in rows]
             body: Json = {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
@@ -15509,7 +16716,7 @@ class Gateway:
         """GET /v1/models/{id}; ids may hold slashes."""
         from urllib.parse import unquote
         name = unquote(request.path.partition("/models/")[2])
-        row = find_model(self.config, name)
+        row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
             error.redact(self.config.secrets)
@@ -15613,9 +16820,33 @@ class Gateway:
         """GET /admin/quota: what is used and left of every limit."""
         exchange.respond(200, _JSON, dump_json({"windows": describe_ledger(self.relay.state.ledger, self.world.clock())}))
 
+    async def admin_requests(self, request: Request, exchange: Exchange) -> None:
+        """GET /admin/requests: those under way, and those that ended last, newest first."""
+        now = self.world.clock()
+        last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
+                 "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
+                for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
+        live = [run.describe(now) for run in self.relay.running.values()]
+        self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
+
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
-        """GET /admin/routes: every route and what keeps it out."""
-        exchange.respond(200, _JSON, dump_json({"routes": describe_routes(self.config.active, self.relay.state, self.world.clock())}))
+        """GET /admin/routes: every route, what keeps it out, and what it failed by last."""
+        rows = describe_routes(self.config.active, self.relay.state, self.world.clock())
+        errors: dict[str, str] = {}
+        for decision in self.decisions:
+            errors |= {attempt.route.id: f"{attempt.reason}{f' ({attempt.status})' if attempt.status else ''} {attempt.detail[:200]}".strip()
+                       for attempt in decision.attempts if attempt.reason and attempt.reason != "client_closed"}
+        self._show(exchange, {"routes": [{**row, "last_error": errors.get(row["route"])} for row in rows]})
+
+    def _show(self, exchange: Exchange, told: Json) -> None:
+        """Answer with what holds words of clients and providers: no secret in it, every text one printable line."""
+        def clean(value: Any) -> Any:
+            if isinstance(value, str):
+                return printable(redact(value, self.config.secrets))
+            if isinstance(value, dict):
+                return {name: clean(inner) for name, inner in value.items()}
+            return [clean(inner) for inner in value] if isinstance(value, list) else value
+        exchange.respond(200, _JSON, dump_json(clean(told)))
 
     async def admin_reset(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/routes/reset {"route": glob}: use routes again, whatever was held against them."""
@@ -15630,6 +16861,10 @@ class Gateway:
         self.relay.wake()
         self.usage.save_routing(self.relay.rows())
         exchange.respond(200, _JSON, dump_json({"reset": found}))
+
+    async def admin_refresh(self, request: Request, exchange: Exchange) -> None:
+        """POST /admin/models/refresh: ask providers with "*" among their models for their lists now."""
+        exchange.respond(200, _JSON, dump_json({"providers": await self.lists.refresh()}))
 
     def _read_stats(self, since_utc_s: float, by: Sequence[str], provider: str | None, model: str | None, heatmap: bool) -> Json:
         """Statistics with all that was queued before; in a thread of its own, as it waits for the disk."""
@@ -15665,7 +16900,10 @@ class Gateway:
             except GatewayError as error:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
-                return sink.respond(FORMATS[client].status(error), headers, answer)
+                status = FORMATS[client].status(error)
+                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                               told=error.message, wish=wish, models=job.models))
+                return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
 
@@ -15718,34 +16956,43 @@ class Gateway:
         self._log.info("req=%s key=%s model=%s route=%s attempts=%d status=%d outcome=%s in=%d out=%d first_ms=%d total_ms=%d", job.id, log_text(job.key_name),
                        log_text(job.model or "-"), log_text(route.id) if route else "-", len(settled.attempts), settled.status, settled.outcome, usage.input, usage.output,
                        settled.first_ms, settled.total_ms)
-        rows = [self._row(job, route, usage, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
-        rows += [self._row(job, attempt.route, counted, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
-                 for number, (attempt, counted) in enumerate(settled.discarded, 1)]
+        utc = self.world.utc()
+        rows = [self._row(job, route, usage, utc, job.id, settled.status, settled.outcome, settled.first_ms or None, settled.total_ms, len(settled.attempts))]
+        if settled.discarded:
+            rows += [self._row(job, attempt.route, counted, utc, f"{job.id}-{number}", attempt.status, "discarded", None, attempt.ms, 0)
+                     for number, (attempt, counted) in enumerate(settled.discarded, 1)]
         for row in rows:
             self.usage.put(row)
+            self.tally.add(row, () if row.outcome == "discarded" else settled.attempts)
         unknown_usd = 0.0
         if job.hold is not None:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
             # What nobody has a price for costs a key with a budget what was reserved for it, as long as this process remembers.
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
-        spent_usd = sum(row.cost_usd or 0.0 for row in rows) + unknown_usd
-        if job.key_id and spent_usd:
+        if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
-        self.decisions.append(Decision(job.id, self.world.utc(), job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms))
+        self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
 
-    def _row(self, job: Job, route: Route | None, usage: Usage, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int, n_attempts: int) -> UsageRow:
+    def _row(self, job: Job, route: Route | None, usage: Usage, utc: float, request_id: str, status: int, outcome: str, first_ms: int | None, total_ms: int,
+             n_attempts: int) -> UsageRow:
         """A row of the usage table, with its cost."""
         tokens, price = token_classes(usage), price_for(route.provider, route.model) if route else None
         return UsageRow(
-            request_id=request_id, at_utc=datetime.fromtimestamp(self.world.utc(), timezone.utc).isoformat(timespec="milliseconds"), key_id=job.key_id, key_name=job.key_name,
+            request_id=request_id, at_utc=f"{_second_text(int(utc))}.{int(utc % 1.0 * 1000.0):03d}+00:00", key_id=job.key_id, key_name=job.key_name,
             client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
             wire_model=route.model.id if route else "", route=route.id if route else "", input=tokens.input, output=tokens.output, cached=tokens.cached,
             cache_write=tokens.cache_write, reasoning=usage.reasoning, cost_usd=cost_usd(tokens, price), estimated=usage.estimated, status=status, outcome=outcome,
             first_ms=first_ms, total_ms=total_ms, attempts=n_attempts, streamed=job.stream, price=price_text(price))
+
+
+@functools.lru_cache(2)
+def _second_text(utc_s: int) -> str:
+    """A second of the UTC clock in ISO 8601; the requests that end in it share it."""
+    return datetime.fromtimestamp(utc_s, timezone.utc).isoformat()[:19]
 
 
 def expected_tokens(job: Job) -> tuple[int, int]:
@@ -15897,6 +17144,7 @@ class Demo:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.bounds = Bounds()
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]:
         """Only chat completions live here."""
@@ -15929,18 +17177,42 @@ class Demo:
 
 
 ##############################################################################
-# 25. Command line                                          I/O | uses 1-5, 8, 15-22
+# 23. Accounts                                              I/O | uses 1-5, 8, 14-16, 18, 20
 ##############################################################################
-# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
-# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
-# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+# The home folder and changes to its files; provider keys: recognised, checked, stored; logins and their tokens.
+# What changes a file takes the folder's lock, edits text (section 4, Edits), loads the result and only then puts it in place, whole.
+# A key goes to the provider it was recognised for and to nobody else.  Guarded by tests/test_accounts_cli.py.
+# One more change to models.json: a function that hands change_models() what to do with tree and text, and a row in README.
 
-_WATCH_S = 0.5
-_TRIM_AFTER_S = 0.3
-_LOG_BATCH_S = 0.1
-_DRAIN_S = 30.0
-_OTHER_FILES = 64           #: descriptors kept for what is not a connection
-_H11_AT_LEAST = (0, 16)
+_COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
+_SECRET_MAX_BYTES = 16 * 1024
+_ASKED_TIMEOUTS = Timeouts(first_byte_s=15.0)
+_LIST_MAX_BYTES = 4 * 1024 * 1024
+_WIDTH = 80
+_PATIENCE_S = 1.0           #: longer than this nobody waits without being told for what
+
+
+def program_path() -> Path:
+    """The file that is run: this module, or the bundle that it stands in."""
+    module = Path(__file__).resolve()
+    return module.parent if is_bundled() else module
+
+
+def is_bundled() -> bool:
+    """Whether this module stands in a bundle."""
+    return Path(__file__).resolve().parent.is_file()
+
+
+def own_command() -> list[str]:
+    """How to run this program once more; a bundle needs nothing that is installed, and takes nothing."""
+    return [sys.executable, *(("-I", "-S") if is_bundled() else ()), str(program_path())]
+
+
+def read_beside(name: str) -> bytes | None:
+    """A file that stands beside this module, in its folder or in its bundle; None where there is none."""
+    with contextlib.suppress(OSError):
+        return __loader__.get_data(str(Path(__file__).with_name(name)))       # type: ignore[name-defined]
+    return None
 
 
 class Home(NamedTuple):
@@ -15967,7 +17239,7 @@ class Home(NamedTuple):
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
-    program = Path(__file__).resolve().parent
+    program = program_path().parent
     if named or (program / "models.json").is_file():
         folder = Path(named).expanduser().resolve() if named else program
         return Home(folder, folder / "data")
@@ -15979,16 +17251,878 @@ def find_home(named: str | None) -> Home:
 def _read_text(path: Path) -> str | None:
     """The text of a configuration file, None when there is none. Raises ConfigError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()       # line ends as they are
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), getattr(error, "strerror", None) or "bytes that are not UTF-8", "a readable text file") from error
 
 
+def routing_text(home: Home) -> str | None:
+    """The text of models.json: the home's, else the bundle's, None where there is neither. Raises ConfigError."""
+    text = _read_text(home.models_path)
+    if text is None and is_bundled() and (bundled := read_beside("models.json")) is not None:
+        return bundled.decode("utf-8")
+    return text
+
+
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return load_config(_read_text(home.models_path), models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(_read_text(home.env_path) or ""), flags=flags)
+    return _load_home(home, routing_text(home), _read_text(home.env_path), flags)
+
+
+def _load_home(home: Home, models_text: str | None, env_text: str | None, flags: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """The configuration of a home folder if its two files held these texts. Raises ConfigError."""
+    return load_config(models_text, models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(env_text or ""), flags=flags, read_secret=read_secret)
+
+
+def read_secret(reference: str) -> str:
+    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    import shlex
+    import subprocess
+    kind, _, target = reference.partition(":")
+    try:
+        if kind == "file":
+            with open(target, encoding="utf-8") as file:
+                return file.read(_SECRET_MAX_BYTES).strip()
+        return subprocess.run(shlex.split(target), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_COMMAND_S, check=True).stdout.decode().strip()
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+    except subprocess.CalledProcessError as error:
+        found = f"exit status {error.returncode}"
+    except subprocess.TimeoutExpired:
+        found = f"no end within {_COMMAND_S:g} s"
+    except ValueError:
+        found = "words with an open quote, or what is no UTF-8 text"
+    raise ConfigError(redact(reference), found, "a key")
+
+
+# Changes.
+
+class Refused(Exception):
+    """What cannot be done as things are, in one line: exit status 1."""
+
+
+@contextlib.contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    """The home folder, made if missing, for one change at a time."""
+    try:
+        home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(home.folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(str(home.folder), error.strerror or "no folder", "a folder that can be written") from error
+    try:
+        with contextlib.suppress(ImportError):      # no such lock on this system
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, text: str, mode: int | None = None) -> None:
+    """Put `text` in place of a file, whole or not at all. mode: None for that of the old file, and 0600 for a new one. Raises ConfigError."""
+    path = path.resolve()               # a link stays one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode if mode is not None else path.stat().st_mode & 0o777 if path.exists() else 0o600)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be replaced") from error
+
+
+def change_models(home: Home, change: Callable[[str, Json], str]) -> Config:
+    """Change models.json by `change(text, tree)`, which gives the new text; without a file it begins as what is in force.
+
+    The new text is loaded before it is put in place; the configuration that it makes.  Raises ConfigError and Refused.
+    """
+    with _locked(home):
+        text, before = _read_text(home.models_path), read_config(home, {})      # on what is broken nothing is built
+        start = routing_text(home) or _models_text(before)
+        new = change(start, json.loads(start.removeprefix("\ufeff")))
+        config = _load_home(home, new, _read_text(home.env_path))
+        if new != text:
+            replace_file(home.models_path, new)
+    return config
+
+
+def _models_text(config: Config) -> str:
+    """A models.json that says what is in force without one."""
+    return json.dumps({provider.name: _entry_of(provider.default, [model.id for model in provider.models]) for provider in config.providers}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _entry_of(default: str, models: Sequence[str]) -> Json:
+    return {"default": default, "enableFallback": True, "models": list(models)}
+
+
+def find_provider(config: Config, name: str) -> Provider:
+    """The provider of a name. Raises Refused."""
+    for provider in config.providers:
+        if provider.name == name:
+            return provider
+    raise Refused(_no_provider(name, [provider.name for provider in config.providers]))
+
+
+def _no_provider(name: str, names: Iterable[str]) -> str:
+    names = [known for known in names if known != "carousel"]
+    close = nearest(name, names)
+    return f"there is no provider {ascii(name)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"there are: {', '.join(names) or 'none'}")
+
+
+def _entry_in(tree: Json, name: str) -> Json:
+    """A provider's entry in models.json. Raises Refused."""
+    if name not in tree or name == "carousel":
+        raise Refused(_no_provider(name, tree))
+    return tree[name]
+
+
+def _model_ids(entry: Json) -> list[str]:
+    return [model if isinstance(model, str) else model["id"] for model in entry["models"]]
+
+
+def _model_index(name: str, entry: Json, model: str) -> int:
+    """Where a model stands in its provider's list. Raises Refused."""
+    ids = _model_ids(entry)
+    if model not in ids:
+        close = nearest(model, ids)
+        raise Refused(f"{name} has no model {ascii(model)[1:-1][:120]}" + (f"; did you mean {close}?" if close else ""))
+    return ids.index(model)
+
+
+def _overruled(config: Config, path: str) -> str:
+    """What to add where something goes before models.json, "" where nothing does."""
+    origin = config.origins.get(path, "")
+    return f"; but {origin} goes before models.json" if origin.startswith(("environment ", ".env ")) else ""
+
+
+def add_provider(home: Home, name: str, entry: Json) -> str:
+    """A new entry at the end of models.json; what to tell."""
+    def change(text: str, tree: Json) -> str:
+        if name in tree or name == "carousel":
+            raise Refused(f"{name} is {'a reserved name' if name == 'carousel' else 'there already'}")
+        return set_json(text, [name], entry)
+
+    provider = find_provider(change_models(home, change), name)
+    return f"{name} added, with {len(provider.models)} models" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
+
+
+def remove_provider(home: Home, name: str) -> str:
+    """models.json without an entry; its keys stay in .env."""
+    def change(text: str, tree: Json) -> str:
+        _entry_in(tree, name)
+        if not tree.keys() - {name, "carousel"}:
+            raise Refused(f"{name} is the last provider; disable it, or add another first")
+        return cut_json(text, [name])
+
+    change_models(home, change)
+    return f"{name} removed"
+
+
+def switch_provider(home: Home, name: str, on: bool) -> str:
+    """Switch a provider on or off."""
+    def change(text: str, tree: Json) -> str:
+        return text if _entry_in(tree, name).get("enabled", True) is on else set_json(text, [name, "enabled"], on)
+
+    config = change_models(home, change)
+    provider = find_provider(config, name)
+    told = f"{name} is {'on' if on else 'off'} in models.json" + (_overruled(config, f"{name}.enabled") if provider.enabled is not on else "")
+    return told + (f"; it takes no part yet: {provider.why_out}" if on and provider.enabled and provider.why_out else "")
+
+
+def order_providers(home: Home, names: Sequence[str]) -> str:
+    """Put all providers in this order, which is that of rotation."""
+    def change(text: str, tree: Json) -> str:
+        known = [name for name in tree if name != "carousel"]
+        for name in names:
+            _entry_in(tree, name)
+            if names.count(name) > 1:
+                raise Refused(f"{name} stands there {names.count(name)} times")
+        if len(names) < len(known):
+            raise Refused(f"{len(names)} of {len(known)} providers are named; missing: {', '.join(name for name in known if name not in names)}")
+        at, turn = list(tree), iter(names)
+        return order_json(text, [], [at.index(name if name == "carousel" else next(turn)) for name in at])
+
+    config = change_models(home, change)
+    told = f"order: {', '.join(names)}"
+    return told if [provider.name for provider in config.providers] == list(names) else told + "; but PROVIDERS_PRIORITY goes before models.json"
+
+
+def add_model(home: Home, name: str, model: str) -> str:
+    """A model more at the end of a provider's list."""
+    def change(text: str, tree: Json) -> str:
+        if model in _model_ids(_entry_in(tree, name)):
+            raise Refused(f"{name} has {model} already")
+        return set_json(text, [name, "models", len(tree[name]["models"])], model)
+
+    warnings = change_models(home, change).warnings
+    return f"{name} has {model} now" + "".join(f"; {warning}" for warning in warnings if f" {model} is withdrawn" in warning)
+
+
+def remove_model(home: Home, name: str, model: str) -> str:
+    """A provider's list without a model that is not its default."""
+    def change(text: str, tree: Json) -> str:
+        index = _model_index(name, _entry_in(tree, name), model)
+        if tree[name]["default"] == model:
+            raise Refused(f"{model} is the default of {name}; choose another first: model default {name} MODEL")
+        return cut_json(text, [name, "models", index])
+
+    change_models(home, change)
+    return f"{name} has {model} no more"
+
+
+def choose_default(home: Home, name: str, model: str) -> str:
+    """The model of a provider's list that is asked first."""
+    def change(text: str, tree: Json) -> str:
+        _model_index(name, _entry_in(tree, name), model)
+        return set_json(text, [name, "default"], model)
+
+    config = change_models(home, change)
+    return f"{name} begins with {model}" + (_overruled(config, f"{name}.default") if find_provider(config, name).default != model else "")
+
+
+def switch_fallback(home: Home, name: str, on: bool) -> str:
+    """Whether the others of a provider's models are tried after its default."""
+    def change(text: str, tree: Json) -> str:
+        _entry_in(tree, name)
+        return set_json(text, [name, "enableFallback"], on)
+
+    change_models(home, change)
+    return f"{name} {'goes on to its other models' if on else 'is asked for its default alone'}"
+
+
+def move_model(home: Home, name: str, model: str, place: int) -> str:
+    """Put a model at a place, counted from 1, of its provider's list."""
+    def change(text: str, tree: Json) -> str:
+        index, n_models = _model_index(name, _entry_in(tree, name), model), len(tree[name]["models"])
+        if not 1 <= place <= n_models:
+            raise Refused(f"{name} has places 1 to {n_models}, not {place}")
+        order = [number for number in range(n_models) if number != index]
+        return order_json(text, [name, "models"], [*order[:place - 1], index, *order[place - 1:]])
+
+    config = change_models(home, change)
+    return f"{name}: {', '.join(found.id for found in find_provider(config, name).models)}"
+
+
+def set_alias(home: Home, name: str, targets: Sequence[str]) -> str:
+    """A name for other names, in order."""
+    config = change_models(home, lambda text, tree: set_json(text, ["carousel", "aliases", name], targets[0] if len(targets) == 1 else list(targets)))
+    return f"{name} stands for {', '.join(config.carousel.aliases[name])}"
+
+
+def remove_alias(home: Home, name: str) -> str:
+    """An alias less."""
+    def change(text: str, tree: Json) -> str:
+        aliases = tree.get("carousel", {}).get("aliases", {})
+        if name not in aliases:
+            raise Refused(f"there is no alias {ascii(name)[1:-1][:80]}; there are: {', '.join(aliases) or 'none'}")
+        return cut_json(text, ["carousel", "aliases", name])
+
+    change_models(home, change)
+    return f"{name} is no alias any more"
+
+
+# Keys.
+
+class KeyPlace(NamedTuple):
+    """Where a key of a provider goes, and what both files hold then."""
+    provider: Provider          #: with the key
+    credential: Credential      #: the key
+    settings: Settings
+    variable: str               #: "" when it is there already
+    models_text: str | None
+    env_text: str
+
+
+def place_key(home: Home, name: str, key: str) -> KeyPlace:
+    """Where a key would go; nothing is written. Raises Refused and ConfigError."""
+    if not re.fullmatch(r"[!-+\--~]+", key):
+        raise Refused("that is no key: it has blanks, commas or other characters inside that keys do not have" if key else "no key came")
+    models_text, env_text = _read_text(home.models_path), _read_text(home.env_path) or ""
+    models_text = _with_entry(models_text, name)
+    before = _load_home(home, models_text, env_text)
+    provider = next((provider for provider in before.providers if provider.name == name), None)
+    there = next((credential for credential in provider.credentials if credential.secret == key), None) if provider else None
+    if provider is not None and there is not None:
+        return KeyPlace(provider, there, before.settings, "", models_text, env_text)
+    variable, listed = _free_variable(name, models_text, env_text)
+    if models_text is not None and listed is not None:
+        models_text = set_json(models_text, [name, "keys", listed], f"env:{variable}")
+    env_text = set_dotenv(env_text, variable, key)
+    after = _load_home(home, models_text, env_text)
+    provider = find_provider(after, name)
+    credential = next(credential for credential in provider.credentials if credential.secret == key)
+    return KeyPlace(provider, credential, after.settings, variable, models_text, env_text)
+
+
+def _with_entry(models_text: str | None, name: str) -> str | None:
+    """models.json with an entry of this name, which a built-in provider gets from its preset. Raises Refused."""
+    if models_text is not None and not whole_json(models_text.removeprefix("\ufeff")):
+        return models_text              # what is broken is told when it is loaded
+    tree = json.loads(models_text.removeprefix("\ufeff")) if models_text is not None else {}
+    if not isinstance(tree, dict) or name in tree and name != "carousel":
+        return models_text
+    preset = PRESETS.get(name)
+    if preset is None or preset.gone or not preset.default:
+        raise Refused(f"{_no_provider(name, [*tree, *(known for known, row in PRESETS.items() if not row.gone)])[:300]}; one of your own: provider add NAME --url URL")
+    return set_json(models_text, [name], _entry_of(preset.default, [model.id for model in preset.models])) if models_text is not None else None
+
+
+def _free_variable(name: str, models_text: str | None, env_text: str) -> tuple[str, int | None]:
+    """(a variable that is not set, where a reference to it must be added to the entry's keys: None for nowhere). Raises Refused."""
+    entry = json.loads(models_text.removeprefix("\ufeff"))[name] if models_text is not None else {}
+    preset, taken = PRESETS.get(entry.get("preset", name), CUSTOM_PRESET), {variable for variable, value in parse_dotenv(env_text).items() if value} | os.environ.keys()
+    if preset is PRESETS.get(name) and not preset.key_variables:
+        raise Refused(f"{name} needs no key")
+    base = preset.key_variables[0] if preset is PRESETS.get(name) else variable_name(name, "API_KEY")
+    if "keys" in entry:
+        references = [key if isinstance(key, str) else key["key"] for key in entry["keys"]]
+        unset = [reference[4:] for reference in references if reference.startswith("env:") and reference[4:] not in taken]
+        if unset:
+            return unset[0], None
+        taken |= {reference[4:] for reference in references}
+    free = [variable for variable in (base, *(f"{base}_{number}" for number in range(2, 51))) if variable not in taken]
+    if not free:
+        raise Refused(f"{name} has 50 keys already")
+    return free[0], len(entry["keys"]) if "keys" in entry else None
+
+
+def store_key(home: Home, name: str, key: str) -> KeyPlace:
+    """Keep a key in .env; the place it has then. Raises Refused and ConfigError."""
+    with _locked(home):
+        place = place_key(home, name, key)
+        if place.variable:
+            replace_file(home.env_path, place.env_text, 0o600)
+        if place.models_text is not None and place.models_text != _read_text(home.models_path):
+            replace_file(home.models_path, place.models_text)
+    return place
+
+
+def forget_keys(home: Home, name: str) -> str:
+    """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
+    only, name = name if "/" in name else "", name.partition("/")[0]
+    with _locked(home):
+        env_text = _read_text(home.env_path) or ""
+        config = _load_home(home, _with_entry(_read_text(home.models_path), name), env_text)
+        credentials = [credential for provider in config.providers if provider.name == name for credential in provider.credentials
+                       if credential.secret and only in ("", credential.id)]
+        elsewhere, n_removed = [], 0
+        for credential in credentials:
+            source, _, variable = config.origins[f"{name}.keys.{credential.id.partition('/')[2]}"].partition(" ")
+            if source != ".env":
+                elsewhere.append(f"{source} {variable}".strip())
+                continue
+            left = [key for key in parse_dotenv(env_text)[variable].split(",") if key.strip() != credential.secret]
+            env_text = set_dotenv(env_text, variable, ",".join(left)) if any(map(str.strip, left)) else cut_dotenv(env_text, variable)
+            n_removed += 1
+        if n_removed:
+            replace_file(home.env_path, env_text, 0o600)
+    kept = f"not removed, as it stands elsewhere: {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else ""
+    if not n_removed:
+        raise Refused(kept or f"{only or name} has no key in .env")
+    return f"{n_removed} key{'s' if n_removed > 1 else ''} of {name} removed from .env" + (f"; {kept}" if kept else "")
+
+
+# Asking providers.
+
+class Verdict(NamedTuple):
+    """What a provider says of a key."""
+    state: Literal["good", "poor", "unsure", "bad"]     #: works; has no credit; could not be told; is not accepted
+    words: str
+
+
+async def ask_provider(transport: Transport, provider: Provider, credential: Credential, settings: Settings, method: str, path: str, body: bytes = b"") -> tuple[int, Headers, bytes]:
+    """One small request outside of routing: status, headers and body of its answer. Raises UpstreamFailure."""
+    origin, head = make_target(provider, credential, settings, f"aicarousel/{__version__}", method, path)
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    answer = await transport.request(origin, f"{head}Accept: application/json\r\n{length}\r\n".encode("latin-1") + body, _ASKED_TIMEOUTS)
+    try:
+        return answer.status, answer.headers, await answer.read_start(_LIST_MAX_BYTES, idle_s=_ASKED_TIMEOUTS.first_byte_s)
+    finally:
+        answer.release()
+
+
+def _cheap_call(provider: Provider) -> tuple[Provider, str, str, bytes]:
+    """(where, method, path, body) of the cheapest request that proves a key of this provider."""
+    (method, path), preset = provider.preset.check, provider.preset
+    foreign = split_url(provider.base_url)[1] != split_url(preset.base_url)[1]
+    if path.startswith("https:") and not foreign:
+        scheme, host, _, _ = split_url(path)
+        return replace(provider, base_url=f"{scheme}://{host}"), method, path.partition(host)[2], b""
+    if path != "/chat/completions" or provider.format != "chat":
+        return provider, "GET", "/models" if path.startswith("https:") else path if method == "GET" else "/models", b""
+    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], provider.preset.max_field or "max_tokens": 1})
+
+
+async def check_key(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> Verdict:
+    """Whether a provider takes a key, by the cheapest call that it has for that."""
+    if h11 is None:
+        return Verdict("unsure", "the Python package h11 is missing, so it was not checked")
+    if "{" in provider.base_url and not provider.preset.check[1].startswith("https:"):
+        return Verdict("unsure", provider.why_out)
+    try:
+        where, method, path, body = _cheap_call(provider)
+        status, headers, answer = await ask_provider(transport, where, credential, settings, method, path, body)
+    except UpstreamFailure as failure:
+        return Verdict("unsure", f"not checked: {printable(str(failure))}")
+    if 200 <= status < 300:
+        return Verdict("good", "works")
+    failure = classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
+    words = printable(redact(f"{provider.preset.title if provider.preset is not CUSTOM_PRESET else provider.name} answers {status} {failure.detail}".strip(), [credential.secret]))[:300]
+    if failure.kind == "credential":
+        return Verdict("bad", words)
+    if failure.kind == "payment" or status in (402, 412):
+        return Verdict("poor", f"no credit: {words}")
+    return Verdict("good", f"works, but is at its limit: {words}") if failure.kind == "rate" else Verdict("unsure", f"not told: {words}")
+
+
+async def list_offers(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> list[str]:
+    """The models that a provider lists. Raises UpstreamFailure."""
+    status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
+    if status != 200:
+        raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
+    found = read_models(answer)
+    if not found:
+        raise transport_failure("not_json", "body", "no list of models")
+    return [model.id for model in found]
+
+
+def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
+    """Run something that asks providers; after a second a terminal is told what is waited for."""
+    async def run() -> Any:
+        transport = Transport(real_world())
+        try:
+            task = asyncio.ensure_future(asking(transport))
+            await asyncio.wait([task], timeout=_PATIENCE_S)
+            if not task.done() and sys.stderr.isatty():
+                print(f"{words} ...", file=sys.stderr, flush=True)
+            return await task
+        finally:
+            transport.close()
+
+    return asyncio.run(run())
+
+
+def take_key(home: Home, text: str, name: str | None = None) -> tuple[str, str, KeyPlace]:
+    """Check a pasted key with the provider it belongs to, and keep it unless it is refused there.
+
+    name: whose it is, None to tell by the key.  (what to tell, state of the Verdict, its place).  Raises Refused and ConfigError.
+    """
+    key = clean_key(text)
+    form = key_form(key)
+    if form is not None and form.sure and (name is None or PRESETS.get(name, CUSTOM_PRESET) is not CUSTOM_PRESET):
+        [owner] = form.providers
+        if form.why_not:
+            raise Refused(f"this key is of {PRESETS[owner].title}, but {form.why_not}")
+        if name not in (None, owner):
+            raise Refused(f"this key is of {PRESETS[owner].title}, not of {PRESETS[name].title}; it was shown to nobody")
+    if name is None and (form is None or not form.sure):
+        maybe = f"it may be of {' or '.join(form.providers)}" if form is not None else "nothing is known of keys like it"
+        raise Refused(f"whose key is this? {maybe}; name the provider: login PROVIDER" if key else "no key came")
+    place = place_key(home, name or owner, key)
+    verdict = run_asking(lambda transport: check_key(transport, place.provider, place.credential, place.settings), f"asking {place.provider.name}")
+    if verdict.state == "bad":
+        raise Refused(f"not kept: {verdict.words}")
+    place = store_key(home, place.provider.name, key)
+    kept = f"kept as {place.variable} in {home.env_path}" if place.variable else "it was there already"
+    out = f"; {place.provider.name} takes no part yet: {place.provider.why_out}" if place.provider.why_out else ""
+    return f"{place.credential.id} {mask_key(key)} {verdict.words}; {kept}{out}", verdict.state, place
+
+
+def try_keys(providers: Iterable[Provider], settings: Settings) -> list[Json]:
+    """What providers say of each of their keys: rows of key, state, words."""
+    chosen = [(provider, credential) for provider in providers for credential in provider.credentials]
+
+    async def ask(transport: Transport) -> list[Verdict]:
+        return await asyncio.gather(*(check_key(transport, provider, credential, settings) for provider, credential in chosen))
+
+    found = run_asking(ask, f"asking {len(chosen)} providers") if chosen else []
+    return [{"key": credential.id, "state": verdict.state, "words": verdict.words} for (_, credential), verdict in zip(chosen, found)]
+
+
+def compare_offers(providers: Iterable[Provider], settings: Settings) -> list[Json]:
+    """What providers list, beside what is configured: rows of provider, listed, new, gone, trouble."""
+    chosen = [provider for provider in providers if provider.credentials]
+
+    async def ask(transport: Transport) -> list[Any]:
+        return await asyncio.gather(*(list_offers(transport, provider, provider.credentials[0], settings) for provider in chosen), return_exceptions=True)
+
+    rows = []
+    for provider, found in zip(chosen, run_asking(ask, f"asking {len(chosen)} providers") if chosen else []):
+        if isinstance(found, BaseException) and not isinstance(found, UpstreamFailure):
+            raise found
+        known, listed = [model.id for model in provider.models], [] if isinstance(found, BaseException) else found
+        rows.append({"provider": provider.name, "listed": listed, "new": [name for name in listed if name not in known], "gone": [name for name in known if listed and name not in listed],
+                     "trouble": printable(str(found)) if isinstance(found, BaseException) else ""})
+    return rows
+
+
+def make_entry(home: Home, name: str, given: Json) -> Json:
+    """The entry of a new provider: what is given, and else its preset's models or, of one's own, those that it lists. Raises Refused and ConfigError."""
+    preset = PRESETS.get(given.get("preset", name), CUSTOM_PRESET)
+    models = given.get("models") or [model.id for model in preset.models]
+    if not models:
+        asked = _load_home(home, json.dumps({name: {**_entry_of("?", ["?"]), **given, "default": "?", "models": ["?"]}}), _read_text(home.env_path))
+        provider = asked.providers[0]
+        if not provider.credentials:
+            raise Refused(f"{name} cannot be asked for its models: {provider.why_out}; login comes first for a key, --no-key where none is needed, or name them: --models LIST")
+        try:
+            models = run_asking(lambda transport: list_offers(transport, provider, provider.credentials[0], asked.settings), f"asking {name}")
+        except UpstreamFailure as failure:
+            raise Refused(f"{name} does not list its models ({printable(str(failure))}); name them: --models LIST") from failure
+    default = given.get("default") or (preset.default if preset.default in models else models[0])
+    return {**_entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+
+
+# As they are shown.
+
+def provider_rows(config: Config) -> list[Json]:
+    """Every provider, without its secrets."""
+    return [{"name": provider.name, "title": provider.preset.title, "state": "out" if provider.why_out else "active", "why": provider.why_out, "enabled": provider.enabled,
+             "base_url": provider.base_url, "format": provider.format, "default": provider.default, "fallback": provider.enable_fallback,
+             "models": [model.id for model in provider.models],
+             "keys": [{"id": credential.id, "from": config.origins.get(f"{provider.name}.keys.{credential.id.partition('/')[2]}", credential.source)}
+                      for credential in provider.credentials if credential.secret]}
+            for provider in config.providers]
+
+
+def provider_lines(rows: Sequence[Json]) -> list[str]:
+    """Providers in their order, each with what keeps it out."""
+    import textwrap
+    lines = []
+    for number, row in enumerate(rows, 1):
+        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:_WIDTH])
+        lines += [f"     {line}" for line in textwrap.wrap(row["why"], _WIDTH - 5)]
+    return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
+
+
+def model_rows(providers: Iterable[Provider]) -> list[Json]:
+    """Every model of some providers, in order."""
+    return [{"provider": provider.name, "place": place, "id": model.id, "alias": model.alias, "default": model.id == provider.default, "asked": model.id == provider.default or provider.enable_fallback,
+             "context": model.context, "max_output": model.max_output} for provider in providers for place, model in enumerate(provider.models, 1)]
+
+
+def model_lines(rows: Sequence[Json]) -> list[str]:
+    """Models by provider; * marks the default, - those that are asked for only by name."""
+    lines = []
+    for row in rows:
+        lines += [row["provider"]] if row["place"] == 1 else []
+        window = f"{row['context'] // 1000}k" if row["context"] else ""
+        lines.append(f"{row['place']:>3} {'*' if row['default'] else ' ' if row['asked'] else '-'} {row['id']:<52} {window:>6}" + (f"  = {row['alias']}" if row["alias"] else ""))
+    return [printable(line.rstrip()) for line in lines] or ["there are no models"]
+
+
+def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
+    """What providers list; `new`: also the names that are not configured."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
+        lines += [f"  {name}" for name in row["new"]] if new else []
+    return list(map(printable, lines))
+
+
+##############################################################################
+# 25. Bundle                                                I/O | uses 1-2, 23
+##############################################################################
+# The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
+# sources, wherever it is made: sorted names, one date, nothing compressed, nothing compiled.  Everything is read through the import system, so that a copy can make a copy.
+# One more package: its name in _PACKAGES.  Guarded by tests/test_bundle.py.
+
+_PACKAGES = ("h11", "certifi")
+_PACKAGE_FILES = re.compile(r".*\.(?:py|pem)|py\.typed")
+_LICENCE_FILES = re.compile(r"(?i)(?:LICEN[CS]E|COPYING|NOTICE|AUTHORS)[^/]*")
+#: -I: no folder, no variable and no package of the user's; -S: no site-packages, so that no .pth file of it ever runs.
+_SHEBANG = b"#!/usr/bin/env -S python3 -I -S\n"
+_START = b"import sys\nfrom aicarousel import main\nsys.exit(main())\n"
+
+
+def bundle_members(models: bytes | None) -> dict[str, bytes]:
+    """Path and bytes of everything in a bundle, sorted by path; `models` is the models.json to go with it. Raises ConfigError where a package is missing."""
+    own = {"aicarousel.py": read_beside(Path(__file__).name), "LICENSE": read_beside("LICENSE"), "models.json": models}
+    members = {"__main__.py": _START, **{name: data for name, data in own.items() if data is not None}}
+    for package in _PACKAGES:
+        members |= _package_members(package)
+    return dict(sorted(members.items()))
+
+
+def _package_members(package: str) -> dict[str, bytes]:
+    """The files of an installed package, its licence, and the little that tells its version. Raises ConfigError."""
+    import importlib.metadata
+    import importlib.resources
+    try:
+        about, top = importlib.metadata.distribution(package), importlib.resources.files(package)
+    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise ConfigError(f"package {package}", "it is not installed", f"python -m pip install {package}") from error
+    members = {f"{package}/{file.name}": file.read_bytes() for file in top.iterdir() if file.is_file() and _PACKAGE_FILES.fullmatch(file.name)}
+    info = f"{package}-{about.version}.dist-info"
+    members[f"{info}/METADATA"] = (about.read_text("METADATA") or about.read_text("PKG-INFO") or f"Name: {package}\nVersion: {about.version}\n").encode()
+    for path in about.files or ():
+        if _LICENCE_FILES.fullmatch(path.name):
+            members[f"{info}/licenses/{path.name}"] = path.read_binary()
+    # What a copy reads when it makes a copy; the installer's own list names files of one machine.
+    members[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in sorted([*members, f"{info}/RECORD"])).encode()
+    return members
+
+
+def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
+    """Write a bundle, in place of what was there only once it is whole; its SHA-256 in hex. Raises ConfigError."""
+    import io
+    import zipfile
+    packed = io.BytesIO(_SHEBANG)
+    packed.seek(len(_SHEBANG))
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, data)
+    whole, unfinished = packed.getvalue(), path.with_name(path.name + ".new")
+    try:
+        unfinished.write_bytes(whole)
+        unfinished.chmod(0o755)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ConfigError(str(path), error.strerror or type(error).__name__, "a file that can be written") from error
+    return hashlib.sha256(whole).hexdigest()
+
+
+##############################################################################
+# 26. Set-up                                                I/O | uses 1-4, 17, 23
+##############################################################################
+# The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
+
+class _Question(NamedTuple):
+    """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
+    prompt: str
+    read: Callable[[Home, str, Sequence[str]], list[str]]
+
+
+class _Action(NamedTuple):
+    """A line of a menu: the command's first words, and the questions that give the others."""
+    label: str
+    words: tuple[str, ...]
+    questions: tuple[_Question, ...] = ()
+
+
+class _Menu(NamedTuple):
+    """A part of the set-up: the command that shows how things are, and what can be done."""
+    label: str
+    shown: tuple[str, ...]
+    actions: tuple[_Action, ...]
+
+
+def _pick(text: str, names: Sequence[str], what: str) -> str:
+    """One of `names`, by itself or by its number. Raises Refused."""
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text in names:
+        return text
+    close = nearest(text, names)
+    raise Refused(f"there is no {what} {ascii(text)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"a number from 1 to {len(names)}, or a name" if names else "there are none"))
+
+
+def _read_provider(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [provider.name for provider in read_config(home, {}).providers], "provider")]
+
+
+def _read_known_model(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [_pick(text, [model.id for model in find_provider(read_config(home, {}), words[-1]).models], "model")]
+
+
+def _read_order(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    names = [provider.name for provider in read_config(home, {}).providers]
+    return [",".join(_pick(part.strip(), names, "provider") for part in text.split(","))]
+
+
+def _read_word(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.startswith("-") or not text.isprintable():
+        raise Refused("that is no name")
+    return [text]
+
+
+def _read_switch(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text.lower() not in ("on", "off"):
+        raise Refused("on or off")
+    return [text.lower()]
+
+
+def _read_count(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refused("a number is wanted")
+    return [text]
+
+
+def _read_url(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    if text == "-" and words[-1] in PRESETS:
+        return []
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise Refused("an address like https://host/v1" + (", or - for its own" if words[-1] in PRESETS else ""))
+    return ["--url", text]
+
+
+def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
+    return [] if text == "-" else ["--models", *_read_word(home, text, words)]
+
+
+_PROVIDER = _Question("Provider (number or name)", _read_provider)
+_MODEL = _Question("Model (number or name)", _read_known_model)
+_KEY_ID = _Question("Id of the key", _read_count)
+
+_MENUS: Mapping[str, _Menu] = {
+    "2": _Menu("provider keys", ("provider", "list"), (
+        _Action("add a key", ()),
+        _Action("test all keys", ("provider", "test")),
+        _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
+    )),
+    "3": _Menu("gateway keys", ("key", "list"), (
+        _Action("make a key", ("key", "create"), (_Question("A name for it", _read_word),)),
+        _Action("revoke a key", ("key", "revoke"), (_KEY_ID,)),
+        _Action("delete a key", ("key", "delete"), (_KEY_ID,)),
+    )),
+    "4": _Menu("providers and their order", ("provider", "list"), (
+        _Action("switch one on", ("provider", "enable"), (_PROVIDER,)),
+        _Action("switch one off", ("provider", "disable"), (_PROVIDER,)),
+        _Action("change the order", ("provider", "order"), (_Question("All of them in the new order (numbers or names, with commas)", _read_order),)),
+        _Action("add one", ("provider", "add"), (_Question("Its name", _read_word), _Question("Its address (- for that of a built-in provider)", _read_url),
+                                                 _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
+        _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
+    )),
+    "5": _Menu("models", ("model", "list"), (
+        _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
+        _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
+        _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
+        _Action("ask the providers what they list now", ("model", "refresh")),
+    )),
+}
+_TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _MENUS.items()}, "6": "status", "q": "leave"}
+
+
+def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the first answer that it takes; None for a mere Enter."""
+    while True:
+        text = input(f"{prompt}: ").strip()
+        if not text:
+            return None
+        try:
+            return read(text)
+        except Refused as refused:
+            print(f"  {printable(str(refused))}")
+
+
+def _choose(choices: Mapping[str, str]) -> str | None:
+    """The key of the choice that was made, None for a mere Enter."""
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise Refused(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    return _ask("Number", read)
+
+
+def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
+    """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
+    import getpass
+    key = getpass.getpass(f"{prompt}: ")
+    form = key_form(clean_key(key))
+    if key.strip() and name is None and (form is None or not form.sure):
+        names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
+        print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
+        own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
+        name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
+    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+
+
+def _take_keys(home: Home, prompt: str) -> None:
+    """Takes provider keys until a mere Enter."""
+    while True:
+        try:
+            told = ask_key(home, None, prompt)
+        except (Refused, ConfigError) as refused:
+            told = str(refused)
+        if told is None:
+            return
+        print(f"  {printable(told)}")
+        prompt = "One more key (Enter: that is all)"
+
+
+def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+    """From nothing to what `serve` needs: a provider's key, and a key for clients."""
+    free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
+    print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
+    _take_keys(home, "Paste a key (it is not shown; Enter: none)")
+    config = read_config(home, {})
+    active = [provider.name for provider in config.active]
+    print("", f"2. Providers that take part: {', '.join(active)}" if active else "2. No provider takes part yet; the built-in one answers offline: serve --demo", sep="\n")
+    open_database(home.database_path).close()
+    n_keys = sum(key.active for key in list_keys(home.database_path))
+    key = "" if n_keys else create_key(home.database_path, "first")[0]
+    print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+
+
+def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
+    """Asks for what an action lacks and runs its command; one that was refused is asked for again."""
+    if not action.words:
+        return _take_keys(home, "Paste a key (it is not shown; Enter: back)")
+    while True:
+        words = list(action.words)
+        for question in action.questions:
+            answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
+            if answer is None:
+                return
+            words += answer
+        if run(words) == 0 or not action.questions:
+            return
+
+
+def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+    """The dialogue; its exit status.
+
+    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    """
+    try:
+        print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
+        if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
+            _go_step_by_step(home, recipes)
+            print("", "`setup` shows all that can be set from now on.", sep="\n")
+            return 0
+        while (choice := _choose(_TOP)) not in (None, "q"):
+            if choice in ("1", "6"):
+                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                continue
+            menu = _MENUS[choice]
+            labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+                _do(home, menu.actions[int(number) - 1], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+##############################################################################
+# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
+##############################################################################
+# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
+# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
+# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+
+_WATCH_S = 0.5
+_TRIM_AFTER_S = 0.3
+_GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
+_LOG_BATCH_S = 0.1
+_OTHER_FILES = 64           #: descriptors kept for what is not a connection
+_H11_AT_LEAST = (0, 16)
 
 
 # Serving.
@@ -16006,6 +18140,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         flags = {**flags, "demo_url": f"http://127.0.0.1:{demo_socket.getsockname()[1]}/v1"}
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
+    seen += map(_stamp, map(Path, config.secret_files))
     _fit_log(config)
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
@@ -16016,7 +18151,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
-    server = Server(gateway, world, max_connections=_fitting_connections(MAX_CONNECTIONS))
+    server = Server(gateway, world, fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
     wanted = _handle_signals(stop, server)
@@ -16024,13 +18159,15 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     if ready is not None:
         ready(gateway, port)
     watcher = asyncio.create_task(_watch(home, flags, gateway, stop, wanted, seen))
+    gc.freeze()                         # what is there by now stays; and requests leave nothing that only a collection could free,
+    gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again = False
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
         logging.getLogger("aicarousel.server").info("draining connections=%d", server.n_connections())
-        await server.drain(1.0 if again else _DRAIN_S)
+        await server.drain(1.0 if again else gateway.bounds.drain_s)
     finally:
         watcher.cancel()
         if demo is not None:
@@ -16039,7 +18176,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
     if again:
-        os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:]])
+        os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
 
 
@@ -16138,7 +18275,7 @@ def client_recipes(address: str, key: str) -> list[str]:
 
 
 def _fitting_connections(most: int) -> int:
-    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    """How many clients there are descriptors for, two each as one may be needed toward a provider; the limit of open files is raised for `most` of them, as far as it may be."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16147,8 +18284,8 @@ def _fitting_connections(most: int) -> int:
             soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
-        return most
-    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+        return 1 << 20
+    fitting = 1 << 20 if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_FILES) // 2)
     if fitting < most:
         logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
     return fitting
@@ -16171,17 +18308,17 @@ def _handle_signals(stop: asyncio.Event, server: Server) -> asyncio.Event:
 
 async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: asyncio.Event, wanted: asyncio.Event, seen: list[tuple[int, int, int]]) -> bool:
     """Load the configuration anew when its files are no longer as `seen` or `wanted` is set; True when the program itself changed."""
-    log, program = logging.getLogger("aicarousel.config"), Path(__file__)
+    log, program = logging.getLogger("aicarousel.config"), program_path()
     seen_program = _stamp(program)
     while not stop.is_set():
         await gateway.world.sleep(_WATCH_S)
         gateway.keys.refresh()
-        stamps = _stamps_of(home)
+        stamps = _stamps_of(home, gateway.config.secret_files)
         if stamps != seen or wanted.is_set():
             seen = stamps
             wanted.clear()
             try:
-                config = read_config(home, flags)
+                config = await asyncio.to_thread(read_config, home, flags)      # a cmd: reference takes its time
                 _fit_log(config)
                 gateway.reconfigure(config)
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
@@ -16195,9 +18332,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
     return False
 
 
-def _stamps_of(home: Home) -> list[tuple[int, int, int]]:
-    """What changes when the configuration is edited."""
-    return [_stamp(home.models_path), _stamp(home.env_path)]
+def _stamps_of(home: Home, secret_files: Sequence[str] = ()) -> list[tuple[int, int, int]]:
+    """What changes when the configuration is edited, or a key that stands in a file of its own."""
+    return [_stamp(path) for path in (home.models_path, home.env_path, *map(Path, secret_files))]
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -16215,6 +18352,9 @@ class _LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
         self._second = (0, "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if record.exc_info else f"{self.formatTime(record)} {record.levelname} {record.name} {record.getMessage()}"
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         second = int(record.created)
@@ -16383,6 +18523,109 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
     return 0
 
 
+def _say_done(arguments: Any, text: str, done: bool = True, **facts: Any) -> int:
+    """Print what was done, or why not; the exit status."""
+    if arguments.json:
+        print(json.dumps({"done": done, "message": text, **facts}))
+    else:
+        print(printable(text), file=sys.stdout if done else sys.stderr)
+    return 0 if done else 1
+
+
+def _provider_command(arguments: Any) -> int:
+    """Providers of models.json: which there are, which take part, in which order, and whether their keys work."""
+    home, action = find_home(arguments.home), arguments.action
+    if action == "list":
+        rows = provider_rows(read_config(home, {}))
+        return _print_told(arguments, {"providers": rows}, provider_lines(rows))
+    if action == "test":
+        return _test_providers(arguments, home)
+    if action == "add":
+        return _say_done(arguments, add_provider(home, arguments.name, make_entry(home, arguments.name, _added(arguments))))
+    if action == "order":
+        return _say_done(arguments, order_providers(home, [name.strip() for name in arguments.names.split(",")]))
+    if action == "remove":
+        return _say_done(arguments, remove_provider(home, arguments.name))
+    return _say_done(arguments, switch_provider(home, arguments.name, action == "enable"))
+
+
+def _added(arguments: Any) -> Json:
+    """The fields of models.json that the options of `provider add` name."""
+    given = {"baseUrl": arguments.url, "preset": arguments.preset, "format": arguments.format, "default": arguments.default, "keys": [] if arguments.no_key else None,
+             "models": [model.strip() for model in arguments.models.split(",")] if arguments.models else None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _test_providers(arguments: Any, home: Home) -> int:
+    """Asks every provider that takes part, or the one that is named, with each of its keys."""
+    config = read_config(home, {})
+    chosen = [find_provider(config, arguments.name)] if arguments.name else config.active
+    rows = try_keys(chosen, config.settings)
+    for provider in chosen:
+        rows += [{"key": provider.name, "state": "out", "words": provider.why_out}] if not provider.credentials else []
+    _print_told(arguments, {"keys": rows}, [f"{row['key']:<16} {row['state']:<6} {row['words']}" for row in rows] or ["no provider takes part"])
+    return 0 if rows and all(row["state"] == "good" for row in rows) else 1
+
+
+def _login_command(arguments: Any) -> int:
+    """Take a provider's key, check it there, and keep it in .env."""
+    home = find_home(arguments.home)
+    if not arguments.stdin and sys.stdin and sys.stdin.isatty():
+        told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
+        return _say_done(arguments, told or "no key came", told is not None)
+    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
+    return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
+
+
+def _logout_command(arguments: Any) -> int:
+    return _say_done(arguments, forget_keys(find_home(arguments.home), arguments.provider))
+
+
+def _model_command(arguments: Any) -> int:
+    """The models of each provider."""
+    home, action = find_home(arguments.home), arguments.action
+    if action == "list":
+        config = read_config(home, {})
+        rows = model_rows([find_provider(config, arguments.provider)] if arguments.provider else config.providers)
+        return _print_told(arguments, {"models": rows}, model_lines(rows))
+    if action == "refresh":
+        config = read_config(home, {})
+        rows = compare_offers([find_provider(config, arguments.provider)] if arguments.provider else config.active, config.settings)
+        _print_told(arguments, {"providers": rows}, offer_lines(rows, arguments.provider is not None) or ["no provider takes part"])
+        return 0 if rows and not any(row["trouble"] or row["gone"] for row in rows) else 1
+    if action == "fallback":
+        return _say_done(arguments, switch_fallback(home, arguments.provider, arguments.switch == "on"))
+    if action == "move":
+        return _say_done(arguments, move_model(home, arguments.provider, arguments.model, arguments.place))
+    return _say_done(arguments, {"add": add_model, "remove": remove_model, "default": choose_default}[action](home, arguments.provider, arguments.model))
+
+
+def _alias_command(arguments: Any) -> int:
+    """Names that stand for others."""
+    home = find_home(arguments.home)
+    if arguments.action == "list":
+        aliases = read_config(home, {}).carousel.aliases
+        return _print_told(arguments, {"aliases": {name: list(targets) for name, targets in aliases.items()}},
+                           [printable(f"{name} = {', '.join(targets)}") for name, targets in aliases.items()] or ["there are no aliases"])
+    return _say_done(arguments, set_alias(home, arguments.name, arguments.target) if arguments.action == "set" else remove_alias(home, arguments.name))
+
+
+def _setup_command(arguments: Any) -> int:
+    """The dialogue; where there is nobody to talk to, help."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        make_parser().print_help(sys.stderr)
+        print("\nsetup asks questions and needs a terminal; every action of it is also one of these commands", file=sys.stderr)
+        return 2
+
+    def run(words: Sequence[str]) -> int:
+        try:
+            return main([*words, *(["--home", arguments.home] if arguments.home else [])])
+        except SystemExit:
+            return 2                    # argparse has said why
+
+    return run_setup(find_home(arguments.home), run, client_recipes)
+
+
 def _stats_command(arguments: Any) -> int:
     """What was used, from the usage table; a running server writes it within a moment of each request's end."""
     path = find_home(arguments.home).database_path
@@ -16543,16 +18786,19 @@ def _config_command(arguments: Any) -> int:
 def describe_config(config: Config) -> list[tuple[str, Any, str]]:
     """Every value in force with its origin; secrets by their source alone."""
     rows: list[tuple[str, Any, str]] = []
-    for group, record in (("settings", config.settings), ("carousel", config.carousel)):
+    for group, record in (("settings", config.settings), ("carousel", config.carousel), ("carousel.limits", config.carousel.limits),
+                          *((f"{provider.name}.timeouts", provider.timeouts) for provider in config.providers)):
         for name in record.__dataclass_fields__:
             value = getattr(record, name)
+            if isinstance(value, Bounds):
+                continue                # told one by one
             if name in ("api_keys", "https_proxy", "http_proxy"):
                 value = "set, not shown" if value else ""
             rows.append((f"{group}.{name}", _plain(value), _origin_of(config, group, name)))
     for provider in config.providers:
         shown = {"base_url": provider.base_url, "format": provider.format, "enabled": provider.enabled, "default": provider.default, "enable_fallback": provider.enable_fallback,
                  "models": [model.id for model in provider.models], "keys": [credential.source or "none needed" for credential in provider.credentials],
-                 "timeouts": _plain(provider.timeouts), "state": provider.why_out or "takes part"}
+                 "state": provider.why_out or "takes part"}
         rows += [(f"{provider.name}.{name}", value, _origin_of(config, provider.name, name)) for name, value in shown.items()]
     return rows
 
@@ -16564,8 +18810,7 @@ def _origin_of(config: Config, group: str, name: str) -> str:
         return ", ".join(dict.fromkeys(found)) or "default"
     if name == "state":
         return "-"
-    first, *rest = name.removesuffix("_s").split("_")
-    return config.origins.get(f"{group}.{name}") or config.origins.get(f"{group}.{first}{''.join(word.capitalize() for word in rest)}", "default")
+    return config.origins.get(f"{group}.{name}") or config.origins.get(f"{group}.{camel_name(name)}", "default")
 
 
 def _plain(value: Any) -> Any:
@@ -16635,10 +18880,45 @@ def _print_answer(answer: Any, stream: bool) -> int:
     return 1 if failed or not ended else 0
 
 
+def _bundle_command(arguments: Any) -> int:
+    home, path = find_home(arguments.home), Path(arguments.output)
+    models = routing_text(home)
+    read_config(home, {})               # nobody is handed a models.json that does not load
+    digest = write_bundle(path, bundle_members(models.encode() if models is not None else None))
+    if arguments.json:
+        print(json.dumps({"path": str(path), "sha256": digest, "models": models is not None}))
+    else:
+        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {digest}\nIt runs on any Python from 3.11 on: python -I -S {path.name} serve"
+              + (f"\nWithout a models.json beside it, it routes by {home.models_path if home.models_path.exists() else 'the one in this bundle'}." if models is not None else "")
+              + "\nIt holds no key.")
+    return 0
+
+
+def _version_command(arguments: Any) -> int:
+    told: Json = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "h11": getattr(h11, "__version__", None), "bundle": is_bundled()}
+    if arguments.verify:
+        home = find_home(arguments.home)
+        own = {program_path().name: program_path().read_bytes()} if is_bundled() else {}
+        members = own | bundle_members(read_beside("models.json") if is_bundled() else (text.encode() if (text := routing_text(home)) is not None else None))
+        told["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        print(f"AICarousel {told['version']}, Python {told['python']}, {'a bundle with ' if is_bundled() else ''}h11 {told['h11'] or 'not installed'}")
+        print("".join(f"{digest}  {name}\n" for name, digest in told.get("sha256", {}).items()), end="")
+    return 0
+
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
+    "setup": _setup_command,
     "serve": _serve_command,
     "key": _key_command,
     "status": _status_command,
+    "provider": _provider_command,
+    "login": _login_command,
+    "logout": _logout_command,
+    "model": _model_command,
+    "alias": _alias_command,
     "stats": _stats_command,
     "explain": _explain_command,
     "quota": _quota_command,
@@ -16646,6 +18926,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "bundle": _bundle_command,
+    "version": _version_command,
 }
 
 
@@ -16679,6 +18961,47 @@ def _add_key_parsers(commands: Any, common: Any, as_json: Any) -> None:
         actions.add_parser(action, parents=[common, as_json], help=told).add_argument("id", type=int)
 
 
+def _add_provider_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The commands that change models.json and .env."""
+    both = [common, as_json]
+    actions = commands.add_parser("provider", help="providers of models.json").add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=both, help="show all, and what keeps one out")
+    added = actions.add_parser("add", parents=both, help="add a built-in provider, or one of your own")
+    added.add_argument("name")
+    added.add_argument("--url", metavar="URL", help="its address, the part before /chat/completions")
+    added.add_argument("--preset", metavar="P", help="the built-in provider whose habits it has")
+    added.add_argument("--format", choices=FORMAT_NAMES, help="what it is spoken to in (default: what it is known to speak, else chat)")
+    added.add_argument("--models", metavar="LIST", help="its models, comma list (default: the known ones, else what it lists)")
+    added.add_argument("--default", metavar="M", help="the model asked first (default: the first)")
+    added.add_argument("--no-key", action="store_true", help="it needs no key")
+    for action, told in (("remove", "take one out of models.json"), ("enable", "switch one on"), ("disable", "switch one off")):
+        actions.add_parser(action, parents=both, help=told).add_argument("name")
+    actions.add_parser("order", parents=both, help="the order of rotation").add_argument("names", help="all providers, comma list")
+    actions.add_parser("test", parents=both, help="ask each provider whether its keys work").add_argument("name", nargs="?", help="one alone")
+    taken = commands.add_parser("login", parents=both, help="check a provider's key and keep it in .env")
+    taken.add_argument("provider", nargs="?", help="whose key it is (default: told by the key)")
+    taken.add_argument("--stdin", action="store_true", help="read the key from standard input")
+    commands.add_parser("logout", parents=both, help="take keys out of .env").add_argument("provider", help="a provider (groq), or one of its keys (groq/2)")
+    actions = commands.add_parser("model", help="models of a provider").add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, told in (("list", "show them"), ("refresh", "ask providers which models they list now")):
+        actions.add_parser(action, parents=both, help=told).add_argument("provider", nargs="?", help="of one provider alone")
+    for action, told in (("add", "add one"), ("remove", "remove one"), ("default", "choose the one asked first"), ("move", "put one elsewhere in the list")):
+        changed = actions.add_parser(action, parents=both, help=told)
+        changed.add_argument("provider")
+        changed.add_argument("model")
+        if action == "move":
+            changed.add_argument("place", type=int, help="from 1")
+    switched = actions.add_parser("fallback", parents=both, help="whether the others are tried after the default")
+    switched.add_argument("provider")
+    switched.add_argument("switch", choices=("on", "off"))
+    actions = commands.add_parser("alias", help="names that stand for others").add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=both, help="show all")
+    changed = actions.add_parser("set", parents=both, help="make one, or change it")
+    changed.add_argument("name")
+    changed.add_argument("target", nargs="+", help="what it stands for, in order")
+    actions.add_parser("remove", parents=both, help="remove one").add_argument("name")
+
+
 def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that ask a running gateway about itself."""
     import argparse
@@ -16700,7 +19023,7 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
-    parser = argparse.ArgumentParser(prog="aicarousel.py", description="AICarousel: one address for many LLM APIs.")
+    parser = argparse.ArgumentParser(prog=program_path().name, description="AICarousel: one address for many LLM APIs.")
     parser.add_argument("--version", action="version", version=f"AICarousel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -16708,6 +19031,7 @@ def make_parser() -> Any:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
     served = commands.add_parser("serve", parents=[common], help="run the gateway")
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
@@ -16720,6 +19044,7 @@ def make_parser() -> Any:
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
     _add_key_parsers(commands, common, as_json)
+    _add_provider_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
     counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
@@ -16747,6 +19072,11 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+
+    commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
+        "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")
+    commands.add_parser("version", parents=[common, as_json], help="which version this is").add_argument(
+        "--verify", action="store_true", help="also the SHA-256 of all that a bundle is made of, and of the bundle that is run")
     return parser
 
 
@@ -16756,6 +19086,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
+    except Refused as refused:
+        return _say_done(arguments, str(refused), False)
+    except KeyboardInterrupt:
+        return 1
     except ConfigError as error:
         print(f"aicarousel: {error}", file=sys.stderr)
         return 2

@@ -775,11 +775,12 @@ class Gateway:
     """`python aicarousel.py serve --port 0` in a home of its own, with one gateway key; use start() or `with`."""
 
     def __init__(self, models: Json | None = None, env_file: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None,
-                 arguments: Sequence[str] = (), program: Path = ROOT / "aicarousel.py") -> None:
+                 arguments: Sequence[str] = (), program: Path = ROOT / "aicarousel.py", run: Sequence[str] = ()) -> None:
+        """run: how the program is run, where it is not by this Python as a script."""
         self.folder = Path(tempfile.mkdtemp(prefix="aicarousel-test-"))
         self.home = self.folder / "home"
         self.home.mkdir(mode=0o700)
-        self.program, self.arguments = program, list(arguments)
+        self.program, self.arguments, self.run = program, list(arguments), list(run)
         self.environment = clean_environment(self.folder) | dict(environment or {})
         self.log_file = self.folder / "stderr"
         self.process: subprocess.Popen[str] | None = None
@@ -795,7 +796,7 @@ class Gateway:
 
     def command(self, *words: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Runs `python aicarousel.py <words> --home HOME` to its end."""
-        return subprocess.run([*invocation(self.program), *words, "--home", str(self.home)],
+        return subprocess.run([*(self.run or invocation(self.program)), *words, "--home", str(self.home)],
                               env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
 
     def create_key(self, name: str = "test") -> str:
@@ -809,7 +810,7 @@ class Gateway:
         """Makes a key, starts serving, waits for the line with the address."""
         self.key = self.key or self.create_key()
         with open(self.log_file, "ab") as log:
-            self.process = subprocess.Popen([sys.executable, "-u", str(self.program), "serve", "--home", str(self.home), "--port", "0", *self.arguments],
+            self.process = subprocess.Popen([*(self.run or [sys.executable, "-u", str(self.program)]), "serve", "--home", str(self.home), "--port", "0", *self.arguments],
                                             env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         self.printed, listening = "", threading.Event()
         threading.Thread(target=self._drain, args=(self.process.stdout, listening), daemon=True).start()

@@ -98,6 +98,13 @@ ASKED_WRONGLY = [
     (["call"], "required: prompt"),
     (["call", "hi", "-t", "warm"], "invalid float value"),
     (["call", "hi", "--max-tok", "many"], "invalid int value"),
+    (["provider"], "ACTION"),
+    (["provider", "order"], "required: names"),
+    (["provider", "add", "x", "--format", "soap"], "invalid choice"),
+    (["logout"], "required: provider"),
+    (["model", "move", "groq", "m", "first"], "invalid int value"),
+    (["model", "fallback", "groq", "perhaps"], "invalid choice"),
+    (["alias", "set", "x"], "required: target"),
     (["db"], "ACTION"),
     (["db", "drop"], "invalid choice"),
     (["config"], "ACTION"),
@@ -173,7 +180,8 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show"]
+COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
+            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -287,6 +295,8 @@ def test_demo_answers_streamed_and_whole(demo: Gateway) -> None:
     assert whole.status == streamed.status == 200 and streamed.done and streamed.complete
     assert whole.text == streamed.text == aicarousel.Demo.ANSWER and len(streamed.chunks) > 20
     assert whole.headers["x-aicarousel-provider"] == "demo"
+    [model] = aicarousel.load_config(None, models_path="", environment={}, dotenv={}, flags={"demo": True, "demo_url": "http://127.0.0.1:9/v1"}).active[0].models
+    assert model.price == aicarousel.Price(0.0, 0.0, 0.0, 0.0), "it costs nothing, which is no unknown cost"
 
 
 def test_demo_and_a_provider_of_that_name(place: Place) -> None:
@@ -709,7 +719,8 @@ def shown_config(place: Place, **environment: str) -> dict[str, tuple[Any, str]]
 @pytest.fixture
 def configured(place: Place) -> Place:
     place.write_models({"groq": {"baseUrl": "https://groq.example/v1", "default": "a", "enableFallback": True, "models": ["a", {"id": "b", "context": 9}], "timeouts": {"idle": 5}},
-                        "my-vllm": entry("http://127.0.0.1:8000/v1"), "carousel": {"maxAttempts": 3, "maxWait": 1, "aliases": {"fast": "groq"}}})
+                        "my-vllm": entry("http://127.0.0.1:8000/v1"), "carousel": {"maxAttempts": 3, "maxWait": 1, "limits": {"drain": 90, "bodyBytes": 2048},
+                                                                           "aliases": {"fast": "groq"}}})
     place.write_env(f"PORT=8001\nAICAROUSEL_ALLOWED_HOSTS=lan.example\nGROQ_API_KEY={FAKE_KEY}\nMY_VLLM_MODEL=other\n")
     return place
 
@@ -725,6 +736,12 @@ CONFIG_ROWS = [
     ("carousel.max_wait_s", 1.0, "models.json carousel.maxWait"),
     ("carousel.aliases", {"fast": ["groq"]}, "models.json carousel.aliases"),
     ("carousel.strategy", "round-robin", "default"),
+    ("carousel.limits.drain_s", 90.0, "models.json carousel.limits.drain"),
+    ("carousel.limits.body_bytes", 2048, "models.json carousel.limits.bodyBytes"),
+    ("carousel.limits.client_idle_s", 120.0, "default"),
+    ("groq.timeouts.idle_s", 5.0, "models.json groq.timeouts.idle"),
+    ("groq.timeouts.first_byte_s", 30.0, "built in"),
+    ("my-vllm.timeouts.idle_s", 90.0, "default"),
     ("groq.base_url", "https://other.example/v1", "environment GROQ_BASE_URL"),
     ("groq.default", "a", "models.json groq.default"),
     ("groq.enable_fallback", True, "models.json groq.enableFallback"),

@@ -14,9 +14,9 @@ SEED = {"cerebras": {"default": "gpt-oss-120b", "enableFallback": True, "models"
 LOCAL = {"baseUrl": "http://127.0.0.1:8000/v1", "default": "m", "enableFallback": True, "models": ["m"]}
 
 
-def load(models=None, environment=None, dotenv=None, **flags):
+def load(models=None, environment=None, dotenv=None, read_secret=None, **flags):
     text = models if models is None or isinstance(models, str) else json.dumps(models)
-    return load_config(text, models_path="models.json", environment=environment or {}, dotenv=dotenv or {}, flags=flags)
+    return load_config(text, models_path="models.json", environment=environment or {}, dotenv=dotenv or {}, flags=flags, read_secret=read_secret)
 
 
 def complaint(*args, **more):
@@ -56,7 +56,7 @@ WHOLE = {
         "keys": ["env:VLLM_KEY", {"key": "env:VLLM_KEY_B", "label": "team-b", "proxy": "http://127.0.0.1:3128", "headers": {"X-Team": "b"},
                                   "models": ["*"], "excludedModels": ["*-preview"], "prefix": "teamB/", "disabled": False}],
         "headers": {"X-Title": "AICarousel"}, "proxy": "", "timeouts": {"connect": 10, "firstByte": 60.5, "idle": 60, "total": 5, "streamTotal": 7},
-        "limits": {"rpm": 30}, "maxConcurrent": 8,
+        "limits": {"rpm": 30}, "maxConcurrent": 8, "weight": 5,
         "rules": [{"models": "qwen*", "default": {"temperature": 0.7}, "override": {"top_p": 1}, "drop": ["logit_bias"]}]},
     "carousel": {"strategy": "fill-first", "affinity": "off", "fallback": "same-model", "maxAttempts": 3, "maxWait": 1.5, "toolStream": "live",
                  "unknownModel": "reject", "echoModel": True, "contentFallback": True, "aliases": {"fast": ["my-vllm/big", "my-vllm"], "claude-*": "aicarousel"}},
@@ -74,7 +74,7 @@ def test_every_optional_field_is_kept():
     assert (first.id, first.secret, first.source, first.proxy) == ("my-vllm/1", "key-one", "env:VLLM_KEY", None)
     assert (second.id, second.label, second.proxy, second.headers) == ("my-vllm/2", "team-b", "http://127.0.0.1:3128", (("X-Team", "b"),))
     assert (second.models, second.excluded_models, second.prefix) == (("*",), ("*-preview",), "teamB/")
-    assert provider.headers == (("X-Title", "AICarousel"),) and provider.proxy == "" and provider.max_concurrent == 8
+    assert provider.headers == (("X-Title", "AICarousel"),) and provider.proxy == "" and provider.max_concurrent == 8 and provider.weight == 5
     assert provider.timeouts == aicarousel.Timeouts(10, 60.5, 60, 5, 7) and provider.limits == Limits(rpm=30)
     assert provider.rules == (aicarousel.PayloadRule("qwen*", {"temperature": 0.7}, {"top_p": 1}, ("logit_bias",)),)
     assert config.carousel == aicarousel.Carousel("fill-first", "off", "same-model", 3, 1.5, "live", "reject", True,
@@ -88,6 +88,15 @@ def test_a_listed_model_takes_what_the_preset_knows_but_not_the_limits_of_free_p
     flash, gemma = one(config, "gemini").models
     assert flash.context == 1048576 and flash.limits is None and flash.price == Price(0.75, 3.75, 0.075, as_of=aicarousel.PRICES_AS_OF)
     assert gemma.context == 5 and gemma.tools is True
+
+
+def test_every_limit_is_kept_at_both_ends_of_its_range():
+    for end in ("low", "high"):
+        limits = {name: aicarousel.Bounds.__dataclass_fields__[field.name].metadata[end] for name, field in aicarousel._BOUND_FIELDS.items()}
+        config = load({**SEED, "carousel": {"limits": limits}})
+        assert [getattr(config.carousel.limits, field.name) for field in aicarousel._BOUND_FIELDS.values()] == list(limits.values())
+        assert {config.origins[f"carousel.limits.{name}"] for name in limits} == {f"models.json carousel.limits.{name}" for name in limits}
+    assert load(SEED).carousel.limits == aicarousel.Bounds() and load(SEED).origins["carousel.limits.drain"] == "default"
 
 
 def test_a_byte_order_mark_is_no_mistake():
@@ -163,6 +172,9 @@ REFUSED = [
     (entry(keys="env:A"), "x.keys", "string", "a list"),
     (entry(keys=["A"]), "x.keys[0]", "not shown", 'write "env:X_API_KEY"'),
     (entry(keys=["env:1A"]), "x.keys[0]", "not shown", "env:NAME"),
+    (entry(keys=["file:secret"]), "x.keys[0]", "not shown", "file:/path"),
+    (entry(keys=["cmd: "]), "x.keys[0]", "not shown", "cmd:program"),
+    (entry(keys=["cmd:a\nb"]), "x.keys[0]", "not shown", "cmd:program"),
     (entry(keys=[{"label": "b"}]), "x.keys[0].key", "nothing", 'the field "key"'),
     (entry(keys=[{"key": "env:A", "lable": "b"}]), "x.keys[0].lable", "unknown", 'did you mean "label"?'),
     (entry(keys=[{"key": "env:A", "models": []}]), "x.keys[0].models", "a list of 0", "at least 1"),
@@ -183,6 +195,7 @@ REFUSED = [
     (entry(timeouts={"firstbyte": 1}), "x.timeouts.firstbyte", "unknown", 'did you mean "firstByte"?'),
     (entry(timeouts=5), "x.timeouts", "number 5", "an object"),
     (entry(limits={"rpm": "30"}), "x.limits.rpm", 'string "30"', "whole number"),
+    (entry(weight=0), "x.weight", "number 0", "from 1 to 1000"),
     (entry(maxConcurrent=0), "x.maxConcurrent", "number 0", "from 1"),
     (entry(rules={}), "x.rules", "an object", "a list"),
     (entry(rules=[{"drop": ["messages"]}]), "x.rules[0].drop[0]", "messages", "other than model"),
@@ -202,6 +215,15 @@ REFUSED = [
     ({**SEED, "carousel": {"unknownModel": "404"}}, "carousel.unknownModel", 'string "404"', "one of: carousel, reject"),
     ({**SEED, "carousel": {"contentFallback": 1}}, "carousel.contentFallback", "number 1", "true or false"),
     ({**SEED, "carousel": {"echoModel": "yes"}}, "carousel.echoModel", 'string "yes"', "true or false"),
+    ({**SEED, "carousel": {"limits": 5}}, "carousel.limits", "number 5", "an object"),
+    ({**SEED, "carousel": {"limits": {"drian": 5}}}, "carousel.limits.drian", "unknown", 'did you mean "drain"?'),
+    ({**SEED, "carousel": {"limits": {"client_idle_s": 5}}}, "carousel.limits.client_idle_s", "unknown", 'did you mean "clientIdle"?'),
+    ({**SEED, "carousel": {"limits": {"bodyBytes": "32MB"}}}, "carousel.limits.bodyBytes", 'string "32MB"', "a whole number from 1024 to 1073741824"),
+    ({**SEED, "carousel": {"limits": {"bodyBytes": 2048.5}}}, "carousel.limits.bodyBytes", "number 2048.5", "a whole number"),
+    ({**SEED, "carousel": {"limits": {"retryBudget": -0.1}}}, "carousel.limits.retryBudget", "number -0.1", "of the requests under way, a number from 0 to 10"),
+    *(({**SEED, "carousel": {"limits": {name: value}}}, f"carousel.limits.{name}", f"number {value}", f"from {row.metadata['low']:g} to ")
+      for name, field in aicarousel._BOUND_FIELDS.items() for row in [aicarousel.Bounds.__dataclass_fields__[field.name]]
+      for value in (-1, row.metadata["high"] + 1)),
     ({**SEED, "carousel": {"max_wait": 1}}, "carousel.max_wait", "unknown", 'did you mean "maxWait"?'),
     ({**SEED, "carousel": {"aliases": []}}, "carousel.aliases", "a list", "an object of names"),
     ({**SEED, "carousel": {"aliases": {"fast": []}}}, "carousel.aliases.fast", "a list of 0", "at least 1"),
@@ -334,6 +356,35 @@ def test_unset_references_are_left_out_and_noted():
     assert config.warnings == ("x: A_KEY is not set; that key is left out",)
     nothing = load(entry(keys=["env:A_KEY"]))
     assert one(nothing).why_out == "no key: A_KEY is not set" and nothing.looked_for == ("A_KEY",) and nothing.active == ()
+
+
+def reading(values):
+    """What load_config asks for the keys of references: `values` by reference, a complaint where there is none."""
+    def read(reference):
+        if reference not in values:
+            raise aicarousel.ConfigError(reference, "no such file", "a key")
+        return values[reference]
+    return read
+
+
+def test_references_to_files_and_programs_are_read_and_never_shown():
+    models = entry(keys=["file:/run/a", {"key": "cmd:pass show groq", "label": "b"}, "file:/run/gone", "env:C_KEY"])
+    values = {"file:/run/a": "k-a", "cmd:pass show groq": "k-b1,k-b2"}
+    config = load(models, {"C_KEY": "k-c", "AICAROUSEL_SECRET_COMMANDS": "yes"}, read_secret=reading(values))
+    assert credentials(config, "x") == [("x/1", "k-a", "file:/run/a"), ("x/2", "k-b1", "cmd:pass show groq"), ("x/3", "k-b2", "cmd:pass show groq"), ("x/4", "k-c", "env:C_KEY")]
+    assert config.secrets == {"k-a", "k-b1", "k-b2", "k-c"} and config.secret_files == ("/run/a", "/run/gone")
+    assert config.warnings == ("file:/run/gone: found no such file; expected a key",)
+    assert config.origins["x.keys.1"] == "file:/run/a"
+
+
+@pytest.mark.parametrize("allowed", [{}, {"AICAROUSEL_SECRET_COMMANDS": "false"}])
+def test_programs_run_only_where_the_environment_allows_it(allowed):
+    def run(reference):
+        raise AssertionError("it was run")
+    config = load(entry(keys=["cmd:echo k-a"]), allowed, read_secret=run)
+    assert credentials(config, "x") == [] and one(config).why_out == "no key: cmd:echo k-a is not set"
+    [warning] = config.warnings
+    assert "AICAROUSEL_SECRET_COMMANDS=true" in warning
 
 
 def test_disabled_keys_are_left_out_and_stay_secret():

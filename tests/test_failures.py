@@ -451,9 +451,10 @@ def at(seconds: float, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "2"}, 2),
     ({"ratelimitbysize-remaining": "0", "ratelimitbysize-reset": "37"}, 37),
     ({"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": at(20)}, 20),
-    ({"anthropic-ratelimit-input-tokens-remaining": "0", "anthropic-ratelimit-input-tokens-reset": at(25), "retry-after": "24"}, 25),
+    ({"anthropic-ratelimit-input-tokens-remaining": "0", "anthropic-ratelimit-input-tokens-reset": at(25), "retry-after": "24"}, 24),     # the reset is when all of it is back
     ({"x-ratelimit-reset-requests": "5h", "x-ratelimit-reset-tokens": "8s"}, 8),
-    ({"retry-after": "3", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
+    ({"retry-after": "3", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 3),
+    ({"retry-after": "3", "x-ratelimit-remaining-requests-day": "0", "x-ratelimit-reset-requests-day": "6m0s"}, 360),     # a window of which the name says so
     ({"retry-after": "-5"}, None),
     ({"retry-after": "0"}, None),
     ({"retry-after": "soon"}, None),

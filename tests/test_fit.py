@@ -471,13 +471,13 @@ def test_what_was_passed_over_and_changed_is_kept_to_be_told(build: Build) -> No
     house.gateway.relay.settle = settled.append
     assert house.post(PATHS["chat"], ask("chat", "aicarousel")).status == 200
     house.settle()
-    assert [(route.id, why) for route, why in settled[0].passed_over] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
+    assert settled[0].plan is not None and [(route.id, why) for route, why in settled[0].plan.skipped] == [("a/1:m", "no_tools")] and [attempt.changed for attempt in settled[0].attempts] == [("seed=1",)]
 
 
 def test_a_request_that_cannot_be_read_is_not_measured() -> None:
     route = ac.resolve(catalogue_of({"a": entry({"id": "m", "context": 300, "vision": False}, keys=["env:KEY_1"])}), "a").groups[0][0][0]
 
-    def read() -> Json:
+    def read(body: Json) -> Json:
         raise ac.bad_request("odd")
     assert ac.misfit(route, ac.Needs(b"image" * 1000, {}, {}, 0.0, read, lambda model: 1.0)) == ""
 
@@ -486,7 +486,7 @@ def needs(body: Json, **more: Any) -> ac.Needs:
     """What a Chat request needs; counting its tokens fails the test."""
     raw = json.dumps(body).encode()
 
-    def read() -> Json:
+    def read(body: Json) -> Json:
         raise AssertionError("read when nothing made it matter")
     return ac.Needs(raw, body, {}, 0.0, read, lambda model: 1.0, **more)
 
@@ -619,6 +619,29 @@ def test_wishes_in_a_count_of_tokens(build: Build) -> None:
     assert house.post("/v1/messages/count_tokens", body).json["input_tokens"] > 0
     assert house.post("/v1/messages/count_tokens", {**body, "models": 1}).status == 400
     assert house.post("/v1/messages/count_tokens", {**body, "provider": {"ignore": ["a"]}}).status == 404
+
+
+def test_tokens_are_counted_where_the_request_would_be_sent(build: Build, provider: Provider) -> None:
+    entries = {"a": {"preset": "anthropic", "format": "messages", **can(context=600)}, "b": {"preset": "anthropic", "format": "messages"}}
+    house = build(a=answer({"input_tokens": 1}), b=answer({"input_tokens": 2}), entries=entries, carousel={"strategy": "priority"})
+    for words, n_tokens in (("Hi", 1), ("many words " * 2000, 2)):
+        assert house.post("/v1/messages/count_tokens", {"model": "aicarousel", "messages": [{"role": "user", "content": words}]}).json["input_tokens"] == n_tokens
+    assert len(provider.calls("a")) == len(provider.calls("b")) == 1
+
+
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+PAPER = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}
+
+
+@pytest.mark.parametrize("part", [SOUND, PAPER], ids=["sound", "a paper"])
+def test_sound_and_papers_go_on_to_where_they_are_taken(build: Build, provider: Provider, part: Json) -> None:
+    """A model without ears, or that reads no papers, says so: that leads on and is held against nobody. Sound has no form in Messages: nothing is sent there."""
+    refusal = answer({"error": {"message": f"This model does not support {'audio' if part is SOUND else 'image'} input.", "type": "invalid_request_error"}}, 400)
+    more = {"m": healthy()} if part is SOUND else {}
+    house = build(**more, a=refusal, b=healthy(), entries={"m": {"format": "messages"}} if more else {}, carousel={"strategy": "priority"})
+    reply = house.chat(stream=False, messages=[{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}])
+    assert (reply.status, reply.headers["x-aicarousel-provider"]) == (200, "b") and provider.calls("m") == [] and len(provider.calls("a")) == 1
+    assert provider.calls("b")[0].json["messages"][0]["content"][1] == part and not house.gateway.relay.state.cooling
 
 
 # ------------------------------------------------------------------ payload rules

@@ -490,3 +490,21 @@ def test_choices_say_whether_they_were_asked_for() -> None:
     catalogue = catalogue_of(SPREAD, aliases={"two": ["c", "a"], "all": ["aicarousel"]})
     facts = {name: (choice.rotates, choice.explicit) for name in (None, "m", "a", "a/m", "two", "all", "???") if isinstance(choice := resolve(catalogue, name), Choice)}
     assert facts == {None: (True, False), "m": (True, True), "a": (False, True), "a/m": (False, True), "two": (False, True), "all": (True, True), "???": (True, False)}
+
+
+# ------------------------------------------------------------------ what was held against a key ends with the key
+
+@pytest.mark.parametrize("after,left", [
+    ({}, ["credential a/1", "provider a", "provider b", "route a/1:m:free", "route a/2:m:free"]),
+    ({"a": entry("m", keys=["env:KEY_3", "env:KEY_2"])}, ["provider a", "provider b", "route a/2:m:free"]),
+    ({"a": entry("m", keys=["env:KEY_1"])}, ["credential a/1", "provider a", "provider b", "route a/1:m:free"]),
+    ({"a": entry("m", keys=["env:KEY_1", "env:KEY_2"], baseUrl="http://127.0.0.1:8/v1")}, ["provider b"]),
+    ({"b": entry("m", proxy="http://127.0.0.1:3128")}, ["credential a/1", "provider a", "route a/1:m:free", "route a/2:m:free"]),
+])
+def test_a_changed_key_or_address_is_tried_at_once(after: Json, left: list[str]) -> None:
+    before = {"a": entry("m", keys=["env:KEY_1", "env:KEY_2"]), "b": entry("m")}
+    state = RoutingState()
+    for key in ("provider a", "credential a/1", "route a/1:m:free", "route a/2:m:free", "provider b"):
+        state.cooling[key] = Cooldown(key, "credential", "auth_invalid", 99.0, 1, False)
+    aicarousel.forget_changed(state, catalogue_of(before).providers.values(), catalogue_of({**before, **after}).providers.values())
+    assert sorted(state.cooling) == left

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import select
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 import aicarousel
+import test_simulator as simulator
 from fakes import FAKE_KEY, TEXT, Client, Gateway, Pause, Provider, Reply, Request, Script, answer, chat_answer, chat_body, healthy, in_turn
 from house import House, entry
 
@@ -162,7 +165,7 @@ def test_nothing_stays_reserved_however_it_ends(build: Build, script: Script, st
     house.chat("a/m", stream=streamed)
     house.wait_rows(1)
     for bucket in house.gateway.relay.state.ledger.buckets.values():
-        assert bucket.n_open == 0 and not any(window.held for window in bucket.windows)
+        assert bucket.n_open == bucket.n_unseen == bucket.unseen_input == 0 and not any(window.held for window in bucket.windows)
 
 
 def test_nothing_stays_reserved_when_the_client_leaves(build: Build, provider: Provider) -> None:
@@ -171,7 +174,7 @@ def test_nothing_stays_reserved_when_the_client_leaves(build: Build, provider: P
     provider.wait_paused("there")
     client.close()
     house.wait_rows(1)
-    assert all(bucket.n_open == 0 for bucket in house.gateway.relay.state.ledger.buckets.values())
+    assert all(bucket.n_open == bucket.n_unseen == bucket.unseen_input == 0 for bucket in house.gateway.relay.state.ledger.buckets.values())
 
 
 def test_a_refusal_that_ends_soon_is_waited_for_and_not_shown(build: Build, provider: Provider) -> None:
@@ -265,3 +268,67 @@ def test_a_damaged_table_is_no_reason_not_to_serve(build: Build, caplog: pytest.
     house.do(lambda: house.gateway.relay.load({"bucket credential a/1": "{", "cooldown x": "[]", "nonsense": "{}", "": "1"}))
     assert house.chat("a/m", stream=False).status == 200
     assert aicarousel.load_routing(house.folder / "none" / "aicarousel.db") == {}
+
+
+# ------------------------------------------------------------------ the simulator's providers, over sockets
+
+POOLED = {"a": "groq", "b": "cerebras", "c": "cerebras-sliding", "d": "silent"}
+STEP_S, SPAN_S = 0.5, 150.0
+
+
+class Enforced:
+    """One of the simulator's providers as a script: it counts and refuses as there, on the house's time."""
+
+    def __init__(self, name: str) -> None:
+        self.provider, self.house, self.n_attempts, self.n_refused = simulator.Provider(simulator.SPECS[name], random.Random(name)), None, 0, 0
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        return self.house.loop.time() - self.house.began_at
+
+    def __call__(self, request: Request) -> Sequence[Any]:
+        n_input = 10 + request.json["messages"][-1]["content"].count("word")
+        with self._lock:
+            now, provider = self.now(), self.provider
+            self.n_attempts += 1
+            if (window := provider.short(now, n_input)) is not None:
+                self.n_refused += 1
+                headers, body = provider.refusal(window, now, n_input)
+                return answer(body, 429, [*headers.items(), ("content-type", "application/json")])
+            provider.take(now, n_input)
+            headers = provider.headers(now)
+            provider.finish(now, 200)
+        return answer(chat_answer(usage={"prompt_tokens": n_input, "completion_tokens": 200, "total_tokens": n_input + 200}), headers=headers)
+
+
+@pytest.mark.parametrize(("times", "burst"), [(0.8, 1), (1.5, 1), (2.0, 20)])
+def test_over_sockets_too_a_pool_gives_nearly_all_it_can(build: Build, times: float, burst: int) -> None:
+    scripts, dice = {name: Enforced(spec) for name, spec in POOLED.items()}, random.Random(f"{times} {burst}")
+    house = build(**scripts, entries={name: {"preset": simulator.SPECS[spec].preset} for name, spec in POOLED.items() if spec != "silent"})
+    house.began_at = house.loop.time()
+    for script in scripts.values():
+        script.house = house
+    specs = [simulator.SPECS[name] for name in POOLED.values()]
+    load = [ask._replace(n_output=200) for ask in simulator.make_load(specs, times, burst, SPAN_S, dice)]
+    best = simulator.run_omniscient([simulator.Provider(spec, random.Random(name)) for name, spec in zip(POOLED.values(), specs, strict=True)], load)
+    waiting: dict[Client, simulator.Ask] = {}
+    replies: Counter[int] = Counter()
+    unjust, coming = [], deque(load)
+    while coming or waiting:
+        now = house.loop.time() - house.began_at
+        while coming and coming[0].at <= now:
+            ask = coming.popleft()
+            waiting[send(house, "word " * ask.n_input)] = ask
+        house.settle()
+        for sock in select.select([client.socket for client in waiting], [], [], 0.0)[0]:
+            client = next(one for one in waiting if one.socket is sock)
+            ask, reply = waiting.pop(client), client.read_all()
+            replies[reply.status] += 1
+            free = [name for name, script in scripts.items() if script.provider.spec.style != "none" and script.provider.has_room_by(now, ask.at + simulator.MAX_WAIT_S - simulator.SLACK_S - STEP_S, ask)]
+            unjust += [(now, ask, free)] if reply.status == 429 and free else []
+        house.pass_time(STEP_S)
+    assert set(replies) <= {200, 429} and replies.total() == len(load) and replies[200] >= 0.97 * best, (replies, best)
+    told = [script for name, script in scripts.items() if name != "d"]
+    assert sum(script.n_refused for script in told) <= 0.01 * sum(script.n_attempts for script in told), [(script.n_refused, script.n_attempts) for script in scripts.values()]
+    assert scripts["d"].n_refused <= max(0.05 * scripts["d"].n_attempts, 2.0), (scripts["d"].n_refused, scripts["d"].n_attempts)
+    assert not unjust, unjust[:3]

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,27 @@ HEADERS: list[tuple[str, str, Json, list[tuple[str, float, float, float, float |
     ("azure: the period stands in a header", "", {
         "x-ratelimit-limit-requests": "250", "x-ratelimit-remaining-requests": "249", "x-ratelimit-renewalperiod-requests": "10", "x-ratelimit-reset-requests": "0"},
      [("requests", 10, 250, 249, 0.0)]),
+    ("azure: and its resets are milliseconds", "", {
+        "x-ratelimit-limit-requests": "120", "x-ratelimit-remaining-requests": "119", "x-ratelimit-renewalperiod-requests": "60", "x-ratelimit-reset-requests": "500",
+        "x-ratelimit-limit-tokens": "120000", "x-ratelimit-remaining-tokens": "119986", "x-ratelimit-renewalperiod-tokens": "60", "x-ratelimit-reset-tokens": "7"},
+     [("requests", 60, 120, 119, 0.5), ("tokens", 60, 120_000, 119_986, 0.007)]),
+    ("openai: a project's tokens, where they are fewer", "openai", {
+        "x-ratelimit-limit-tokens": "150000", "x-ratelimit-remaining-tokens": "149000", "x-ratelimit-reset-tokens": "400ms",
+        "x-ratelimit-limit-project-tokens": "20000", "x-ratelimit-remaining-project-tokens": "18000", "x-ratelimit-reset-project-tokens": "6s"},
+     [("tokens", 60, 20_000, 18_000, 6.0)]),
+    ("openai: a project's tokens, where the account's are fewer", "openai", {
+        "x-ratelimit-limit-tokens": "150000", "x-ratelimit-remaining-tokens": "1000", "x-ratelimit-reset-tokens": "59.6s",
+        "x-ratelimit-limit-project-tokens": "200000", "x-ratelimit-remaining-project-tokens": "18000", "x-ratelimit-reset-project-tokens": "54.6s"},
+     [("tokens", 60, 150_000, 1000, 59.6)]),
+    ("mistral: the oldest names, with a reset", "mistral", {"ratelimitbysize-limit": "500000", "ratelimitbysize-remaining": "307190", "ratelimitbysize-reset": "46", "ratelimitbysize-query-cost": "32010"},
+     [("tokens", 60, 500_000, 307_190, 46.0)]),
+    ("mistral: seconds of sound are no window of ours", "mistral", {
+        "x-ratelimit-limit-audio-seconds-minute": "2000", "x-ratelimit-remaining-audio-seconds-minute": "1993", "x-ratelimit-limit-req-minute": "360", "x-ratelimit-remaining-req-minute": "358"},
+     [("requests", 60, 360, 358, None)]),
+    ("anthropic: before there were input and output", "anthropic", {
+        "anthropic-ratelimit-requests-limit": "5", "anthropic-ratelimit-requests-remaining": "1", "anthropic-ratelimit-requests-reset": "2026-11-20T12:00:48Z",
+        "anthropic-ratelimit-tokens-limit": "10000", "anthropic-ratelimit-tokens-remaining": "10000", "anthropic-ratelimit-tokens-reset": "2026-11-20T12:00:00Z"},
+     [("requests", 60, 5, 1, 48.0), ("tokens", 60, 10_000, 10_000, 0.0)]),
     ("anybody: the draft of the IETF", "", {"ratelimit-limit": "100", "ratelimit-remaining": "50", "ratelimit-reset": "50"}, [("requests", 60, 100, 50, 50.0)]),
     ("anybody: a reset that is hours away is that of a day", "", {"x-ratelimit-limit-requests": "900", "x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "20000"},
      [("requests", DAY, 900, 1, 20_000.0)]),
@@ -237,6 +259,102 @@ def test_every_refusal_finds_its_bucket_its_window_and_its_end(preset: str, stat
     assert cooldown is not None and cooldown.key == bucket.key and cooldown.proven == (proven_s is not None)
     assert cooldown.until_at - now == pytest.approx(proven_s, abs=0.1) if proven_s else cooldown.until_at - now <= 600.0
     assert find_shortage(pool.ledger, route, 100, 50, now) is not None
+
+
+GEMINI_PAID = {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": (
+    "You exceeded your current quota, please check your plan and billing details.\n* Quota exceeded for metric: generate_content_paid_tier_input_token_count, limit: 1000000, model: m\nPlease retry in 48.9s."),
+    "details": [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{
+        "quotaMetric": "generativelanguage.googleapis.com/generate_content_paid_tier_input_token_count", "quotaId": "GenerateContentPaidTierInputTokensPerModelPerMinute",
+        "quotaDimensions": {"model": "m", "location": "somewhere"}, "quotaValue": "1000000"}]}, {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "48s"}]}}
+UPSTREAM = {"error": {"code": 429, "message": "Provider returned error", "metadata": {"provider_name": "Google", "raw": "m is temporarily rate-limited upstream. Please retry shortly."}}}
+COPILOT_WEEK = said("Sorry, you've exceeded your weekly rate limit. Try again in 2 days.", code="user_weekly_rate_limited")
+ACCOUNT, MODEL = "credential p/1", "route p/1:m"
+#: Every form in which a time is told, and every refusal that names a limit by other means: preset, status, headers, body -> kind, reason, what cools, for how long (None: a guess of so many seconds at most).
+TOLD: list[tuple[str, str, int, Json, Json | bytes, str, str, str, float | None]] = [
+    ("seconds", "nvidia", 429, {"retry-after": "12"}, b"", "rate", "rate_minute", ACCOUNT, 12.0),
+    ("parts of a second", "cerebras", 429, {"retry-after": "11.38"}, b"", "rate", "rate_minute", MODEL, 11.38),
+    ("seconds to the day's end", "cerebras", 429, {"x-ratelimit-remaining-requests-day": "0", "x-ratelimit-reset-requests-day": "33011.382867097855"}, b"", "rate", "rate_minute", MODEL, 33011.38),
+    ("together's seconds", "together", 429, {"x-ratelimit-limit": "2", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "2"}, b"", "rate", "rate_minute", ACCOUNT, 2.0),
+    ("mistral's seconds", "mistral", 429, {"ratelimitbysize-remaining": "0", "ratelimitbysize-reset": "46"}, b"", "rate", "rate_minute", ACCOUNT, 46.0),
+    ("a date", "xai", 429, {"retry-after": "Fri, 20 Nov 2026 12:01:30 GMT"}, b"", "rate", "rate_minute", ACCOUNT, 90.0),
+    ("milliseconds", "openai", 429, {"retry-after-ms": "1500", "retry-after": "1"}, b"", "rate", "rate_minute", MODEL, 1.5),
+    ("azure, whose milliseconds are none", "", 429, {"retry-after": "1", "retry-after-ms": "0"}, said("Your requests to m in westeurope have exceeded rate limit.", code="RateLimitReached"),
+     "rate", "rate_minute", ACCOUNT, 1.0),
+    ("azure's reset", "", 429, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "60000", "x-ratelimit-renewalperiod-requests": "60"}, b"", "rate", "rate_minute", ACCOUNT, 60.0),
+    ("Go's span", "groq", 429, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h2m3s"}, b"", "rate", "rate_minute", MODEL, 3723.0),
+    ("Go's span in words", "groq", 429, {}, said("Rate limit reached on tokens per day (TPD): Limit 200000, Used 197050, Requested 3619. Please try again in 9m38.016s."), "rate", "rate_day", MODEL, 578.016),
+    ("RFC 3339", "anthropic", 429, {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": "2026-11-20T12:00:20Z"}, b"", "rate", "rate_minute", MODEL, 20.0),
+    ("RFC 3339 beside the time to wait", "anthropic", 429, {"anthropic-ratelimit-tokens-remaining": "0", "anthropic-ratelimit-tokens-reset": "2026-11-20T12:00:50Z", "retry-after": "24"}, b"",
+     "rate", "rate_minute", MODEL, 24.0),
+    ("RFC 3339 in words", "minimax", 429, {}, {"type": "error", "error": {"type": "rate_limit_error", "message": "usage limit exceeded, 5-hour usage limit reached, resets at 2026-11-20T15:00:00Z (2056)"}},
+     "rate", "rate_day", ACCOUNT, 3 * 3600.0),
+    ("a span of protobuf", "gemini", 429, {}, GEMINI_MINUTE, "rate", "rate_minute", MODEL, 54.06),
+    ("the same of a paid plan", "gemini", 429, {}, GEMINI_PAID, "rate", "rate_minute", MODEL, 48.9),
+    ("a day of California", "gemini", 429, {}, GEMINI_DAY, "rate", "rate_day", MODEL, 20 * 3600.0),
+    ("milliseconds since 1970", "openrouter", 429, {"x-ratelimit-limit": "20", "x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{(UTC + 41) * 1000:.0f}"}, b"", "rate", "rate_minute", ACCOUNT, 41.0),
+    ("the same inside the body", "openrouter", 429, {}, said("Rate limit exceeded: free-models-per-min.", code=429, metadata={"headers": {
+        "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{(UTC + 33) * 1000:.0f}"}}), "rate", "rate_minute", ACCOUNT, 33.0),
+    ("a day of UTC", "openrouter", 429, {}, said("Rate limit exceeded: free-models-per-day.", code=429), "rate", "rate_day", ACCOUNT, 12 * 3600.0),
+    ("a day of UTC, by its number", "cloudflare", 429, {}, {"errors": [{"code": 4006, "message": "you have used up your daily free allocation of 10,000 neurons"}]}, "rate", "rate_day", ACCOUNT, 12 * 3600.0),
+    ("seconds since 1970", "sambanova", 429, {"x-ratelimit-remaining-requests-day": "0", "x-ratelimit-reset-requests-day": f"{UTC + 43_200:.0f}"}, b"", "rate", "rate_minute", None, 43_200.0),
+    ("Beijing's time", "zai", 429, {}, {"error": {"code": "1308", "message": "Usage limit reached for 5 hour. Your limit will reset at 2026-11-21 20:06:00"}}, "rate", "rate_day", ACCOUNT, DAY + 360.0),
+    ("words: days", "github-copilot", 429, {}, COPILOT_WEEK, "rate", "rate_day", ACCOUNT, 2 * DAY),
+    ("words: seconds", "github-copilot", 429, {}, said("You've hit your global rate limit. Please wait 6 seconds before trying again.", code="user_global_rate_limited"), "rate", "rate_minute", ACCOUNT, 6.0),
+    ("words: hours", "ollama-cloud", 429, {}, {"error": "you've reached your hourly usage limit, try again in 2 hours"}, "rate", "rate_day", ACCOUNT, 7200.0),
+    ("a header of copilot's", "github-copilot", 429, {"x-ratelimit-user-retry-after": "33"}, b"", "rate", "rate_minute", ACCOUNT, 33.0),
+    ("nothing", "deepseek", 429, {}, b"", "rate", "rate_minute", ACCOUNT, None),
+    ("no more than that it was upstream", "openrouter", 429, {}, UPSTREAM, "server", "model_capacity", "model p:m", None),
+    ("a tier that is full", "groq", 498, {}, said("", type="capacity", code="capacity_exceeded"), "rate", "tier_capacity", MODEL, None),
+    ("a queue that is full", "cerebras", 429, {}, {"message": "We're experiencing high traffic right now!", "type": "too_many_requests_error", "param": "queue", "code": "queue_exceeded"},
+     "server", "model_capacity", MODEL, None),
+    ("overloaded, with a time", "anthropic", 529, {"retry-after": "8"}, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "server", "model_capacity", MODEL, 8.0),
+    ("a day's tokens", "moonshot", 429, {}, said("Your account x request reached organization TPD rate limit, current: 1500001", type="rate_limit_reached_error"), "rate", "rate_day", ACCOUNT, None),
+    ("money", "openai", 429, {}, said("You exceeded your current quota, please check your plan and billing details.", type="insufficient_quota", code="insufficient_quota"), "payment", "billing", ACCOUNT, None),
+    ("a plan without it", "gemini", 429, {}, said("limit: 0, model: m", code=429, status="RESOURCE_EXHAUSTED"), "model", "permission_model", MODEL, None),
+    ("larger than a minute", "groq", 413, {"retry-after": "5"}, said("Request too large on tokens per minute (TPM): Limit 8000, Requested 34041", type="tokens", code="rate_limit_exceeded"),
+     "fit", "request_over_tpm", "", None),
+    ("larger than a minute, as 429", "openai", 429, {}, said("Request too large for m on tokens per min (TPM): Limit 30000, Requested 342389.", type="tokens", code="rate_limit_exceeded"),
+     "fit", "request_over_tpm", "", None),
+    ("too many bytes", "anthropic", 413, {}, {"type": "error", "error": {"type": "request_too_large", "message": "Request exceeds the maximum size"}}, "fit", "payload_too_large", "", None),
+    ("too many tokens", "cerebras", 413, {}, b"", "fit", "context_overflow", "", None),
+]
+
+
+@pytest.mark.parametrize(("preset", "status", "headers", "body", "kind", "reason", "key", "proven_s"), [row[1:] for row in TOLD], ids=[row[0] for row in TOLD])
+def test_every_form_of_a_time_leads_to_what_cools_until_when_and_why(preset: str, status: int, headers: Json, body: Json | bytes, kind: str, reason: str, key: str | None, proven_s: float | None) -> None:
+    pool, route, bucket = pool_of(preset)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    failure = classify(preset or "custom", route.provider.preset.bucket, status, headers, raw, utc=UTC)
+    cooldown = cool(pool.state, route, failure, 0.0, jitter=1.0)
+    assert (failure.kind, failure.reason) == (kind, reason)
+    if key == "":
+        assert cooldown is None and not pool.state.cooling
+        return
+    assert cooldown is not None and cooldown.key == (key or bucket.key) and cooldown.proven == (proven_s is not None)
+    assert cooldown.until_at == pytest.approx(proven_s, abs=0.05) if proven_s else cooldown.until_at <= (3600.0 if kind == "payment" else 600.0)
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "recordings"
+#: Headers of recordings that speak of limits and are no limit of requests or tokens, or whose values were blotted out.
+STRANGERS = ("query-cost", "audio-seconds", "input-images", "abusepenalty", "ratelimit-key", "unified", "should-retry")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the recordings are not here")
+def test_recorded_headers_are_understood_and_recorded_refusals_have_their_kind() -> None:
+    n_headers, kinds = 0, Counter()
+    for path in sorted(SHARED.glob("*/*.json")):
+        told = json.loads(path.read_text()).get("response") or {}
+        headers = {name.lower(): value for name, value in (told.get("headers") or {}).items()}
+        windows = read_limits(path.parent.name, headers.items(), UTC)
+        limits = [name for name, value in headers.items() if "limit" in name and "limit-" in name + "-" and value.isdigit() and int(value) and not any(word in name for word in STRANGERS)
+                  and ("-limit-" in name.removeprefix("x-ratelimit") or name.endswith("-limit"))]
+        n_headers += bool(limits)
+        assert not limits or windows, (path.name, limits)
+        assert all(one.limit is not None or one.left is not None for one in windows)
+        if told.get("status") in (429, 413, 498, 529):
+            failure = classify(path.parent.name, "account", told["status"], headers, json.dumps(told.get("body")).encode(), utc=UTC)
+            kinds[path.parent.name, failure.reason, failure.cool_s and round(failure.cool_s)] += 1
+    assert n_headers > 50 and kinds == {("azure", "rate_minute", 1): 1, ("gemini", "rate_minute", 49): 1, ("openrouter", "model_capacity", None): 1}
 
 
 @pytest.mark.parametrize(("preset", "body", "cap"), [
@@ -437,7 +555,8 @@ def test_the_figures_of_a_free_plan_order_but_do_not_bind() -> None:
     hold = reserve(pool.ledger, free, 1, 1, 1.0)
     assert [route.provider.name for route in pool.plan(1.0).routes] == ["z"], "one at a time finds out"
     settle(pool.ledger, hold, 1, 1, 2.0)
-    for _ in range(10):
+    for number in range(44):
+        assert bucket.limited, f"{41 + number} in a minute may have been two fixed ones that meet"
         settle(pool.ledger, reserve(pool.ledger, free, 1, 1, 2.0), 1, 1, 2.0)
     assert window_of(bucket, "requests", 60.0).limit == INF and bucket.limited == (), "this key has more than the free plan"
 
@@ -466,6 +585,107 @@ def test_a_provider_that_refuses_what_should_have_refilled_rolls() -> None:
         settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 20.0 * number), 1, 1, 20.0 * number)
         refuse(pool, route, 20.0 * number, json.dumps(said("Rate limit reached on requests per minute (RPM): Limit 30, Used 30, Requested 1.")))
     assert window_of(bucket, "requests", 60.0).kind == "rolling"
+
+
+def told(limit: int, left: int, reset: str, measure: str = "tokens") -> list[tuple[str, str]]:
+    return [(f"x-ratelimit-{name}-{measure}", str(value)) for name, value in (("limit", limit), ("remaining", left), ("reset", reset))]
+
+
+def test_a_reset_tells_whether_a_window_refills_as_its_preset_says() -> None:
+    """Of a window that fills up all the time it is when all is back; three others in a row and the window rolls, until three say otherwise."""
+    pool, route, bucket = pool_of("groq")
+    window = window_of(bucket, "tokens", 60.0)
+    for number, (left, reset, kind) in enumerate([(7900, "50s", "refill"), (4000, "30.5s", "refill"), (4000, "5s", "refill"), (3000, "37s", "refill"), (4000, "5s", "refill"), (2000, "4s", "refill"),
+                                                  (1000, "3s", "rolling"), (4000, "30s", "rolling"), (2000, "4s", "rolling"), (4000, "30s", "rolling"), (4000, "30s", "rolling"), (2000, "45s", "refill")]):
+        feed(pool.ledger, route, told(8000, left, reset), number * 0.1)
+        assert (window.kind, round(window.used)) == (kind, 8000 - left), number
+    window.kind = "refill"
+    settle(pool.ledger, reserve(pool.ledger, route, 3000, 0, 2.0), 3000, 0, 2.0)
+    for number in range(3):
+        feed(pool.ledger, route, told(8000, 0, "2s"), 3.0 + number)
+    assert window.kind == "rolling" and window.used == pytest.approx(sum(amount for _, amount in window.entries)) == pytest.approx(8000.0)
+    assert find_shortage(pool.ledger, route, 500, 0, 8.0).at > 30.0, "not bit by bit: four seconds"     # type: ignore[union-attr]
+
+
+def test_a_window_that_has_slid_twice_is_not_asked_at_the_reset_it_names() -> None:
+    """A reset that is sooner than what counts would end may be that of a fixed window. Twice it passes and nothing has ended: the third is not believed."""
+    pool, route, bucket = pool_of("")
+    window = window_of(bucket, "requests", 60.0)
+    for at in (0.0, 9.0):
+        for _ in range(10):
+            settle(pool.ledger, reserve(pool.ledger, route, 1, 0, at), 1, 0, at)
+    seen = []
+    for at in (10.0, 14.0, 18.0):
+        feed(pool.ledger, route, told(30, 10, "3s", "requests"), at)
+        seen.append((window.kind, window.n_slid, window.resets_at))
+    assert seen == [("rolling", 0, 13.0), ("rolling", 1, 17.0), ("rolling", 2, INF)]
+
+
+def test_a_limit_is_learned_from_what_was_served_and_not_from_what_went_out() -> None:
+    """A burst of 50 at a limit of 20: the 30 refusals come first, and teach patience once."""
+    pool, route, bucket = pool_of("")
+    window, holds = window_of(bucket, "requests", 60.0), [reserve(pool.ledger, route, 10, 0, 0.0) for _ in range(50)]
+    for hold in holds[20:]:
+        release(pool.ledger, hold, 0.2)
+        learn_refusal(pool.ledger, route, classify("custom", "account", 429, {}, b"", utc=UTC), "", 0.2, hold)
+    assert (window.limit, window.origin, window.patience_s, bucket.n_unseen) == (1.0, "learned", 180.0, 20)
+    short = find_shortage(pool.ledger, route, 10, 0, 0.3)
+    assert short is not None and short.at == 0.8, "those under way may prove that there is more"
+    for hold in holds[:20]:
+        feed(pool.ledger, route, [], 1.0, hold)
+    assert (window.limit, window.known, bucket.n_unseen, bucket.unseen_input) == (20.0, 20.0, 0, 0)
+    for hold in holds[:20]:
+        settle(pool.ledger, hold, 10, 5, 2.0)
+    assert find_shortage(pool.ledger, route, 10, 0, 3.0).at == pytest.approx(60.5), (bucket.n_unseen, bucket.n_open)       # type: ignore[union-attr]
+
+
+def test_a_refusal_that_a_known_limit_explains_teaches_no_other() -> None:
+    pool, route, bucket = pool_of("", limits={"tpm": 1000})
+    settle(pool.ledger, reserve(pool.ledger, route, 900, 0, 0.0), 900, 0, 0.0)
+    for n_input, learned in ((200, INF), (50, 1.0)):
+        hold = reserve(pool.ledger, route, n_input, 0, 1.0)
+        release(pool.ledger, hold, 1.1)
+        learn_refusal(pool.ledger, route, classify("custom", "account", 429, {}, b"", utc=UTC), "", 1.1, hold)
+        assert window_of(bucket, "requests", 60.0).limit == learned
+
+
+def test_a_refusal_leaves_room_for_what_is_smaller() -> None:
+    """Refused with 3,000 tokens: less than that was left, which may do for others."""
+    pool, route, bucket = pool_of("together")
+    hold = reserve(pool.ledger, route, 3000, 0, 0.0)
+    release(pool.ledger, hold, 0.1)
+    body = json.dumps(said("Rate limit reached on tokens per minute (TPM): Limit 8000, Used 6000, Requested 3000."))
+    learn_refusal(pool.ledger, route, classify("together", "account", 429, {}, body.encode(), utc=UTC), body, 0.1, hold)
+    assert find_shortage(pool.ledger, route, 3000, 0, 0.2) is not None and find_shortage(pool.ledger, route, 2000, 0, 0.2) is None
+
+
+def test_a_line_is_not_let_loose_on_a_provider_of_unknown_limits() -> None:
+    """While others are full, and somebody waits: eight unanswered, then twice what is served a minute. Without pressure, or without time, all of it goes."""
+    pool = Pool({"a": entry("m", limits={"rpm": 1}), "b": entry("m")})
+    unknown = pool.routes()[1]
+    assert [len(pool.plan(0.0, give_up_at=30.0).routes), pool.go(0.0)] == [2, "a/1"]
+    holds = [reserve(pool.ledger, unknown, 1, 1, 1.0) for _ in range(7)]
+    assert pool.plan(1.0, give_up_at=30.0).routes == (unknown,)
+    holds.append(reserve(pool.ledger, unknown, 1, 1, 1.0))
+    found = pool.plan(1.0, give_up_at=30.0)
+    assert (found.routes, found.free_at, found.proven) == ((), 1.5, False) and any("unknown" in why for _, why in found.skipped)
+    assert pool.plan(1.0).routes == pool.plan(1.0, give_up_at=1.4).routes == (unknown,), "who cannot wait is not held up"
+    for hold in holds:
+        feed(pool.ledger, unknown, [], 1.1, hold)
+    for number in range(16):
+        assert pool.plan(1.2, give_up_at=30.0).routes == (unknown,), number
+        reserve(pool.ledger, unknown, 1, 1, 1.2)
+    assert pool.plan(1.2, give_up_at=30.0).routes == () and len(pool.plan(61.0, give_up_at=90.0).routes) == 2, "no pressure any more"
+
+
+def test_a_route_that_refused_and_is_counted_full_is_no_last_resort() -> None:
+    pool, route, bucket = pool_of("")
+    for _ in range(5):
+        settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 0.0), 1, 1, 0.0)
+    refuse(pool, route, 0.5)
+    cool(pool.state, route, classify("custom", "account", 429, {}, b"", utc=UTC), 0.5, jitter=0.5)
+    found = pool.plan(0.6)
+    assert found.routes == () and found.free_at == pytest.approx(60.5)
 
 
 # ------------------------------------------------------------------ across restarts
@@ -566,6 +786,8 @@ STRATEGIES: list[tuple[str, Json, dict[str, int]]] = [        # 300 requests, on
      {"b/1": 150, "a/1": 150}),
     ("fastest", {"a": entry("m"), "b": entry("m", limits={"rpm": 30}), "c": entry("m")}, {"b/1": 150, "c/1": 149, "a/1": 1}),
     ("most-quota", {"a": entry("m", limits={"rpm": 20}), "b": entry("m", limits={"rpm": 60}), "c": entry("m", limits={"rpm": 40})}, {"a/1": 50, "b/1": 150, "c/1": 100}),
+    ("weighted", {"a": entry("m", weight=3), "b": entry("m"), "c": entry("m", weight=2)}, {"a/1": 150, "b/1": 50, "c/1": 100}),
+    ("least-busy", THREE, {"a/1": 100, "b/1": 100, "c/1": 100}),
 ]
 
 
@@ -599,6 +821,41 @@ def test_a_recovered_route_serves_within_one_probe_and_no_guess_lasts_over_ten_m
         assert pool.plan(now).routes == (route,), "unless nobody can wait"
         now = cooldown.until_at
     assert pool.go(now) == "p/1" and not pool.state.cooling
+
+
+def test_a_proven_time_is_kept_but_for_one_probe_in_each_quarter_when_all_is_out() -> None:
+    """A weekly quota: asked after 25, 50 and 75 % of it, when nothing else is left; by one request at a time, and the time stays what it was."""
+    pool = Pool({"a": entry("m"), "b": entry("m")})
+    first, second = pool.routes()
+    week_s, body = 400_000.0, json.dumps(said("Sorry, you've exceeded your weekly rate limit.", code="user_weekly_rate_limited")).encode()
+
+    def refused(now: float) -> None:
+        cooldown = cool(pool.state, first, classify("github-copilot", "account", 429, {"retry-after": f"{week_s - now:.0f}"}, body, utc=UTC + now), now, jitter=0.5)
+        assert cooldown is not None and cooldown.until_at == pytest.approx(week_s) and cooldown.proven
+    refused(0.0)
+    assert pool.plan(0.3 * week_s).routes == (second,), "not while another one is there"
+    cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), 0.0, jitter=0.5)
+    asked = []
+    for percent in range(1, 100):
+        now = week_s * percent / 100.0
+        if (found := pool.plan(now)).routes and now < DAY or found.routes[:1] == (first,):
+            assert found.routes == (first,) and found.free_at is not None
+            asked.append(percent)
+            begin_attempt(pool.state, pool.choice, first)
+            assert first not in pool.plan(now).routes, "one at a time"
+            refused(now)
+        cool(pool.state, second, classify("custom", "account", 404, {}, b'{"error": {"message": "The model m is decommissioned."}}', utc=UTC), now, jitter=0.5)
+    assert asked == [25, 50, 75]
+    pool.state.cooling["credential a/1"].n_asked = 2
+    begin_attempt(pool.state, pool.choice, first)
+    clear(pool.state, first)
+    assert pool.plan(0.8 * week_s).routes == (first,) and "credential a/1" not in pool.state.cooling, "and a success ends it"
+
+
+def test_a_short_proven_time_is_simply_kept() -> None:
+    pool, route, _ = pool_of("")
+    cool(pool.state, route, classify("custom", "account", 429, {"retry-after": "59"}, b"", utc=UTC), 0.0, jitter=0.5)
+    assert not any(pool.plan(float(now)).routes for now in range(59)) and pool.plan(59.0).routes == (route,)
 
 
 def test_while_a_limit_is_probed_the_others_wait() -> None:

@@ -6,6 +6,7 @@ for things that happen (a script reached a pause, bytes arrived); `settle` lets 
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -715,3 +716,25 @@ def test_plain_text_when_slow_providers_fail_is_still_told(build: Build, provide
         provider.release("a")
         reply = client.read_all()
     assert reply.status >= 500 and reply.headers["content-type"].startswith("text/plain") and b"a/m" in reply.body, reply.raw
+
+
+# ---------------------------------------------------------------- what requests leave behind
+
+@pytest.mark.parametrize("client", FORMATS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_requests_leave_nothing_that_only_a_garbage_collection_could_free(client: str, streamed: bool, build: Build) -> None:
+    house = build(a=healthy())
+    n_requests = 20
+    for _ in range(3):
+        assert house.post(PATHS[client], {**ask(client, "aicarousel"), "stream": streamed}).status == 200
+    house.settle()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(n_requests):
+            assert house.post(PATHS[client], {**ask(client, "aicarousel"), "stream": streamed}).status == 200
+        house.settle()
+        ours = [item for item in gc.get_objects() if type(item) in (aicarousel.Job, aicarousel.Needs)]
+    finally:
+        gc.enable()
+    assert not ours, f"{len(ours)} of {n_requests}"

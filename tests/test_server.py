@@ -29,6 +29,7 @@ class Echo:
     """An application with a path for each thing a handler can do."""
 
     def __init__(self) -> None:
+        self.bounds = aicarousel.Bounds(body_bytes=MAX_BODY)
         self.seen: list[aicarousel.Request] = []
         self.done: list[str] = []
         self.gate = asyncio.Event()
@@ -104,7 +105,7 @@ class Hall(InLoop):
 
     async def _open(self, n_sockets: int) -> None:
         self.app = Echo()
-        self.server = aicarousel.Server(self.app, aicarousel.real_world(), max_body_bytes=MAX_BODY)
+        self.server = aicarousel.Server(self.app, aicarousel.real_world())
         sockets = [aicarousel.bind("127.0.0.1", 0)[0] for _ in range(n_sockets)]
         await self.server.listen(sockets)
         self.ports = [listening.getsockname()[1] for listening in sockets]
@@ -752,21 +753,10 @@ def test_signal_lets_streams_finish(provider: Provider, gateway_factory: Callabl
     assert "Traceback" not in gateway.log
 
 
-HURRIED = """
-import sys
-sys.path.insert(0, {folder!r})
-import aicarousel
-aicarousel._DRAIN_S = 0.2
-raise SystemExit(aicarousel.main())
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signal_interrupts_what_does_not_finish(provider: Provider, gateway_factory: Callable[..., Gateway], tmp_path: Path, name: str) -> None:
+def test_signal_interrupts_what_does_not_finish(provider: Provider, gateway_factory: Callable[..., Gateway], name: str) -> None:
     """With the drain time cut short."""
-    program = tmp_path / "hurried.py"
-    program.write_text(HURRIED.format(folder=str(Path(aicarousel.__file__).parent)))
-    gateway = gateway_factory(models_of(provider), {"FAKE_KEY": FAKE_KEY}, program=program)
+    gateway = gateway_factory({**models_of(provider), "carousel": {"limits": {"drain": 0.2}}}, {"FAKE_KEY": FAKE_KEY})
     with gateway.start_chat("slow/m") as client:
         client.read_until(b'"one"')
         assert gateway.process

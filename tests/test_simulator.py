@@ -1,28 +1,37 @@
 """The carousel's mind at work on a virtual clock: thousands of requests, the real policy functions, providers that enforce their published limits.
 
-Every pool is offered the same load three times: to the policy of sections 6 and 7, to a scheduler that sees the providers' own counts (nothing could
-serve more than what it is granted), and to naive round robin that tries one provider after the other. The figures are those of the table it prints.
+Every pool is offered the same load three times: to the policy of sections 6 and 7, to a scheduler that sees the providers' own counts, and to naive round
+robin that tries one provider after the other. The scheduler is greedy, so what no scheduler could serve more than is worked out beside it. Every load is
+drawn three times; the figures are those of the table it prints. `python tests/test_simulator.py 10` draws ten times.
 """
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import json
 import random
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from aicarousel import (Facts, Hold, Ledger, Plan, Route, RoutingState, begin_attempt, build_catalogue, classify, clear, cool, feed, find_shortage, learn_refusal, load_config, note_served, plan,
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aicarousel import (Facts, Hold, Plan, Route, RoutingState, begin_attempt, build_catalogue, classify, clear, cool, feed, learn_refusal, load_config, note_served, plan,
                         prepare_ledger, release, reserve, resolve, settle)
 
 Json = dict[str, Any]
 UTC0 = 1_792_000_000.0          # the instant at which the virtual clock is 0; somewhere inside a day
 MAX_WAIT_S = 30.0
 MAX_ATTEMPTS = 6
+GUESS_OUTPUT = 250              # tokens that an answer is taken to have
+SLACK_S = 3.0                   # room that comes this shortly before the client's wait ends is none: windows are kept in grains of half a second, travel takes as much each way
 DAY = 86_400.0
 
 
@@ -101,6 +110,8 @@ R, T, M = "requests", "tokens", 60.0
 #: Published free-tier limits (provider sheets, 2026-11), and what vendors' own rate limits are elsewhere.
 SPECS: dict[str, Spec] = {
     "groq": Spec("groq", ((R, M, 30, "refill"), (R, DAY, 1000, "refill"), (T, M, 8_000, "refill"), (T, DAY, 200_000, "refill")), "groq", "groq"),
+    "groq-sliding": Spec("groq", ((R, M, 30, "sliding"), (R, DAY, 1000, "sliding"), (T, M, 8_000, "sliding"), (T, DAY, 200_000, "sliding")), "groq", "groq"),    # otherwise than presumed
+    "groq-fixed": Spec("groq", ((R, M, 30, "fixed"), (R, DAY, 1000, "fixed"), (T, M, 8_000, "fixed"), (T, DAY, 200_000, "fixed")), "groq", "groq"),
     "cerebras": Spec("cerebras", ((R, M, 5, "fixed"), (T, M, 30_000, "fixed"), (T, DAY, 1_000_000, "fixed")), "cerebras"),
     "cerebras-sliding": Spec("cerebras", ((R, M, 5, "sliding"), (T, M, 30_000, "sliding"), (T, DAY, 1_000_000, "sliding")), "cerebras"),
     "gemini-lite": Spec("gemini", ((R, M, 15, "sliding"), (R, DAY, 500, "fixed"), ("input", M, 250_000, "sliding")), "none", "gemini"),
@@ -123,18 +134,18 @@ SPECS: dict[str, Spec] = {
 }
 
 ERROR = {
-    "gemini": lambda window, now: {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": f"You exceeded your current quota. limit: {window.limit:.0f}", "details": [
+    "gemini": lambda window, now, asks: {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": f"You exceeded your current quota. limit: {window.limit:.0f}", "details": [
         {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": (
             f"GenerateRequestsPer{'Day' if window.span_s == DAY else 'Minute'}PerProjectPerModel-FreeTier" if window.measure == R
             else "GenerateContentInputTokensPerModelPerMinute-FreeTier"), "quotaValue": f"{window.limit:.0f}"}]},
-        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{min(window.wait_s(now, 1.0), 59.0):.3f}s"}]}},
-    "groq": lambda window, now: {"error": {"message": (
+        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{min(window.wait_s(now, asks), 59.0):.3f}s"}]}},
+    "groq": lambda window, now, asks: {"error": {"message": (
         f"Rate limit reached for model `m` on {window.measure} per {'day' if window.span_s == DAY else 'minute'} "
-        f"({window.measure[0].upper()}P{'D' if window.span_s == DAY else 'M'}): Limit {window.limit:.0f}, Used {window.used:.0f}, Requested 1. "
-        f"Please try again in {window.wait_s(now, 1.0):.2f}s."), "type": window.measure, "code": "rate_limit_exceeded"}},
-    "openrouter": lambda window, now: {"error": {"code": 429, "message": f"Rate limit exceeded: free-models-per-{'day' if window.span_s == DAY else 'min'}", "metadata": {"headers": {
+        f"({window.measure[0].upper()}P{'D' if window.span_s == DAY else 'M'}): Limit {window.limit:.0f}, Used {window.used:.0f}, Requested {asks:.0f}. "
+        f"Please try again in {window.wait_s(now, asks):.2f}s."), "type": window.measure, "code": "rate_limit_exceeded"}},
+    "openrouter": lambda window, now, asks: {"error": {"code": 429, "message": f"Rate limit exceeded: free-models-per-{'day' if window.span_s == DAY else 'min'}", "metadata": {"headers": {
         "X-RateLimit-Limit": f"{window.limit:.0f}", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{(UTC0 + now + window.reset_s(now)) * 1000:.0f}"}}}},
-    "": lambda window, now: {"error": {"message": "Rate limit exceeded", "type": "rate_limit_exceeded"}},
+    "": lambda window, now, asks: {"error": {"message": "Rate limit exceeded", "type": "rate_limit_exceeded"}},
 }
 
 
@@ -143,6 +154,7 @@ class Provider:
 
     def __init__(self, spec: Spec, dice: random.Random, outages: tuple[tuple[float, float], ...] = ()) -> None:
         self.spec, self.outages = spec, outages
+        self.coming: dict[Ask, bool] = {}       # what it has yet to count: requests on their way (True), and answers under way
         # Days end where their preset's do: Pacific midnight is 7 or 8 hours behind UTC.
         midnight = {"gemini": 7 * 3600.0}.get(spec.preset, 0.0) - UTC0 % DAY
         self.windows = [Truth(measure, span_s, limit, kind, midnight if span_s == DAY else dice.random() * span_s) for measure, span_s, limit, kind in spec.windows]
@@ -162,6 +174,15 @@ class Provider:
         """The window that refuses, the longest wait first."""
         worst = max(self.windows, key=lambda window: window.wait_s(now, self.asks(window, n_input)))
         return worst if worst.wait_s(now, self.asks(worst, n_input)) > 0.0 else None
+
+    def has_room_by(self, now: float, ends_at: float, ask: Ask) -> bool:
+        """Whether one more request fits until `ends_at`, with all that is under way; sizes are the estimates, as nobody can know more before the answers end."""
+        if self.is_out(now) or self.is_out(now - SLACK_S):      # that it is back nobody knows before asking
+            return False
+        n_requests, n_output = 1 + sum(self.coming.values()), GUESS_OUTPUT * (1 + len(self.coming))
+        n_input = ask.guess_input + sum(one.guess_input - (0 if travels else one.n_input) for one, travels in self.coming.items())
+        amounts = {"requests": n_requests, "input": n_input, "output": n_output, "tokens": n_input + n_output}
+        return all(now + window.wait_s(now, amounts[window.measure]) <= ends_at for window in self.windows)
 
     def take(self, now: float, n_input: int) -> None:
         for window in self.windows:
@@ -190,7 +211,6 @@ class Provider:
                 rows += [(f"x-ratelimit-limit-{word}-minute", f"{window.limit:.0f}"), (f"x-ratelimit-remaining-{word}-minute", left)]
             elif style == "anthropic":
                 word = window.measure if window.measure == R else f"{window.measure}-tokens"
-                from datetime import datetime, timezone
                 reset = datetime.fromtimestamp(UTC0 + now + reset_s + 1.0, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
                 rows += [(f"anthropic-ratelimit-{word}-limit", f"{window.limit:.0f}"), (f"anthropic-ratelimit-{word}-remaining", left),
                          (f"anthropic-ratelimit-{word}-reset", reset)]
@@ -200,11 +220,12 @@ class Provider:
                          (f"x-ratelimit-reset-{tail}", f"{UTC0 + now + reset_s:.0f}")]
         return rows
 
-    def refusal(self, window: Truth, now: float) -> tuple[dict[str, str], bytes]:
-        headers = dict(self.headers(now))
+    def refusal(self, window: Truth, now: float, n_input: int) -> tuple[dict[str, str], bytes]:
+        """What it says to a request that does not fit: when it would."""
+        headers, asks = dict(self.headers(now)), self.asks(window, n_input)
         if self.spec.retry_after:
-            headers["retry-after"] = f"{int(window.wait_s(now, 1.0)) + 1}"
-        return headers, json.dumps(ERROR[self.spec.body](window, now)).encode()
+            headers["retry-after"] = f"{int(window.wait_s(now, asks)) + 1}"
+        return headers, json.dumps(ERROR[self.spec.body](window, now, asks)).encode()
 
 
 # ------------------------------------------------------------------ the load
@@ -225,7 +246,8 @@ class Outcome:
     n_served: int = 0
     n_attempts: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})      # by whether limits are announced
     n_refused: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
-    n_unjust: int = 0               # 429 to a client while a bucket had room within the wait
+    n_unjust: int = 0               # 429 to a client while a bucket that tells what is left had room within the wait
+    n_unknown: int = 0              # the same where nobody could know: the provider tells neither how much is left nor when its windows begin
 
 
 def capacity_per_s(specs: list[Spec], mean_tokens: float, span_s: float) -> float:
@@ -269,6 +291,30 @@ def run_omniscient(providers: list[Provider], load: list[Ask]) -> int:
     return served
 
 
+def most_possible(specs: list[Spec], load: list[Ask]) -> int:
+    """What nobody could serve more than: of the requests of any stretch of time no more than all windows grant in it and a wait more, the smallest first."""
+    step_s = 60.0
+    parts = [list(group) for _, group in itertools.groupby(load, key=lambda ask: ask.at // step_s)]
+    starts = [part[0].at for part in parts]
+
+    def granted(spec: Spec, sizes: dict[str, list[float]], long_s: float) -> float:
+        def by(measure: str, span_s: float, limit: float, kind: str) -> float:
+            amount = limit * {"fixed": long_s // span_s + 2.0, "sliding": long_s // span_s + 1.0, "refill": long_s / span_s + 1.0}[kind]
+            return amount if measure == R else bisect.bisect(sizes[measure], amount) + long_s // span_s + 2.0      # the last of a window may end beyond it
+        return min(by(*window) for window in spec.windows)
+    best = [0.0]
+    for end in range(1, len(parts) + 1):
+        most, asks = best[-1] + len(parts[end - 1]), []
+        for begin in range(end - 1, -1, -1):
+            asks += parts[begin]
+            sizes = {measure: list(itertools.accumulate(sorted(size))) for measure, size in (
+                ("input", [ask.n_input for ask in asks]), ("output", [ask.n_output for ask in asks]), (T, [ask.n_input + ask.n_output for ask in asks]))}
+            long_s = parts[end - 1][-1].at + MAX_WAIT_S - starts[begin]
+            most = min(most, best[begin] + sum(granted(spec, sizes, long_s) for spec in specs))
+        best.append(most)
+    return int(best[-1])
+
+
 class Clock:
     """Events in order of their time."""
 
@@ -301,7 +347,6 @@ class Carousel:
         config = load_config(json.dumps(models_of(specs)), models_path="models.json", environment={"KEY": "fake-key-number-1"}, dotenv={}, flags={})
         self.catalogue, self.state, self.clock, self.dice = build_catalogue(config), RoutingState(), Clock(), dice
         self.providers, self.outcome = providers, Outcome()
-        self.n_travelling = dict.fromkeys(providers, 0)
         self.line: deque[tuple[Ask, int]] = deque()
         self.due_at = float("inf")
         self.choice = resolve(self.catalogue, None)
@@ -345,39 +390,37 @@ class Carousel:
                 self.refuse(ask)
 
     def plan(self, ask: Ask, now: float) -> Plan:
-        return plan(self.catalogue, self.choice, self.state, now, strategy="round-robin", fallback="chain", facts=Facts(ask.guess_input, 250), give_up_at=ask.at + MAX_WAIT_S)
+        return plan(self.catalogue, self.choice, self.state, now, strategy="round-robin", fallback="chain", facts=Facts(ask.guess_input, GUESS_OUTPUT), give_up_at=ask.at + MAX_WAIT_S)
 
     def refuse(self, ask: Ask) -> None:
-        """A 429 to the client; unjust where one whose limits are known has had room all along, and is not expected to have any for a while."""
-        now, ledger = self.clock.now, self.state.ledger
-        for route in (route for group in self.choice.groups for routes in group for route in routes):
-            provider = self.providers[route.provider.name]
-            idle = all(window.used + 0.25 * window.limit + 2 * provider.asks(window, ask.n_input) < window.limit for window in provider.windows)
-            if provider.spec.style != "none" and not provider.outages and not self.n_travelling[route.provider.name] and provider.short(now, ask.n_input) is None and idle:
-                shortage = find_shortage(ledger, route, ask.guess_input, 250, now)
-                self.outcome.n_unjust += shortage is not None and shortage.at > now + 5.0
+        """A 429 to the client: was there room anywhere, now or within what was left of its wait?"""
+        now = self.clock.now
+        free = [provider for provider in self.providers.values() if provider.has_room_by(now, ask.at + MAX_WAIT_S - SLACK_S, ask)]
+        self.outcome.n_unjust += any(provider.spec.style != "none" for provider in free)
+        self.outcome.n_unknown += bool(free) and all(provider.spec.style == "none" for provider in free)
 
     def send(self, route: Route, ask: Ask, n_tried: int) -> None:
         begin_attempt(self.state, self.choice, route)
-        hold = reserve(self.state.ledger, route, ask.guess_input, 250, self.clock.now)
-        self.n_travelling[route.provider.name] += 1
+        hold = reserve(self.state.ledger, route, ask.guess_input, GUESS_OUTPUT, self.clock.now)
+        self.providers[route.provider.name].coming[ask] = True
         self.clock.at(self.clock.now + ask.travel_s, lambda: self.judge(route, ask, n_tried + 1, hold))
 
     def judge(self, route: Route, ask: Ask, n_tried: int, hold: Hold) -> None:
         """The provider has the request: it answers or refuses."""
         provider, now, state = self.providers[route.provider.name], self.clock.now, self.state
         spec = provider.spec
-        self.n_travelling[route.provider.name] -= 1
+        del provider.coming[ask]
         self.outcome.n_attempts[spec.announced] += 1
         window = provider.short(now, ask.n_input)
         status, headers, body = 200, dict(provider.headers(now)), b""
         if provider.is_out(now):
             status, headers, body = 503, {}, b""
         elif window is not None:
-            status, (headers, body) = 429, provider.refusal(window, now)
+            status, (headers, body) = 429, provider.refusal(window, now, ask.n_input)
             self.outcome.n_refused[spec.announced] += 1
         if status == 200:
             provider.take(now, ask.n_input)
+            provider.coming[ask] = False
             self.outcome.n_served += 1
             feed(state.ledger, route, provider.headers(now), now, hold)
             clear(state, route)
@@ -385,9 +428,9 @@ class Carousel:
             self.clock.at(now + ask.takes_s, lambda: self.finish(provider, ask, hold))
             return self.serve_line()
         failure = classify(route.provider.preset.name, route.provider.preset.bucket, status, headers, body, utc=UTC0 + now)
+        feed(state.ledger, route, headers.items(), now, hold)
         release(state.ledger, hold, now)
-        feed(state.ledger, route, headers.items(), now)
-        learn_refusal(state.ledger, route, failure, body.decode(), now)
+        learn_refusal(state.ledger, route, failure, body.decode(), now, hold)
         cool(state, route, failure, now, jitter=self.dice.random())
         if n_tried < MAX_ATTEMPTS:
             self.line.appendleft((ask, n_tried))
@@ -399,6 +442,7 @@ class Carousel:
     def finish(self, provider: Provider, ask: Ask, hold: Hold) -> None:
         """The answer is whole."""
         provider.finish(self.clock.now, ask.n_output)
+        del provider.coming[ask]
         settle(self.state.ledger, hold, ask.n_input, ask.n_output, self.clock.now)
         self.serve_line()
 
@@ -430,6 +474,8 @@ POOLS: dict[str, list[str]] = {
     "3 free tiers": ["groq", "gemini-lite", "mistral"],
     "4 silent": ["silent", "silent-fixed", "nvidia", "silent-tokens"],
     "4 configured": ["configured", "configured-fixed", "configured", "configured-fixed"],
+    "3 that slide": ["groq-sliding", "groq-sliding", "plain-sliding"],      # behind a preset that is taken to refill
+    "3 that are fixed": ["groq-fixed", "groq-fixed", "plain"],
     "6 mixed": ["groq", "cerebras", "mistral", "anthropic", "plain", "configured"],
     "8 free tiers": ["groq", "cerebras", "gemini-lite", "gemma", "openrouter", "mistral", "nvidia", "sambanova"],
     "12 of all": ["groq", "groq", "cerebras", "cerebras-sliding", "gemini-lite", "gemini-flash", "gemma", "openrouter", "mistral", "nvidia-fixed", "sambanova", "plain"],
@@ -437,28 +483,50 @@ POOLS: dict[str, list[str]] = {
 CASES = [(pool, times, burst, out) for pool, times, burst, out in (
     ("2 announced", 0.5, 1, False), ("2 announced", 2.0, 1, False), ("2 announced", 1.0, 50, False), ("3 sliding", 1.0, 1, False), ("3 sliding", 3.0, 1, False),
     ("3 free tiers", 0.8, 1, False), ("3 free tiers", 1.5, 50, False), ("4 silent", 0.5, 1, False), ("4 silent", 1.0, 1, False), ("4 silent", 3.0, 1, False),
-    ("4 silent", 1.0, 50, False), ("4 configured", 0.9, 1, False), ("4 configured", 2.0, 50, False), ("6 mixed", 0.5, 50, False), ("6 mixed", 1.0, 1, True),
+    ("4 silent", 1.0, 50, False), ("3 that slide", 0.7, 1, False), ("3 that slide", 1.0, 1, False), ("3 that slide", 2.0, 1, False), ("3 that slide", 2.0, 50, False),
+    ("3 that are fixed", 1.0, 1, False), ("3 that are fixed", 2.0, 1, False), ("4 configured", 0.9, 1, False), ("4 configured", 2.0, 50, False), ("6 mixed", 0.5, 50, False), ("6 mixed", 1.0, 1, True),
     ("6 mixed", 3.0, 1, False), ("8 free tiers", 0.7, 1, True), ("8 free tiers", 1.5, 1, False), ("12 of all", 0.9, 50, False), ("12 of all", 2.0, 1, True))]
+#: Eight requests of a burst use up such a window, and their answers' lengths are reserved: the scheduler, which need not, lets the last of them end beyond it.
+FLOORS = {("3 that slide", 2.0, 50): 0.93}
 SPAN_S = 1200.0
 
 
+SEEDS = 3
+
+
 class Figures(NamedTuple):
+    """One load, or several added up."""
     pool: str
     load: str
     n_asked: int
+    bound: int
     omniscient: int
     served: int
     naive: int
-    naive_refused: float
-    refused: dict[bool, float]
-    n_attempts: dict[bool, int]
+    naive_refused: int
+    naive_attempts: int
+    refused: dict[bool, int]
+    attempts: dict[bool, int]
     n_unjust: int
+    n_unknown: int
+
+    @property
+    def share(self) -> float:
+        return self.served / self.omniscient
+
+    def refused_share(self, announced: bool) -> float:
+        return self.refused[announced] / max(self.attempts[announced], 1)
 
 
-def simulate(pool: str, times: float, burst: int, out: bool, span_s: float = SPAN_S) -> Figures:
+def add_up(figures: list[Figures]) -> Figures:
+    sums = [{known: sum(one[known] for one in column) for known in (True, False)} if isinstance(column[0], dict) else sum(column) for column in list(zip(*figures))[2:]]
+    return Figures(*figures[0][:2], *sums)
+
+
+def simulate(pool: str, times: float, burst: int, out: bool, seed_number: int, span_s: float = SPAN_S) -> Figures:
     names = POOLS[pool]
     specs = {f"p{number}-{name}": SPECS[name] for number, name in enumerate(names)}
-    seed = f"{pool} {times} {burst} {out}"
+    seed = f"{pool} {times} {burst} {out} {seed_number}"
 
     def make() -> dict[str, Provider]:
         dice = random.Random(seed)
@@ -467,35 +535,37 @@ def simulate(pool: str, times: float, burst: int, out: bool, span_s: float = SPA
     best = run_omniscient(list(make().values()), load)
     naive, naive_attempts, naive_refused = run_naive(list(make().values()), load)
     found = Carousel(specs, make(), random.Random(seed)).run(load)
-    return Figures(pool, f"{times:g}x" + (f" bursts of {burst}" if burst > 1 else "") + (" outages" if out else ""), len(load), best, found.n_served, naive,
-                   naive_refused / max(naive_attempts, 1), {known: found.n_refused[known] / max(found.n_attempts[known], 1) for known in (True, False)}, found.n_attempts, found.n_unjust)
+    return Figures(pool, f"{times:g}x" + (f" bursts of {burst}" if burst > 1 else "") + (" outages" if out else ""), len(load), most_possible(list(specs.values()), load), best, found.n_served,
+                   naive, naive_refused, naive_attempts, found.n_refused, found.n_attempts, found.n_unjust, found.n_unknown)
 
 
-ROWS: list[str] = [f"{'pool':<14} {'load':<22} {'asked':>6} {'best':>6} {'served':>6} {'share':>7} {'refused, announced':>19} {'silent':>7} {'429 unjust':>10}   naive: served, refused"]
+HEAD = (f"{'pool':<16} {'load':<18} {'asked':>6} {'bound':>6} {'best':>6} {'served':>6} {'share':>7} {'worst':>7} {'of bound':>8} {'refused, announced':>19} {'silent':>7} "
+        f"{'429 unjust':>10} {'unknown':>7}   naive: served, refused")
 
 
-def show(figures: Figures) -> str:
-    return (f"{figures.pool:<14} {figures.load:<22} {figures.n_asked:>6} {figures.omniscient:>6} {figures.served:>6} {figures.served / figures.omniscient:>7.1%} "
-            f"{figures.refused[True]:>19.2%} {figures.refused[False]:>7.2%} {figures.n_unjust:>10}   {figures.naive / figures.omniscient:>6.1%} {figures.naive_refused:>7.1%}")
+def show(drawn: list[Figures]) -> str:
+    sums = add_up(drawn)
+    return (f"{sums.pool:<16} {sums.load:<18} {sums.n_asked:>6} {sums.bound:>6} {sums.omniscient:>6} {sums.served:>6} {sums.share:>7.1%} {min(one.share for one in drawn):>7.1%} "
+            f"{sums.served / sums.bound:>8.1%} {sums.refused_share(True):>19.2%} {sums.refused_share(False):>7.2%} {sums.n_unjust:>10} {sums.n_unknown:>7}   "
+            f"{sums.naive / sums.omniscient:>6.1%} {sums.naive_refused / max(sums.naive_attempts, 1):>7.1%}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{pool}, {times:g}x, bursts of {burst}{', outages' if out else ''}" for pool, times, burst, out in CASES])
-def test_the_pool_gives_nearly_all_it_can(case: tuple[str, float, int, bool]) -> None:
-    found = simulate(*case)
-    ROWS.append(show(found))
-    assert found.served >= 0.97 * found.omniscient, show(found)
-    assert found.refused[True] <= 0.01, show(found)
-    assert found.refused[False] <= 0.05, show(found)
-    assert found.n_unjust == 0, show(found)
-
-
-def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pool_gives_nearly_all_it_can(case: tuple[str, float, int, bool], capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = [simulate(*case, seed) for seed in range(1, SEEDS + 1)]
+    row, sums = show(drawn), add_up(drawn)
     with capsys.disabled():
-        print("\n" + "\n".join(ROWS))
-    assert len(ROWS) > 1
+        print(f"\n{HEAD}\n{row}" if case is CASES[0] else f"\n{row}", end="")
+    floor = FLOORS.get(case[:3], 0.97)
+    assert sums.share >= floor and min(one.share for one in drawn) >= floor - 0.03, row
+    assert sums.refused_share(True) <= 0.01 and sums.refused_share(False) <= 0.05, row
+    assert all(one.refused_share(True) <= 0.015 and one.refused_share(False) <= 0.06 for one in drawn), row
+    # Where a preset is taken to refill and does not, it takes three answers to see that, and a refusal's Retry-After was meant for a request larger than others are.
+    assert sums.n_unjust <= (0.005 * sums.n_asked if case[0].startswith("3 that") else 0), row
+    assert sums.bound >= sums.omniscient, row
 
 
 if __name__ == "__main__":
-    print(ROWS[0])
+    print(HEAD)
     for case in CASES:
-        print(show(simulate(*case)), flush=True)
+        print(show([simulate(*case, seed) for seed in range(1, int(next(iter(sys.argv[1:]), SEEDS)) + 1)]), flush=True)

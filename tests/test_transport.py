@@ -284,9 +284,7 @@ def test_waiting_connections_are_closed_after_a_while(clock: ShiftedLoop) -> Non
     clock.run_until_complete(main())
 
 
-def test_the_pool_has_a_bound_and_close_empties_it(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aicarousel, "_POOL_SIZE", 2)
-
+def test_the_pool_has_a_bound_and_close_empties_it(run: Any) -> None:
     async def main() -> None:
         gate = asyncio.Event()
 
@@ -297,6 +295,7 @@ def test_the_pool_has_a_bound_and_close_empties_it(run: Any, monkeypatch: pytest
             await reader.read()
 
         async with serving(talk) as peer, transporting() as transport:
+            transport.bounds = aicarousel.Bounds(pool_size=2)
             asked = [asyncio.ensure_future(ask(transport, peer.origin)) for _ in range(5)]
             await peer.until(lambda: len(peer.requests) == 5)
             gate.set()
@@ -626,10 +625,12 @@ def test_an_answer_larger_than_is_taken(run: Any) -> None:
     async def main() -> None:
         async with serving(answers(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)) as peer, transporting() as transport:
             answer = await transport.request(peer.origin, REQUEST, TIMEOUTS)
-            assert told(await failure_of(answer.read_all(99, idle_s=5.0, within_s=5.0))) == ("too_big", "body")
+            transport.bounds = aicarousel.Bounds(answer_bytes=99)
+            assert told(await failure_of(answer.read_all(idle_s=5.0, within_s=5.0))) == ("too_big", "body")
             answer.abort()
             answer = await transport.request(peer.origin, REQUEST, TIMEOUTS)
-            assert await answer.read_all(100, idle_s=5.0, within_s=5.0) == b"x" * 100
+            transport.bounds = aicarousel.Bounds(answer_bytes=100)
+            assert await answer.read_all(idle_s=5.0, within_s=5.0) == b"x" * 100
             answer.release()
     run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import aicarousel
-from fakes import FAKE_KEY, Gateway, Provider, Reply, answer, chat_answer, chat_body, healthy, invocation
+from fakes import FAKE_KEY, Gateway, Provider, Reply, answer, chat_answer, chat_body, healthy, in_turn, invocation
 from house import House
 
 Json = dict[str, Any]
@@ -61,6 +62,82 @@ def test_a_failure_a_misfit_and_a_mistake_are_explained(build: Build) -> None:
     assert house.post("/v1/chat/completions", {**chat_body("a/m"), "tools": tools}).headers["x-aicarousel-provider"] == "b"
     assert "  a/1:m: calls no tools" in explained(house)
     assert admin(house, "GET", "/admin/explain?id=nobody").status == 404
+
+
+REFUSES_SEED = answer({"error": {"message": "Unsupported parameter: 'seed' is not supported with this model.", "type": "invalid_request_error", "param": "seed",
+                                 "code": "unsupported_parameter"}}, 400)
+MS = r"\d+ ms"
+ONE = {"limits": {"rpm": 1}}
+
+
+def ask(house: House, model: str | None = None, **more: Any) -> Reply:
+    return house.post("/v1/chat/completions", {**chat_body(model), **more})
+
+
+def wait_in_line(house: House) -> None:
+    ask(house)
+    client, n_before = house.connect(), house.gateway.n_requests
+    client.send(house.request_bytes("POST", "/v1/chat/completions", chat_body(None)))
+    house.wait(lambda: house.gateway.n_requests > n_before)
+    house.pass_time(61.0)
+    assert client.read_all().status == 200
+
+
+def ask_with(limits: Json, n_times: int = 1) -> Callable[[House], None]:
+    """With a key of its own."""
+    def act(house: House) -> None:
+        key, _ = aicarousel.create_key(house.database, "limited", limits=limits)
+        for _ in range(n_times):
+            reply = house.request("POST", "/v1/chat/completions", chat_body("a/m"), key=key)
+        assert reply.headers["x-aicarousel-request-id"]
+    return act
+
+
+def talk(house: House) -> None:
+    for _ in range(2):
+        assert house.post("/v1/chat/completions", chat_body(None), headers={"x-session-id": "s1"}).status == 200
+
+
+HEALTHY, TWO = {"a": healthy()}, {"a": healthy(), "b": healthy()}
+#: what happened, providers, what else build() takes, what is asked, the lines behind the number
+CASES: list[tuple[str, Json, Json, Callable[[House], Any], list[str]]] = [
+    ("no room, another has", TWO, {"entries": {"a": ONE}}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
+        rf"chat, model a/m, about \d+ tokens: served with 200 in {MS}.*", "tried, in order:", rf"  b/1:m: served \(200\), {MS}", "left out:",
+        r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+    ("no room anywhere", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 0}}, lambda house: [ask(house), ask(house)], [
+        rf"chat, model not named, .*: failed with 429 in {MS}", "left out:", r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+    ("waited in line", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 100}}, wait_in_line, [
+        r"chat, .*: served with 200 in 61\d\d\d ms.*", "tried, in order:", rf"  a/1:m: served \(200\), {MS}", r"waited 6[01]\d\d\d ms in line"]),
+    ("refused before", {"a": SLOW_DOWN, "b": healthy()}, {}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
+        "chat, .*: served with 200.*", "tried, in order:", rf"  b/1:m: served \(200\), {MS}", "left out:", "  a/1:m: rate_minute, 1[12]. s left"]),
+    ("too small", TWO, {"entries": {"a": {"models": [{"id": "m", "context": 600}]}}}, lambda house: house.post("/v1/chat/completions", chat_body("a/m", "many words " * 2000)), [
+        "chat, model a/m, about [4-9]... tokens: served with 200.*", "tried, in order:", rf"  b/1:m: served \(200\), {MS}", "left out:", "  a/1:m: its context is too small"]),
+    ("malformed", {"a": BAD, "b": healthy()}, {}, lambda house: ask(house), [
+        "chat, .*: failed with 400.*", "tried, in order:", rf"  a/1:m: bad_request \(400\), {MS}, Invalid 'messages'.", "free and not needed: b/1:m"]),
+    ("repaired", {"a": in_turn(REFUSES_SEED, healthy())}, {}, lambda house: ask(house, seed=5), [
+        "chat, .*: served with 200.*", "tried, in order:", rf"  a/1:m: bad_param \(400\), {MS}, Unsupported parameter: 'seed' .*", rf"  a/1:m: served \(200\), {MS}; changed: seed"]),
+    ("a conversation", TWO, {}, talk, ["chat, .*: served with 200.*", "tried, in order:", rf"  a/1:m: served \(200\), {MS}", "free and not needed: b/1:m", "conversation: hit"]),
+    ("a key for other models", TWO, {}, ask_with({"models": ["b/*"]}), [
+        "chat, model a/m, .*: failed with 403.*", r"its key may use b/\* alone; This key may not use the model 'a/m'; it may use: b/\*\."]),
+    ("a key that has used its minute", TWO, {}, ask_with({"rpm": 1}, 2), ["chat, model a/m, .*: failed with 429.*", "This key has used its .*"]),
+    ("all failed", {"a": OOPS, "b": SLOW_DOWN}, {"carousel": {"maxWait": 0}}, lambda house: ask(house), [
+        "chat, .*: failed with 502.*", "tried, in order:", rf"  a/1:m: server_error \(500\), {MS}, Oops\.", rf"  b/1:m: rate_minute \(429\), {MS}, Rate limit reached\.", "left out:",
+        "  a/1:m: server_error, . s left", "  b/1:m: rate_minute, 1.. s left"]),
+    ("wished", {"a": OOPS, "b": healthy(), "c": healthy()}, {}, lambda house: ask(house, provider={"order": ["a", "c"], "ignore": ["b"]}), [
+        "chat, .*: served with 200.*", "tried, in order:", rf"  a/1:m: server_error \(500\), {MS}, Oops\.", rf"  c/1:m: served \(200\), {MS}", "it wished for order a, c; without b"]),
+    ("a name that leads nowhere", HEALTHY, {"carousel": {"unknownModel": "reject"}}, lambda house: ask(house, "zzz"), [
+        "chat, model zzz, .*: failed with 404.*", r"The model 'zzz' is not known here\. Nearest: .*"]),
+]
+
+
+@pytest.mark.parametrize(("scripts", "more", "act", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_every_case_tells_what_was_considered_and_passed_over_and_tried(build: Build, scripts: Json, more: Json, act: Callable[[House], Any], expected: list[str]) -> None:
+    house = build(**more, **scripts)
+    act(house)
+    lines = explained(house)
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip((lines[0].partition(": ")[2], *lines[1:]), expected, strict=True):
+        assert re.fullmatch(pattern, line), (pattern, lines)
 
 
 def test_what_others_wrote_is_one_line_that_no_terminal_obeys(build: Build) -> None:
