@@ -909,7 +909,7 @@ class Bounds:
     client_body_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "until its body is there")
     client_idle_s: float = _bound(120.0, 1.0, 86_400.0, "seconds", "a client's connection may wait for the next request")     # Codex keeps its own for 90
     client_stall_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a client may read nothing of its answer")
-    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; further ones are closed at once")
+    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; idle ones make room for new ones, else these are refused")
     body_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of a request's body")
     answer_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of an answer that is not streamed, or that comes compressed")
     event_bytes: int = _bound(8 << 20, 1 << 17, 1 << 30, "bytes", "of one event of a stream, as long as it is not whole")
@@ -15008,7 +15008,7 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World, *, n_fitting: int = 1_000_000) -> None:
+    def __init__(self, application: Application, world: World, *, n_fitting: int = 1 << 20) -> None:
         """n_fitting: connections that descriptors suffice for."""
         self.application = application
         self.clock = world.clock
@@ -19090,7 +19090,7 @@ def client_recipes(address: str, key: str) -> list[str]:
 
 
 def _fitting_connections(most: int) -> int:
-    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    """How many clients there are descriptors for, two each as one may be needed toward a provider; the limit of open files is raised for `most` of them, as far as it may be."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -19099,8 +19099,8 @@ def _fitting_connections(most: int) -> int:
             soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
-        return most
-    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+        return 1 << 20
+    fitting = 1 << 20 if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_FILES) // 2)
     if fitting < most:
         logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
     return fitting
