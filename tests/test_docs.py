@@ -146,14 +146,19 @@ def test_the_models_json_of_readme_and_the_one_that_comes_along_load() -> None:
     assert json.loads(texts[1]) == json.loads(json.dumps(dict(aicarousel.DEFAULT_MODELS)))
 
 
-def test_json_and_toml_blocks_are_whole() -> None:
-    import tomllib
+def test_json_blocks_are_whole() -> None:
     for kind, block in BLOCKS:
         assert kind in ("sh", "json", "toml", "yaml", "text"), kind
         if kind == "json":
             assert json.loads(block)
-        if kind == "toml":
-            assert tomllib.loads(block)["model_providers"]["aicarousel"]["wire_api"] == "responses"
+
+
+@pytest.mark.parametrize("name", [*aicarousel.CLIENTS])
+def test_what_config_prints_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for variable, value in (("HOME", str(tmp_path)), ("AICAROUSEL_HOME", str(tmp_path)), ("PORT", "7123"), *((file.variable, "") for client in aicarousel.CLIENTS.values() for file in client.files if file.variable)):
+        monkeypatch.setenv(variable, value)
+    assert aicarousel.main(["config", name]) == 0
+    assert ("text", capsys.readouterr().out) in BLOCKS
 
 
 def test_the_banner_says_the_same_as_readme() -> None:
