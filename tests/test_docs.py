@@ -178,8 +178,8 @@ def test_every_endpoint_is_there_and_no_other() -> None:
 def test_endpoints_answer_as_told(demo: Gateway) -> None:
     keyed = {path for path, row in aicarousel._ENDPOINTS.items() if row.needs_key and not row.admin}
     assert {path for path in aicarousel._ENDPOINTS if path.startswith("/admin/")} == {path for path, row in aicarousel._ENDPOINTS.items() if row.admin}
-    assert keyed == {path for path, row in aicarousel._ENDPOINTS.items() if "POST" in row.handlers and not row.admin}
-    for path in ("/v1/models", "/models", "/v1/models/aicarousel", "/models/aicarousel", "/health", "/"):
+    assert keyed == {path for path, row in aicarousel._ENDPOINTS.items() if "POST" in row.handlers and not row.admin} | {"/metrics"}
+    for path in ("/v1/models", "/models", "/v1/models/aicarousel", "/models/aicarousel", "/health", "/docs", "/openapi.json", "/"):
         assert demo.get(path, key="").status == 200, path
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     for name in ("x-api-key", "api-key", "x-goog-api-key"):
