@@ -376,9 +376,14 @@ class UpstreamFailure(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-#: What looks like a secret wherever it stands: vendor prefixes, bearer values, long opaque words after "key".
-_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|pplx|r8)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
+#: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
+_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
+                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+_NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
+#: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
+_SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+_NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
 def printable(text: str) -> str:
@@ -388,10 +393,18 @@ def printable(text: str) -> str:
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without any of `secrets` (by value) and without what looks like a secret or an organisation id (by pattern)."""
-    for secret in secrets:
-        if len(secret) >= 6 and secret in text:
-            text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
+    text = redact_known(text, secrets)
+    if any(map(text.__contains__, _SECRET_HINTS)):
+        text = _SECRET.sub("***", text)
+    return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
+
+
+def redact_known(text: str, secrets: Iterable[str]) -> str:
+    """`text` without any of `secrets`."""
+    found = [secret for secret in secrets if len(secret) >= 6 and secret in text]
+    for secret in sorted(found, key=len, reverse=True):         # one may be the beginning of another
+        text = text.replace(secret, "***")
+    return text
 
 
 class ConfigError(Exception):
@@ -440,6 +453,7 @@ class Preset:
     needs: tuple[str, ...] = ()              #: further variables that fill {NAME} in the URLs
     gone: str = ""                           #: why the whole service cannot be used any more
     check: tuple[str, str] = ("GET", "/models")   #: cheapest call that proves a key; /chat/completions: with one token of output
+    login: bool = False                      #: its keys are logins, exchanged for tokens of the hour
     name: str = ""                           #: its key in PRESETS
 
 
@@ -588,7 +602,9 @@ _ROWS: Mapping[str, Preset] = {
         "GitHub Copilot", "https://api.githubcopilot.com", ("COPILOT_GITHUB_TOKEN", "GITHUB_COPILOT_TOKEN"),
         default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0, rejects=("store",), max_field="max_completion_tokens",
         other_urls={"messages": "https://api.githubcopilot.com/v1", "responses": "https://api.githubcopilot.com"},
-        headers=(("openai-intent", "conversation-edits"),),
+        login=True, check=("GET", "/copilot_internal/v2/token"),
+        headers=(("user-agent", "GitHubCopilotChat/0.35.0"), ("editor-version", "vscode/1.107.0"), ("editor-plugin-version", "copilot-chat/0.35.0"),
+                 ("copilot-integration-id", "vscode-chat"), ("openai-intent", "conversation-edits"), ("x-github-api-version", "2026-06-01")),
         models=(
             _known_model("gpt-6-luna", 922000, 128000, "tvr", (0.1, 0.5, 0.01), long=(272_000,)),
             _known_model("claude-haiku-5.5", 128000, 16000, "tvr", (0.1, 0.5, 0.01)),
@@ -900,7 +916,7 @@ class Bounds:
     drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
     request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
     queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
-    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
+    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be trying routes again that are known to fail")
     retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
     pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
     pool_size: int = _bound(256, 0, 10_000, "connections", "kept so for each provider")
@@ -946,6 +962,7 @@ class Settings:
     no_auth: bool = False
     demo: bool = False
     secret_commands: bool = False                          #: whether cmd: references may run
+    github: str = "github.com"                             #: where GitHub Copilot is logged in at: a host, or the address of a server of this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -1173,6 +1190,7 @@ class _Url(NamedTuple):
     host: str = ""
     path: str = ""
     port: int | None = None
+    user: str = ""
     password: str = ""
 
 
@@ -1183,7 +1201,7 @@ def _split_url(text: Any, *, user: bool = False) -> _Url:
         return _Url()
     try:
         parts = urlsplit(text)
-        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.password or ""))
+        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.username or ""), unquote(parts.password or ""))
     except ValueError:
         return _Url()
     return url if url.host and (user or "@" not in parts.netloc) else _Url()
@@ -1702,6 +1720,12 @@ def _want_host(value: Any, place: _Place) -> str:
     raise place.refuse(_shown(value), "a host name or an address, without scheme and port")
 
 
+def _want_github(value: Any, place: _Place) -> str:
+    if re.fullmatch(r"github\.com|[a-z0-9-]+\.ghe\.com", str(value)) or is_loopback(_split_url(value).host):
+        return str(value).rstrip("/")
+    raise place.refuse(_shown(value), "github.com, a company's name.ghe.com, or the address of a server on this machine")
+
+
 def _want_switch(value: Any, place: _Place) -> bool:
     if str(value).lower() in _SWITCH:
         return _SWITCH[str(value).lower()]
@@ -1750,6 +1774,7 @@ _SETTINGS = (
     _Setting("no_auth", "no_auth", (), _want_flag),
     _Setting("demo", "demo", (), _want_flag),
     _Setting("secret_commands", "", ("AICAROUSEL_SECRET_COMMANDS",), _want_switch),
+    _Setting("github", "", ("GITHUB_COPILOT_HOST",), _want_github),
 )
 
 
@@ -1858,9 +1883,17 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     for holder in holders:
         proxies.append(holder.proxy or "")
         headers += holder.headers
-    load.secrets |= {_split_url(proxy, user=True).password for proxy in proxies}
-    load.secrets |= {value for name, value in headers if re.search("key|token|secret|auth|cookie|password", name, re.IGNORECASE)}
+    for proxy in proxies:
+        url = _split_url(proxy, user=True)
+        load.secrets |= {url.password, base64.b64encode(f"{url.user}:{url.password}".encode()).decode()} if url.password else set()
+    load.secrets |= {value for name, value in headers if _SECRET_NAME.search(name) or _OPAQUE.fullmatch(value)}
+    load.secrets |= {value for name, value in load.dotenv.items() if _SECRET_NAME.search(name) and len(value) >= _OPAQUE_MIN}
     load.secrets.discard("")
+
+
+_SECRET_NAME = re.compile("key|token|secret|auth|cookie|password|passwd", re.IGNORECASE)
+_OPAQUE_MIN = 8
+_OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
 # Edits.
@@ -3725,6 +3758,7 @@ _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter 
 #: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
     "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
     "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
 
 #: A route, and when what keeps it out ends.
@@ -4159,7 +4193,8 @@ def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
     if routes:
         return
     unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
-    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.skipped = [(route, why if unfit.get(route.id, "failed") == "failed" else unfit[route.id]) for route, why in skipped]      # since it failed it cools: that tells more
+    found.skipped += [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
     found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
     found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
 
@@ -6049,7 +6084,7 @@ def _freeform_function(tool: Json) -> Json:
     lines = [tool.get("description", ""), 'The whole text goes in "input".']
     if tool.get("grammar"):
         lines += [f"It must match this {tool['grammar'].get('syntax', '')} grammar:", tool["grammar"].get("definition", "")]
-    return {"name": tool["name"], "description": "\n".join(filter(None, lines)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
+    return {"name": tool["name"], "description": "\n".join(line for line in lines if line and isinstance(line, str)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
             **({"namespace": tool["namespace"]} if tool.get("namespace") else {})}
 
 
@@ -6063,7 +6098,8 @@ def _web_search(tool: Json, profile: Profile) -> Json | None:
         filters = {"filters": {"allowed_domains": raw["allowed_domains"]}} if raw.get("allowed_domains") else {}
         return {**tool, "family": "openai", "raw": {"type": "web_search", **filters, **place}}
     if profile.format == "messages":
-        domains = (raw.get("filters") or {}).get("allowed_domains")
+        filters = raw.get("filters")
+        domains = filters.get("allowed_domains") if isinstance(filters, dict) else None
         return {**tool, "name": "web_search", "family": "anthropic",
                 "raw": {"type": "web_search_20250305", "name": "web_search", **({"allowed_domains": domains} if domains else {}), **place}}
     return None
@@ -6442,10 +6478,10 @@ def _fit_meta(ready: Json, profile: Profile) -> None:
     key = meta.get("cache_key") or (session if profile.family == "openai" else None)
     meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
     if not same:
-        meta["tier"] = _CLAUDE_TIERS.get(meta.get("tier") or "") if profile.format == "messages" else None
+        meta["tier"] = _CLAUDE_TIERS.get(str(meta.get("tier"))) if profile.format == "messages" else None
         meta.pop("speed", None)
         meta.pop("metadata", None)
-    elif profile.format != "messages" and (not profile.vendor or meta.get("tier") not in _OPENAI_TIERS):
+    elif profile.format != "messages" and (not profile.vendor or str(meta.get("tier")) not in _OPENAI_TIERS):
         meta["tier"] = None
     if profile.format == "messages":
         drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
@@ -6800,7 +6836,8 @@ def error_kind(status: int, code: Any = None, message: str = "") -> str:
 
 
 def read_error(error: Any, status: int = 502) -> Json:
-    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text."""
+    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
+    found = error
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6817,7 +6854,7 @@ def read_error(error: Any, status: int = 502) -> Json:
     message = _error_message(error)
     row = ERROR_ROWS[error_kind(status, kind_word, message)]
     told = 400 <= status < 600 and status != 502
-    return error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type)
+    return {**error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type), "found": found}
 
 
 def _error_message(error: Json) -> str:
@@ -8058,6 +8095,8 @@ def _read_chat_choice(value: Any) -> Json | None:
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
+    if not isinstance(kind, str):
+        return None
     if kind == "allowed_tools":
         allowed = _chat_inner(value, "allowed_tools")
         names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
@@ -8632,9 +8671,9 @@ def _read_chat_error(found: Json) -> Json:
     """The error delta for what find_chat_error found."""
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
-        return read_error({"message": status.get("status_msg"), "code": status.get("status_code")})
+        return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
     inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
-    return read_error({"error": inside} if inside else found)
+    return {**read_error({"error": inside} if inside else found), "found": found}
 
 
 def chat_read_answer(body: Any, source: Source) -> list[Json]:
@@ -12014,6 +12053,7 @@ class Translation:
             else:
                 n_tries -= n_tries > 0
                 end = position + len(next(frames)) if frames else block.find(b"\n\n", position) + 2
+                end = end if end > position else len(block)         # a third line end behind a blank line
                 self._take_frame(block[position:end])
             position = end
             if self._reader.done:
@@ -12060,7 +12100,7 @@ class Translation:
         """What one delta tells of the answer."""
         kind = delta["delta"]
         if kind == "error":
-            self.error = {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
+            self.error = error_of(delta)
             return
         if kind in ("text", "think", "args", "refuse"):
             self.n_content_bytes += len(delta["text"])
@@ -12090,6 +12130,11 @@ class Translation:
             out += self._writer.close()
             self.done = True
         return b"".join(out)
+
+
+def error_of(delta: Json) -> Any:
+    """What an error delta stands for, as it is judged: in the provider's own words where it has any, so that they mean the same as in a passage."""
+    return delta.get("found") or {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
 
 
 #: How often a block is searched for a run of alike events in vain: each search reads all of the block.
@@ -12583,6 +12628,8 @@ def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
 def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     """What h11 and this section's own rules make of a head."""
     check_lines(head, MAX_CLIENT_HEADERS)
+    if b"\r\n " in head or b"\r\n\t" in head:
+        raise BadHttp("a folded line in the head")              # RFC 9112 5.2 lets us, and two readers could disagree
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         connection.receive_data(head)
@@ -12773,6 +12820,8 @@ class BodyReader:
                 if len(self.rest) + self._trailer_bytes > MAX_HEAD_BYTES or b"\n" in self.rest:
                     raise BadHttp("bad trailers")
                 return
+            if b"\n" in self.rest[:end] or b"\r" in self.rest[:end]:
+                raise BadHttp("a lone CR or LF in the trailers")
             self._trailer_bytes += end + 2
             self.done = end == 0
             self.rest = self.rest[end + 2:]
@@ -14036,6 +14085,59 @@ class Answer:
         self._transport.take_back(self._line, reusable)
 
 
+class Fault(NamedTuple):
+    """What one attempt is to suffer by the client's own wish."""
+    kind: str               #: status, empty, drop, slow
+    amount: float = 0.0     #: the status; bytes of the body that come; seconds before anything comes
+
+
+_FAULT = re.compile(r"(?P<status>[45][0-9]{2})|(?P<empty>empty)|drop@(?P<drop>[0-9]{1,9})B|slow=(?P<slow>[0-9]{1,4}(?:\.[0-9]{1,3})?)")
+
+
+def read_faults(text: str) -> tuple[Fault, ...]:
+    """The faults of a comma list such as 429,500,drop@200B,empty,slow=20, one for each attempt in turn. Raises GatewayError 400."""
+    found = [_FAULT.fullmatch(word.strip()) for word in text.split(",")]
+    if None in found or len(found) > 50:
+        raise bad_request("x-aicarousel-mock takes a comma list of 400 to 599, empty, drop@<bytes>B and slow=<seconds>, one for each attempt.", code="bad_header")
+    return tuple(Fault(match.lastgroup or "", float(match[match.lastgroup or 0]) if match.lastgroup != "empty" else 0.0) for match in found if match is not None)
+
+
+class FaultyAnswer:
+    """An Answer whose body ends after so many bytes, by a cut; without a real one behind it, one that is made up."""
+
+    read_all, read_start = Answer.read_all, Answer.read_start
+
+    def __init__(self, transport: Transport, n_bytes: int, real: Answer | None = None, status: int = 200, body: bytes = b"") -> None:
+        self._transport, self._real, self._n_left, self._pending = transport, real, n_bytes, body
+        self.status, self.headers = (real.status, real.headers) if real else (status, [])
+        self._reusable = False
+
+    header = Answer.header
+
+    def watch(self, phase: str, within_s: float) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.watch(phase, within_s)
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end. Raises UpstreamFailure where it is to be cut."""
+        piece, self._pending = await self._real.read() if self._real else self._pending, b""
+        if piece and not self._n_left:
+            raise transport_failure("cut", "body", "cut by x-aicarousel-mock")
+        piece = piece[:self._n_left]
+        self._n_left -= len(piece)
+        return piece
+
+    def release(self) -> None:
+        """Close the real one, which may not have been read to its end."""
+        self.abort()
+
+    def abort(self) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.abort()
+
+
 def _make_inflater(coding: str, max_bytes: int) -> Callable[[bytes], bytes] | None:
     """A function that inflates piece by piece, None for plain bodies; its output is capped, and b"" checks the end."""
     coding = coding.strip().lower()
@@ -14086,6 +14188,18 @@ class Transport:
                 if failure.phase != "stale":
                     raise
         return await self._ask(await self._connect(origin, timeouts.connect_s), message, timeouts)
+
+    async def request_with(self, fault: Fault, origin: Origin, message: bytes, timeouts: Timeouts) -> Answer | FaultyAnswer:
+        """As request(), with a fault in it. Statuses and empty answers are made up: nobody is asked."""
+        if fault.kind == "slow":
+            await self._world.sleep(min(fault.amount, timeouts.first_byte_s))
+            if fault.amount >= timeouts.first_byte_s:
+                raise transport_failure("timeout", "head", "nothing came in time (head)")
+            return await self.request(origin, message, timeouts)
+        if fault.kind == "drop":
+            return FaultyAnswer(self, int(fault.amount), await self.request(origin, message, timeouts))
+        body = b'{"error":{"message":"Made up by x-aicarousel-mock."}}' if fault.kind == "status" else b""
+        return FaultyAnswer(self, len(body), None, int(fault.amount) or 200, body)
 
     def take_back(self, line: _Line, reusable: bool) -> None:
         """A connection whose answer has ended: keep it for the next request to its origin, or close it."""
@@ -14240,8 +14354,13 @@ class Transport:
 
 MAX_TARGET_BYTES = 8 * 1024
 _LINGER_S = 1.0
+_SURPLUS = 16               #: connections over the cap that are still told so
+_ACCEPT_AT_ONCE = 16
+_ACCEPT_PAUSE_S = 1.0
+_COMPLAIN_EVERY_S = 5.0
 _READ_BYTES_CLIENT = 64 * 1024
 _TARGET = re.compile(r"[!\"$-~]+")        # printable ASCII without # (and no space)
+_FIRST_LINE = re.compile(rb"([A-Z]{1,10}) (/[!->@-~]{0,1000})")
 
 
 @dataclass(slots=True)
@@ -14281,7 +14400,7 @@ class Application(Protocol):
     def bounds(self) -> Bounds: ...
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]: ...
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]: ...
 
 
 class _ClientInbox(asyncio.StreamReader):
@@ -14385,10 +14504,12 @@ class Exchange:
 class _Link:
     """One connection of a client, for its whole life."""
 
-    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
+    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "surplus", "_request", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
 
-    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter, surplus: bool) -> None:
         self.server, self.inbox, self.writer = server, inbox, writer
+        self.surplus = surplus          # over the cap: here only to be told so
+        self._request: Request | None = None
         self.alarm = Alarm(self._ring)
         self._write_alarm = Alarm(self.close)
         self.task: asyncio.Task[None] | None = None
@@ -14400,6 +14521,11 @@ class _Link:
 
     def write(self, data: bytes) -> None:
         self.writer.write(data)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has come of a next request."""
+        return self.exchange is None and not self._buffer and not self.writer.transport.is_closing()
 
     def close(self) -> None:
         """End the connection at once."""
@@ -14433,29 +14559,34 @@ class _Link:
     async def _serve_one(self) -> bool:
         """Read and answer one request; whether the connection goes on."""
         request: Request | None = None
+        head: bytes | None = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
-            request = self._read_request(head)
+            request = self._request = self._read_request(head)
             framing = request_framing(request.version, request.headers)
             self.exchange = Exchange(self, request, _keeps_alive(request))
+            if self.surplus:
+                self.exchange.keep_alive = False
+                raise GatewayError(f"The gateway has {self.server.max_connections} connections open and takes no more.", 503, "too_many_connections", retry_after_s=1.0)
             handler = self.server.application.admit(request)
             max_bytes = self.server.application.bounds.body_bytes
             if framing.kind == "length" and framing.n_bytes > max_bytes:
                 raise too_large(f"the body is larger than {max_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
-            self._refuse(request, bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
+            self._refuse(request or _glimpse(head or self._buffer), bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
             return False
         except GatewayError as error:
-            unread = request is None or _has_body(request)      # what follows is a body nobody will read
+            assert request is not None
+            unread = _has_body(request)                         # what follows is a body nobody will read
             self._refuse(request, error, close=unread)
-            exchange, self.exchange = self.exchange, None
+            exchange, self.exchange, self._request = self.exchange, None, None
             return not unread and exchange is not None and exchange.keep_alive
         self.alarm.rest()
         await handler(request, self.exchange)
-        exchange, self.exchange = self.exchange, None
+        exchange, self.exchange, self._request = self.exchange, None, None
         self.inbox.on_gone = None
         await self.flush()
         return exchange.keep_alive and exchange.finished and self.server.open
@@ -14522,20 +14653,27 @@ class _Link:
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _refuse(self, request: Request | None, error: GatewayError, *, close: bool) -> None:
+    def _refuse(self, request: Request, error: GatewayError, *, close: bool) -> None:
         """Answer an error that was found before a handler ran."""
-        exchange = self.exchange or Exchange(self, request or Request("GET", "/", "", {}), False)
+        exchange = self.exchange or Exchange(self, request, False)
         if close:
             exchange.keep_alive = False
         headers, body = self.server.application.explain(request, error)
         exchange.respond(error.status, headers, body)
         self._answered = close
 
+    def dismiss(self) -> None:
+        """A drain ends what the client is still sending, or a handler that did not say so itself."""
+        if self.exchange is None or self._request is None or self.exchange.head_sent or not self.exchange.interrupted:
+            return self.close()
+        self._refuse(self._request, GatewayError(f"The request was not finished: {self.exchange.interrupted}.", 503, "shutting_down"), close=True)
+        self.writer.close()
+
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
             if not self._answered and (self.exchange is None or not self.exchange.head_sent):
-                self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
+                self._refuse(self._request or _glimpse(self._buffer), GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
 
     async def _linger(self) -> None:
@@ -14564,10 +14702,16 @@ class _Link:
     def _ring(self) -> None:
         """The client was too slow with its request, or has been idle for long enough."""
         if (self._buffer or self.exchange is not None) and not self._answered:
-            self._refuse(None, GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
+            self._refuse(self._request or _glimpse(self._buffer), GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
             self.writer.close()
         else:
             self.close()
+
+
+def _glimpse(buffer: bytes) -> Request:
+    """As much of a request as its first line tells, so that an error speaks the client's format."""
+    line = _FIRST_LINE.match(buffer)
+    return Request(line[1].decode("ascii"), line[2].decode("ascii"), "", {}) if line else Request("GET", "/", "", {})
 
 
 def _keeps_alive(request: Request) -> bool:
@@ -14582,28 +14726,67 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World) -> None:
+    def __init__(self, application: Application, world: World, *, n_fitting: int = 1_000_000) -> None:
+        """n_fitting: connections that descriptors suffice for."""
         self.application = application
         self.clock = world.clock
+        self._n_fitting = n_fitting
         self.open = True
+        self._context: ssl.SSLContext | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._complain_at = float("-inf")
         self._utc = world.utc
         self._date = (0, "")
-        self._links: set[_Link] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._links: dict[_Link, None] = {}         #: the oldest first
+        self._listeners: list[socket.socket] = []
         self._done = asyncio.Event()
+
+    @property
+    def max_connections(self) -> int:
+        """How many clients may be connected."""
+        return min(self.application.bounds.connections, self._n_fitting)
 
     async def listen(self, sockets: Sequence[socket.socket], context: ssl.SSLContext | None = None) -> None:
         """Accept connections on bound sockets; TLS when a context is given."""
-        loop = asyncio.get_running_loop()
-
-        def accept() -> asyncio.StreamReaderProtocol:
-            inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
-            protocol = _ClientProtocol(inbox, self._begin, loop=loop)
-            protocol.inbox = inbox
-            return protocol
-
+        self._context = context
         for listening in sockets:
-            self._listeners.append(await loop.create_server(accept, sock=listening, ssl=context, backlog=1024))
+            listening.listen(1024)
+            self._listeners.append(listening)
+            self._accept_from(listening)
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        if self.open:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take the connections that wait; where the system has no descriptor for one more, leave them waiting for a moment.
+        asyncio's own loop would complain a thousand times a second then."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPT_AT_ONCE):
+            try:
+                peer, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                loop.remove_reader(listening)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listening)
+                if self.clock() >= self._complain_at:
+                    self._complain_at = self.clock() + _COMPLAIN_EVERY_S
+                    logging.getLogger("aicarousel.server").error("accept.failed why=%s connections=%d", error.strerror, len(self._links))
+                return
+            peer.setblocking(False)
+            task = loop.create_task(self._welcome(peer))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    async def _welcome(self, peer: socket.socket) -> None:
+        """Give an accepted connection its transport; a TLS handshake that fails or takes too long is the end of it."""
+        loop = asyncio.get_running_loop()
+        inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
+        protocol = _ClientProtocol(inbox, self._begin, loop=loop)
+        protocol.inbox = inbox
+        with contextlib.suppress(OSError):
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -14619,8 +14802,10 @@ class Server:
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let answers under way finish, interrupt what is left after `within_s` seconds, close everything."""
         self.open = False
-        for listener in self._listeners:
-            listener.close()
+        for listening in self._listeners:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        self._listeners.clear()
         for link in list(self._links):
             if link.exchange is None:
                 link.writer.close()             # what is still on its way to a slow reader gets there
@@ -14633,6 +14818,10 @@ class Server:
         for link in list(self._links):
             link.close()
 
+    def hasten(self) -> None:
+        """Interrupt at once what a drain still waits for."""
+        self._done.set()
+
     async def _wait_for_links(self, within_s: float) -> None:
         if self._links:
             self._done.clear()
@@ -14644,25 +14833,29 @@ class Server:
     async def _begin(self, inbox: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
-        if len(self._links) >= self.application.bounds.connections or not self.open:
+        n_over = len(self._links) - self.max_connections
+        if n_over >= _SURPLUS or not self.open:
             writer.transport.abort()
             return
-        link = _Link(self, inbox, writer)
+        idle = next((link for link in self._links if link.idle), None) if n_over >= 0 else None
+        if idle is not None:
+            idle.close()                # who says nothing makes room for who may
+        link = _Link(self, inbox, writer, n_over >= 0 and idle is None)
         link.task = asyncio.current_task()
-        self._links.add(link)
+        self._links[link] = None
         peer_socket = writer.get_extra_info("socket")
         if peer_socket is not None and peer_socket.family in (socket.AF_INET, socket.AF_INET6):
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             await link.serve()
         except asyncio.CancelledError:
-            link.close()
+            link.dismiss()
         except Exception:
             logging.getLogger("aicarousel.server").exception("connection.failed")
             await link.apologise()
         finally:
             link.end()
-            self._links.discard(link)
+            del self._links[link]
             if not self._links:
                 self._done.set()
 
@@ -14682,6 +14875,7 @@ _AFTER_END_S = 0.25             #: how long to wait for the end of the body once
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_S = 5.0
 _RETRY_PAUSE_S = 0.2
+_SWEEP_S = 1.0                  #: how often requests whose time is over are looked for
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
@@ -14712,6 +14906,16 @@ def _is_relayed(name: str) -> bool:
 EVENT_STREAM_HEADERS: Headers = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
 
 
+class Tokens(Protocol):
+    """Who exchanges logins for tokens of the hour."""
+
+    async def sign(self, route: Route, client: ClientFormat) -> Route:
+        """`route` as it is asked now: with its token, its address, and a format that its model speaks, the client's own if it does. Raises UpstreamFailure."""
+
+    def forget(self, route: Route) -> None:
+        """The token of a route's login is not accepted any more."""
+
+
 @dataclass(slots=True)
 class Job:
     """One request as the relay needs it. `raw` is the client's body, `body` the same parsed and checked."""
@@ -14733,6 +14937,8 @@ class Job:
     wish: Wish | None = None        #: what it said of its routing
     session: str = ""               #: its x-session-id header
     hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
+    limit_s: float = float("inf")   #: the longest it may take by its client's wish, over all routes
+    faults: tuple[Fault, ...] = ()  #: what its first attempts are to suffer, one each, by its client's wish
 
 
 @dataclass(slots=True)
@@ -14795,14 +15001,17 @@ class Relay:
         self.settle = settle
         self.keep = keep                #: kind, key and JSON value of something that was learned
         self.state = RoutingState()
+        self.tokens: Tokens | None = None
         self.config: Config
         self.catalogue: Catalogue
         self.memo = Memo()
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
-        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
+        self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
+        self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
+        self._sweeper: Alarm | None = None                   # rings every second while there are any
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
         self._allowed: dict[tuple[str, ...], Catalogue] = {}
@@ -14864,6 +15073,21 @@ class Relay:
             routes = [route for route in routes if route.id not in others]
         return routes
 
+    def begin(self, run: _Run, ends_at: float) -> None:
+        """A request is under way: one timer for all of them, as one for each would cost a hundredth of a request."""
+        self.running[run] = ends_at
+        if self._sweeper is None:
+            self._sweeper = Alarm(self._sweep)
+        if self._sweeper.due_at == float("inf"):
+            self._sweeper.set(_SWEEP_S)
+
+    def _sweep(self) -> None:
+        now = self.world.clock()
+        for run in [run for run, ends_at in self.running.items() if ends_at <= now]:
+            run.be_late()
+        if self.running and self._sweeper is not None:
+            self._sweeper.set(_SWEEP_S)
+
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
         now = self.world.clock()
@@ -14888,11 +15112,7 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        run = self.running[job.id] = _Run(self, job, sink)
-        try:
-            await run.go()
-        finally:
-            del self.running[job.id]
+        await _Run(self, job, sink).go()
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
@@ -14926,8 +15146,8 @@ class Relay:
         finally:
             answer.release()
 
-    def message(self, route: Route, job: Job, body: bytes, path: str) -> tuple[Origin, bytes]:
-        """Where a request goes and its bytes, head and body; `path` stands behind the base URL. The head's fixed part is written once per route and path."""
+    def message(self, route: Route, job: Job, body: bytes, path: str, own: str = "") -> tuple[Origin, bytes]:
+        """Where a request goes and its bytes, head and body; `path` stands behind the base URL. The head's fixed part is written once per route and path; `own`: further lines."""
         known = self._targets.get((route.id, path))
         if known is not None and known[0] is route.provider:
             target = known[1]
@@ -14936,7 +15156,7 @@ class Relay:
             if len(self._targets) >= _MAX_TARGETS:
                 self._targets.clear()
             self._targets[route.id, path] = route.provider, target
-        own = f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
+        own += f"Idempotency-Key: {job.idempotency_key}\r\n" if job.idempotency_key else ""
         if route.provider.format == "messages":
             own += f"anthropic-version: {job.version or '2023-06-01'}\r\n" + (f"anthropic-beta: {job.betas}\r\n" if job.betas else "")
         accept = "text/event-stream" if job.stream else "application/json"
@@ -15028,7 +15248,8 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
+                 "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -15068,26 +15289,45 @@ class _Run:
         self._passing = True
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
+        self._task: asyncio.Task[Any] | None = None
+        self._is_late = False                   # the time of the whole request is over
+        self._is_retrying = False               # this attempt counts against the retry budget
+        self._fault: Fault | None = None        # what this attempt suffers by the client's wish
 
     async def go(self) -> None:
-        """Serve, and settle whatever happens."""
+        """Serve, within the time of the request, and settle whatever happens."""
+        relay, job, self._task = self._relay, self._job, asyncio.current_task()
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
+        limit_s = min(job.limit_s, self._config.carousel.limits.request_total_s)
+        relay.begin(self, job.received_at + limit_s)
+        own = None
+        if limit_s == job.limit_s:              # its client may mean less than a second
+            own = Alarm(self.be_late)
+            own.set(max(job.received_at + limit_s - relay.world.clock(), 0.0))
         try:
             await self._serve()
         except GatewayError as error:
             self._refuse(error)
         except asyncio.CancelledError:
             reason = self._sink.interrupted
-            if not reason:
+            if not self._is_late and not reason:
                 self._note_leaving()
                 raise
-            asyncio.current_task().uncancel()       # type: ignore[union-attr]
-            self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
+            self._task.uncancel()               # type: ignore[union-attr]
+            if self._is_late and self._outcome != "ok":
+                self._refuse(GatewayError(f"The request was given up after {limit_s:g} s, the time it had.", 504, "timeout", "server_error",
+                                          attempts=[attempt.public() for attempt in self._attempts]))
+            elif not self._is_late:
+                self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
         except ConnectionError:
             self._note_leaving()
             raise
         finally:
+            del relay.running[self]
+            self._task = None
+            if own is not None:
+                own.stop()
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
@@ -15099,6 +15339,12 @@ class _Run:
         return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
                 "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
                 "state": "answering" if self._committed else "asking" if asking else "in line"}
+
+    def be_late(self) -> None:
+        """The time of the request is over: whatever it is at, connecting, waiting, asking or streaming, ends now."""
+        if not self._is_late and self._task is not None:
+            self._is_late = True
+            self._task.cancel()
 
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
@@ -15125,20 +15371,21 @@ class _Run:
         if job.client == "embeddings":
             self._choice = same_model(self._choice)
         self._facts = self._read_facts()
-        self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
+        self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs) if self._attempts else ""         # the route that leads a plan fits
+            why = (misfit(route, self._needs) if self._attempts else "") or self._hold_back(route, waiting)     # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
             failure = await self._try(route)
             if failure is None or self._committed:
                 return
-            self._failures.append(failure)
+            if not self._repaired or failure.reason != "auth_refreshable":      # a token that had run out says nothing of the login
+                self._failures.append(failure)
             rule = FAILURE_RULES[failure.kind]
             if self._repaired:
                 waiting.appendleft(route)
@@ -15166,6 +15413,30 @@ class _Run:
         """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
         return wish is not None and not wish.allow_fallbacks and not wish.order
+
+    def _hold_back(self, route: Route, waiting: deque[Route]) -> str:
+        """Why a further attempt is left out, "" where it may go out now.
+
+        A route that nothing is held against is asked by any number at once: when a provider dies, all that it was serving go on to the next. What the
+        budget bounds is further tries of routes known to fail: they help one request in a while, and add up when all fail. A first attempt is free.
+        """
+        relay, limits = self._relay, self._config.carousel.limits
+        state, now = relay.state, relay.world.clock()
+        if not self._failures or not state.cooling or (cooldown := hindrance(state, route, now)) is None:
+            return ""
+        if cooldown.proven and cooldown.until_at > now or any(hindrance(state, other, now) is None for other in waiting):
+            return "out_by_now"
+        if relay.n_retrying >= max(limits.retry_budget_least, limits.retry_budget * len(relay.running)):
+            return "retry_budget"
+        relay.n_retrying += 1
+        self._is_retrying = True
+        return ""
+
+    def _end_retrying(self) -> None:
+        """This attempt has served or failed: another may count against the budget."""
+        if self._is_retrying:
+            self._is_retrying = False
+            self._relay.n_retrying -= 1
 
     def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
         """What a route that was passed over would have failed by."""
@@ -15318,15 +15589,20 @@ class _Run:
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
         self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
-        answer: Answer | None = None
+        answer: Answer | FaultyAnswer | None = None
         body, self._repaired = b"", False
+        self._fault = self._job.faults[self._n_asked] if self._n_asked < len(self._job.faults) else None
         try:
-            body = self._request_body(route)
+            target = await self._sign(route) if route.provider.preset.login else route
+            body = self._request_body(target)
             attempt.changed = self._dropped
-            origin, message = relay.message(route, self._job, body, self._wire.path)
+            origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
-            answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            if self._fault is None:
+                answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            else:
+                answer = await relay.transport.request_with(self._fault, origin, message, route.provider.timeouts)
             attempt.status = answer.status
             feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
             if answer.status != 200:
@@ -15336,9 +15612,11 @@ class _Run:
         except UpstreamFailure as failure:
             if answer is not None:
                 answer.abort()
+            self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
-            self._learn(route, failure, body)
+            if self._fault is None:
+                self._learn(route, failure, body)
             return failure
         except BaseException:
             if answer is not None:
@@ -15346,12 +15624,38 @@ class _Run:
             end_probe(state, route)
             self._settle_hold()
             attempt.ms = self._ms_since(attempt.started_at)
-            attempt.reason = "" if self._outcome == "ok" else "client_closed"
+            attempt.reason = "" if self._outcome == "ok" else "deadline" if self._is_late else "client_closed"
             raise
         self._settle_hold()
         attempt.ms = self._ms_since(attempt.started_at)
         self._outcome, self._status = "ok", 200
         return None
+
+    async def _sign(self, route: Route) -> Route:
+        """What a route behind a login is asked as. Raises UpstreamFailure, also where its account's own limits are too small."""
+        if self._relay.tokens is None:
+            return route
+        target = await self._relay.tokens.sign(route, self._job.client)
+        why = misfit(target, self._needs)
+        if why:
+            raise self._misfit_failure(target, why)
+        return target
+
+    def _renew(self, route: Route, failure: UpstreamFailure) -> bool:
+        """Whether a token was refused that a new one may mend: once for each route."""
+        if failure.reason != "auth_refreshable" or self._relay.tokens is None or any(attempt.route is route and attempt.reason == failure.reason for attempt in self._attempts):
+            return False
+        self._relay.tokens.forget(route)
+        return True
+
+    def _turn_headers(self) -> str:
+        """Copilot's headers on a turn: who began it, and whether an image is in it."""
+        turns: list[Json] = []
+        with contextlib.suppress(UpstreamFailure, GatewayError):        # what has no hub form goes as it is
+            turns = self._needs.hub()["turns"] if self._job.client != "embeddings" else []
+        by_agent = bool(turns) and (turns[-1]["role"] != "user" or any(part["type"] == "result" for part in turns[-1]["parts"]))
+        sees = any(shows_image({"turns": [turn]}) for turn in turns)
+        return f"X-Initiator: {'agent' if by_agent else 'user'}\r\n" + ("Copilot-Vision-Request: true\r\n" if sees else "")
 
     def _discard(self, attempt: Attempt) -> None:
         """Before commit a failed attempt leaves nothing to the next one but what its provider has counted."""
@@ -15364,8 +15668,10 @@ class _Run:
         """Count what the attempt really used; nothing where it never arrived or was refused for its limits."""
         relay, hold = self._relay, self._hold
         assert hold is not None
+        self._end_retrying()
         now, usage = relay.world.clock(), self._usage
-        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect"):
+        made_up = self._fault is not None and self._fault.kind in ("status", "empty")
+        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect" or made_up):
             release(relay.state.ledger, hold, now)
         elif usage is not None and (failure is None or self._committed):
             settle(relay.state.ledger, hold, usage.input, usage.output, now)
@@ -15451,7 +15757,8 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
+        if self._fault is None:
+            learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -15460,7 +15767,11 @@ class _Run:
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
         lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
-        cooldown = None if lacks_endpoint else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
+        cooldown = None
+        if lacks_endpoint or self._fault is not None:
+            end_probe(relay.state, route)
+        elif not self._repaired:
+            cooldown = cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
             relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
@@ -15504,8 +15815,7 @@ class _Run:
     def _translate_whole(self, deltas: list[Json], route: Route) -> Json:
         """A whole answer in the client's format. Raises UpstreamFailure when its deltas end in an error."""
         if deltas and deltas[-1]["delta"] == "error":
-            last = deltas[-1]
-            raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
+            raise self._in_answer(route, error_of(deltas[-1]))
         made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens)
         remember(self._relay.memo, fold_deltas(whole))
         return made
@@ -15614,6 +15924,7 @@ class _Run:
     def _commit(self, route: Route) -> None:
         """From here on there is no other route; and this one works, whatever was held against it."""
         relay, self._committed = self._relay, True
+        self._end_retrying()
         clear(relay.state, route)
         note_served(relay.state, route, self._facts, (relay.world.clock() - self._sent_at) * 1000.0, relay.world.clock())
         self._first_ms = self._ms_since(self._job.received_at)
@@ -15717,8 +16028,13 @@ def error_headers(error: GatewayError) -> Headers:
 
 
 def log_text(text: str) -> str:
-    """`text` as it may stand in a log line: one line, no control characters, not endless."""
-    return printable(text[:300]) or "-"
+    """`text` as it may stand in a log line: one line, no control characters, nothing like a secret, not endless."""
+    return _known_log_text(text[:300])
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_log_text(text: str) -> str:
+    return redact(printable(text)) or "-"
 
 
 ##############################################################################
@@ -16452,6 +16768,11 @@ class Gateway:
             request.key = self._authenticate_admin(request)
         elif endpoint.needs_key:
             request.key = self._authenticate(request)
+        if "x-aicarousel-mock" in request.headers and endpoint.needs_key:
+            self._authenticate_admin(request)
+            read_faults(request.headers["x-aicarousel-mock"])
+        if "x-aicarousel-timeout" in request.headers:
+            _read_limit_s(request.headers)
         return getattr(self, handler)
 
     def _check_host(self, request: Request) -> None:
@@ -16473,6 +16794,8 @@ class Gateway:
         """Refuse pages of other origins unless --cors-origin lists them."""
         origin = request.headers.get("origin")
         if origin is None:
+            if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") and request.headers.get("sec-fetch-mode") != "navigate":
+                raise forbidden("Pages of other origins may not call this server.")     # an image, a script: a browser names no origin for these
             return
         own = f"{'https' if request.secure else 'http'}://{request.headers.get('host', '')}"
         allowed = self.config.settings.cors_origins
@@ -16520,10 +16843,10 @@ class Gateway:
             raise unauthorized(EXPIRED_KEY)
         return key
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
-        speaks_messages = request is not None and ("/messages" in request.path or request.path.startswith(_MIRROR))
+        speaks_messages = "/messages" in request.path or request.path.startswith(_MIRROR)
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
     # Handlers.
@@ -16604,6 +16927,7 @@ class Gateway:
         row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
+            error.redact(self.config.secrets)
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
             return exchange.respond(404, _JSON, dump_json(body))
         exchange.respond(200, _JSON, dump_json(as_messages_model(row) if _wants_anthropic(request) else row))
@@ -16671,7 +16995,7 @@ class Gateway:
             file_trouble = error.where == str(self.usage.path)
             headers, body = self.explain(request, no_route("The usage table cannot be read.") if file_trouble else bad_request(str(error)))
             return exchange.respond(503 if file_trouble else 400, headers, body)
-        exchange.respond(200, _JSON, dump_json(stats))
+        exchange.respond(200, _JSON, redact(dump_json(stats).decode("ascii"), self.config.secrets).encode("ascii"))      # a client may name any model
 
     async def admin_explain(self, request: Request, exchange: Exchange) -> None:
         """GET /admin/explain?id=...: why a request of late went where it went; without an id the one that ended last."""
@@ -16710,7 +17034,7 @@ class Gateway:
         last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
                  "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
                 for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
-        live = [run.describe(now) for run in self.relay.running.values()]
+        live = [run.describe(now) for run in self.relay.running]
         self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
 
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
@@ -16771,6 +17095,7 @@ class Gateway:
         try:
             body = check_chat_request({"messages": parse_body(request.body), "stream": True})
         except GatewayError as error:
+            error.redact(self.config.secrets)
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
@@ -16831,7 +17156,7 @@ class Gateway:
             may_fall_back=told.get("x-aicarousel-no-fallback") not in ("1", "true"), idempotency_key=header_value(told.get("idempotency-key", ""))[:200], client=client,
             betas=header_value(told.get("anthropic-beta", ""))[:2000], version=header_value(told.get("anthropic-version", ""))[:40],
             blanks=told.get("x-aicarousel-keep-alive") in ("1", "true"), models=key.limits.models if key and key.limits else (), wish=wish,
-            session=told.get("x-session-id", "")[:512])
+            session=told.get("x-session-id", "")[:512], limit_s=_read_limit_s(told), faults=read_faults(told["x-aicarousel-mock"]) if "x-aicarousel-mock" in told else ())
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
@@ -16960,6 +17285,16 @@ class PlainTextSink:
             await self._exchange.flush()
 
 
+def _read_limit_s(headers: Mapping[str, str]) -> float:
+    """The longest that a request may take by its own wish, over all routes. Raises GatewayError 400."""
+    text = headers.get("x-aicarousel-timeout")
+    if text is None:
+        return float("inf")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) or not 0.0 < float(text) <= 86_400:
+        raise bad_request("x-aicarousel-timeout takes seconds, from 0.001 to 86400.", code="bad_header")
+    return float(text)
+
+
 def _wants_anthropic(request: Request) -> bool:
     """Whether a list of models is wanted in Anthropic's shape."""
     return "anthropic-version" in request.headers or request.path.startswith(_MIRROR)
@@ -16991,6 +17326,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError(f"{text[:20]} is beyond every number")
+    return value
+
+
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> Json:
     """An object, unless a key stands in it twice: two readers could disagree about what it says."""
     made = dict(pairs)
@@ -17009,7 +17351,7 @@ def _is_deeper(value: Any, n_levels: int) -> bool:
 
 
 _MAX_DEPTH = 100
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_twins)
 
 
 class Demo:
@@ -17028,7 +17370,7 @@ class Demo:
             raise GatewayError("The demo provider answers POST /v1/chat/completions.", 404)
         return self._answer
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """Errors as OpenAI has them."""
         return _JSON, dump_json(chat_error(error))
 
@@ -17541,6 +17883,12 @@ async def check_key(transport: Transport, provider: Provider, credential: Creden
         return Verdict("unsure", "the Python package h11 is missing, so it was not checked")
     if "{" in provider.base_url and not provider.preset.check[1].startswith("https:"):
         return Verdict("unsure", provider.why_out)
+    if provider.preset.login:
+        try:
+            await CopilotTokens(real_world(), transport, lambda: settings).login(provider, credential)
+        except UpstreamFailure as failure:
+            return Verdict("bad" if failure.kind == "credential" else "unsure", printable(failure.detail or failure.reason))
+        return Verdict("good", "works")
     try:
         where, method, path, body = _cheap_call(provider)
         status, headers, answer = await ask_provider(transport, where, credential, settings, method, path, body)
@@ -17559,6 +17907,8 @@ async def check_key(transport: Transport, provider: Provider, credential: Creden
 
 async def list_offers(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> list[str]:
     """The models that a provider lists. Raises UpstreamFailure."""
+    if provider.preset.login:
+        return copilot_offers(await CopilotTokens(real_world(), transport, lambda: settings).login(provider, credential))
     status, headers, answer = await ask_provider(transport, provider, credential, settings, "GET", "/models")
     if status != 200:
         raise classify(provider.preset.name, provider.preset.bucket, status, dict(headers), answer, utc=time.time())
@@ -17653,6 +18003,213 @@ def make_entry(home: Home, name: str, given: Json) -> Json:
             raise Refused(f"{name} does not list its models ({printable(str(failure))}); name them: --models LIST") from failure
     default = given.get("default") or (preset.default if preset.default in models else models[0])
     return {**_entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+
+
+# GitHub Copilot.
+#
+# A login (an OAuth token of the device flow, kept as a key) is exchanged for a token of half an hour, which names the address to ask.
+# Source: editors and gateways that do the same, read 2026-08 to 2026-11.  The login presents itself as the editor, which is said before it is made.
+
+COPILOT = "github-copilot"
+_COPILOT_CLIENT = "Iv1.b507a08c87ecfe98"
+_COPILOT_NOTICE = ("This uses your GitHub Copilot subscription in the way an editor does. GitHub may see that as misuse of the account;",
+                   "it is for your own use alone, and what Copilot costs is charged to the account. Ctrl-C ends it here.")
+_RENEW_BEFORE_S = 60.0
+_RENEW_PAUSE_S = 10.0       #: between two tries while the old token still holds
+_MINT_PAUSES_S = (0.3, 0.6, 0.0)
+_USUAL_TOKEN_S = 1500.0
+_POLL_S = 5.0
+#: What a model is asked in where the catalogue does not say.
+_COPILOT_FORMATS = (("claude-*", "messages"), ("gpt-5*", "responses"), ("gpt-6*", "responses"), ("grok-4.*", "responses"), ("mai-*", "responses"), ("oswe*", "responses"), ("*", "chat"))
+_COPILOT_PATHS = {"messages": "/v1/messages", "responses": "/responses", "chat": "/chat/completions"}
+
+
+def _github_urls(host: str) -> tuple[str, str]:
+    """Where a GitHub is logged in at, and its API."""
+    return (host, host) if "://" in host else (f"https://{host}", f"https://api.{host}")
+
+
+def _trusted_api(url: Any, host: str) -> str:
+    """An address for a login's requests, "" for one that is none of GitHub's."""
+    try:
+        scheme, name, _, _ = split_url(url) if isinstance(url, str) and re.fullmatch(r"https?://[\w.:/-]+", url, re.ASCII) else ("", "", 0, "")
+    except ValueError:
+        return ""
+    own = is_loopback(name) if "://" in host else scheme == "https" and (name == "githubcopilot.com" or name.endswith((".githubcopilot.com", f".{host}") if host != "github.com" else ".githubcopilot.com"))
+    return url.rstrip("/") if own else ""
+
+
+@dataclass(slots=True)
+class _Login:
+    """What is known of one login; lives as long as the process."""
+    lock: asyncio.Lock
+    token: str = ""
+    ends_at: float = 0.0
+    next_try_at: float = 0.0
+    api: str = ""
+    models: dict[str, Json] = field(default_factory=dict)      #: by id, as the catalogue has them
+    signed: dict[tuple[str, str], tuple[Provider, Route]] = field(default_factory=dict)
+
+
+class CopilotTokens:
+    """Tokens of all logins, renewed a minute before they end."""
+
+    def __init__(self, world: World, transport: Transport, settings: Callable[[], Settings]) -> None:
+        self._world, self._transport, self._settings = world, transport, settings
+        self._logins: dict[str, _Login] = {}
+
+    async def sign(self, route: Route, client: ClientFormat) -> Route:
+        """`route` with its token, its address, and the format and limits of its model. Raises UpstreamFailure."""
+        login = await self.login(route.provider, route.credential)
+        known = login.signed.get((route.id, client))
+        if known is None or known[0] is not route.provider:
+            if len(login.signed) >= 1024:
+                login.signed.clear()
+            known = login.signed[route.id, client] = route.provider, _signed(route, login, client)
+        return known[1]
+
+    def forget(self, route: Route) -> None:
+        """The token of a route's login is not accepted any more."""
+        self._logins.pop(route.credential.secret, None)
+
+    async def login(self, provider: Provider, credential: Credential) -> _Login:
+        """A login with a token that holds. Raises UpstreamFailure."""
+        if credential.secret not in self._logins and len(self._logins) >= 64:
+            self._logins.clear()
+        login, clock = self._logins.setdefault(credential.secret, _Login(asyncio.Lock())), self._world.clock
+        if login.ends_at - clock() >= _RENEW_BEFORE_S:
+            return login
+        async with login.lock:
+            if login.ends_at - clock() < _RENEW_BEFORE_S and not clock() < login.next_try_at < login.ends_at:
+                login.next_try_at = clock() + _RENEW_PAUSE_S
+                try:
+                    await self._mint(login, provider, credential)
+                except UpstreamFailure as failure:
+                    if clock() >= login.ends_at:
+                        raise
+                    logging.getLogger("aicarousel.accounts").warning("token.kept credential=%s until_s=%.0f reason=%s", credential.id, login.ends_at - clock(), failure.reason)
+        return login
+
+    async def _mint(self, login: _Login, provider: Provider, credential: Credential) -> None:
+        """Exchange a login for a token. Raises UpstreamFailure."""
+        settings = self._settings()
+        github = replace(provider, base_url=_github_urls(settings.github)[1])
+        for pause_s in _MINT_PAUSES_S:
+            try:
+                status, headers, body = await ask_provider(self._transport, github, credential, settings, "GET", "/copilot_internal/v2/token")
+                if status not in (408, 429) and status < 500:
+                    break
+                failure = classify(COPILOT, "account", status, dict(headers), body, utc=self._world.utc())
+            except UpstreamFailure as caught:
+                failure = caught
+            if not pause_s:
+                failure.phase = "connect"
+                raise failure
+            await self._world.sleep(pause_s)
+        if status != 200:
+            raise UpstreamFailure("credential", "auth_invalid", _LOST_LOGIN[status == 403], status, "connect", "credential")
+        try:
+            told = json.loads(body)
+            token, api, ends_utc = told["token"], _trusted_api((told.get("endpoints") or {}).get("api"), settings.github), float(told["expires_at"])
+            if not re.fullmatch(r"[!-~]{1,8000}", token):
+                raise ValueError("token")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise transport_failure("protocol", "connect", "GitHub's answer holds no Copilot token") from error
+        held_s = ends_utc - self._world.utc()
+        usual_s = told.get("refresh_in")
+        if not 0.0 < held_s < 86_400.0:         # one of the two clocks is wrong
+            held_s = _RENEW_BEFORE_S + (usual_s if isinstance(usual_s, (int, float)) and 0 < usual_s < 86_400 else _USUAL_TOKEN_S)
+        login.token, login.ends_at, login.signed = token, self._world.clock() + held_s, {}
+        login.api = provider.base_url if provider.base_url != provider.preset.base_url else api or provider.base_url
+        await self._read_catalogue(login, provider, credential, settings)
+
+    async def _read_catalogue(self, login: _Login, provider: Provider, credential: Credential, settings: Settings) -> None:
+        """What the account's plan offers; what was known stays where that cannot be told."""
+        with contextlib.suppress(UpstreamFailure, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            status, _, body = await ask_provider(self._transport, replace(provider, base_url=login.api), replace(credential, secret=login.token), settings, "GET", "/models")
+            rows = {row["id"]: row for row in json.loads(body)["data"] if isinstance(row.get("capabilities"), dict)}
+            login.models = rows if status == 200 and rows else login.models
+
+
+#: Why there is no token, by whether the account is known and has no right to one.
+_LOST_LOGIN = {False: "GitHub does not accept this login any more: python aicarousel.py login github-copilot",
+               True: "this GitHub account has no Copilot plan, or its organisation does not allow this use (github.com/settings/copilot); for another account: python aicarousel.py login github-copilot"}
+
+
+def _signed(route: Route, login: _Login, client: ClientFormat) -> Route:
+    """`route` as a login's token and its account's catalogue make it."""
+    row = login.models.get(route.model.id, {})
+    capabilities = row.get("capabilities", {})
+    limits, supports = (found if isinstance(found := capabilities.get(name), dict) else {} for name in ("limits", "supports"))
+    spoken = [name for name, path in _COPILOT_PATHS.items() if path in (row.get("supported_endpoints") or ())]
+    usual = next(name for glob, name in _COPILOT_FORMATS if fnmatch.fnmatchcase(route.model.id, glob))
+    wire = client if client in spoken else usual if usual in spoken or not spoken else spoken[0]
+    wire = "chat" if client in ("embeddings", "completions") else wire
+    counts = [count if type(count) is int and count > 0 else None for count in (limits.get("max_prompt_tokens") or limits.get("max_context_window_tokens"), limits.get("max_output_tokens"))]
+    model = replace(route.model, context=counts[0] or route.model.context, max_output=counts[1] or route.model.max_output,
+                    vision=supports["vision"] if isinstance(supports.get("vision"), bool) else route.model.vision,
+                    tools=supports["tool_calls"] if isinstance(supports.get("tool_calls"), bool) else route.model.tools)
+    provider = replace(route.provider, base_url=login.api + ("/v1" if wire == "messages" else ""), format=wire)
+    return replace(route, provider=provider, credential=replace(route.credential, secret=login.token), model=model)
+
+
+def copilot_offers(login: _Login) -> list[str]:
+    """The models that an account may chat with."""
+    rows = [row for row in login.models.values() if row["capabilities"].get("type") in (None, "chat")]
+    state = {row["id"]: (row.get("policy") or {}).get("state") for row in rows}
+    picked = [row["id"] for row in rows if row.get("model_picker_enabled") is not False and state[row["id"]] != "disabled"]
+    return picked or [name for name, word in state.items() if word == "enabled"]
+
+
+async def copilot_login(world: World, transport: Transport, provider: Provider, settings: Settings, tell: Callable[[str, str], None]) -> str:
+    """A new login by the device flow. tell: shows the address to open and the code to enter there. Raises Refused and UpstreamFailure."""
+    host, _ = _github_urls(settings.github)
+    github, nobody = replace(provider, base_url=host), Credential(f"{COPILOT}/login")
+
+    async def ask(path: str, **fields: str) -> Json:
+        status, headers, body = await ask_provider(transport, github, nobody, settings, "POST", path, dump_json({"client_id": _COPILOT_CLIENT, **fields}))
+        if status != 200:
+            raise classify(COPILOT, "account", status, dict(headers), body, utc=world.utc())
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(told := json.loads(body), dict):
+                return told
+        raise transport_failure("not_json", "body", "GitHub's answer is none of a device login")
+
+    begun = await ask("/login/device/code", scope="read:user")
+    code, shown, address = (str(begun.get(name, "")) for name in ("device_code", "user_code", "verification_uri"))
+    if not code or not re.fullmatch(r"[A-Z0-9-]{4,20}", shown) or not re.fullmatch(r"https?://[\w.-]+(?::[0-9]{1,5})?/[\w./-]*", address, re.ASCII) or split_url(address)[:3] != split_url(host)[:3]:
+        raise Refused("GitHub's answer holds no code, or an address that is not its own")
+    tell(address, shown)
+    interval_s, within_s = (float(value) if isinstance(value := begun.get(name), (int, float)) and 0 < value < 7200 else usual for name, usual in (("interval", _POLL_S), ("expires_in", 900.0)))
+    ends_at = world.clock() + within_s
+    while world.clock() < ends_at:
+        await world.sleep(interval_s)
+        told = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code")
+        if isinstance(told.get("access_token"), str):
+            return told["access_token"]
+        if told.get("error") == "slow_down":
+            interval_s = float(told["interval"]) if isinstance(told.get("interval"), (int, float)) and told["interval"] > interval_s else interval_s + _POLL_S
+        elif told.get("error") != "authorization_pending":
+            break
+    raise Refused({"access_denied": "the login was declined on GitHub", "expired_token": "the code has run out; try again"}.get(
+        str(told.get("error")), "the code has run out; try again" if world.clock() >= ends_at else f"GitHub ended the login: {printable(str(told.get('error')))[:100]}"))
+
+
+def log_in_copilot(home: Home) -> str:
+    """Log in to GitHub Copilot, telling the person what to do; what came of it. Raises Refused and ConfigError."""
+    entry = _with_entry(_read_text(home.models_path) or "{}", COPILOT) or "{}"
+    config = _load_home(home, entry, _read_text(home.env_path))
+    provider = find_provider(config, COPILOT)
+
+    def tell(address: str, code: str) -> None:
+        print(f"Open {address} and enter the code {code}; this waits until you have.", file=sys.stderr, flush=True)
+
+    print(*_COPILOT_NOTICE, sep="\n", file=sys.stderr)
+    try:
+        token = run_asking(lambda transport: copilot_login(real_world(), transport, provider, config.settings, tell), "asking GitHub")
+    except UpstreamFailure as failure:
+        raise Refused(f"no login: {printable(str(failure))}") from failure
+    return take_key(home, token, COPILOT)[0]
 
 
 # As they are shown.
@@ -17855,6 +18412,7 @@ _KEY_ID = _Question("Id of the key", _read_count)
 _MENUS: Mapping[str, _Menu] = {
     "2": _Menu("provider keys", ("provider", "list"), (
         _Action("add a key", ()),
+        _Action("log in to GitHub Copilot", ("login", COPILOT)),
         _Action("test all keys", ("provider", "test")),
         _Action("remove keys", ("logout",), (_Question("Whose keys (groq), or which one (groq/2)", _read_word),)),
     )),
@@ -17997,6 +18555,7 @@ _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
 _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
 _LOG_BATCH_S = 0.1
+_OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
 
 
@@ -18016,7 +18575,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
-    logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
+    _fit_log(config)
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
     _check_exposure(config, keys)
@@ -18026,10 +18585,11 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
-    server = Server(gateway, world)
+    gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
+    server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
-    wanted = _handle_signals(stop)
+    wanted = _handle_signals(stop, server)
     _announce(home, gateway, port, new_key)
     if ready is not None:
         ready(gateway, port)
@@ -18057,8 +18617,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
 
 def _trim_memory() -> None:
     """Give back what compiling this file has left free, some 12 MB, where the C library can."""
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):      # also where there is no descriptor left to load it with
+        import ctypes
         ctypes.CDLL(None).mallopt(-8, 1)
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -18149,11 +18709,34 @@ def client_recipes(address: str, key: str) -> list[str]:
     ]
 
 
-def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
-    """SIGTERM and SIGINT stop; SIGHUP sets the event that is returned, which asks for a reload."""
+def _fitting_connections(most: int) -> int:
+    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * most + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
+        return most
+    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+    if fitting < most:
+        logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
+    return fitting
+
+
+def _handle_signals(stop: asyncio.Event, server: Server) -> asyncio.Event:
+    """SIGTERM and SIGINT stop, the second time without waiting for answers under way; SIGHUP sets the event that is returned, which asks for a reload."""
     loop, wanted = asyncio.get_running_loop(), asyncio.Event()
+
+    def halt() -> None:
+        if stop.is_set():
+            server.hasten()
+        stop.set()
+
     if threading.current_thread() is threading.main_thread():
-        for name, action in (("SIGTERM", stop.set), ("SIGINT", stop.set), ("SIGHUP", wanted.set)):
+        for name, action in (("SIGTERM", halt), ("SIGINT", halt), ("SIGHUP", wanted.set)):
             loop.add_signal_handler(getattr(signal, name), action)
     return wanted
 
@@ -18170,7 +18753,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(await asyncio.to_thread(read_config, home, flags))       # a cmd: reference takes its time
+                config = await asyncio.to_thread(read_config, home, flags)          # a cmd: reference takes its time
+                _fit_log(config)
+                gateway.reconfigure(config)
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -18218,6 +18803,7 @@ class _QueueLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.secrets: frozenset[str] = frozenset()      #: what no line may hold; what looks like a secret is left out besides
         self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -18242,19 +18828,30 @@ class _QueueLog(logging.Handler):
             while not self._records.empty():
                 batch.append(self._records.get())
             going = None not in batch
-            text = "".join(self.format(record) + "\n" for record in batch if record is not None)
+            text = redact_known("".join(self.format(record) + "\n" for record in batch if record is not None), self.secrets)
+            if any(record is not None and record.levelno != logging.INFO for record in batch):      # others may quote; a line about a request has names, and log_text saw to them
+                text = redact(text)
             with contextlib.suppress(OSError, ValueError):      # stderr is gone or full: the log is not worth a failure
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
 
+def _fit_log(config: Config) -> None:
+    """Log at the level of `config`, without its secrets; those of configurations before stay out, as requests may still be under way with them."""
+    log = logging.getLogger("aicarousel")
+    log.setLevel(config.settings.log_level.upper())
+    for handler in log.handlers:
+        if isinstance(handler, _QueueLog):
+            handler.secrets |= config.secrets
+
+
 def set_up_logging() -> None:
-    """Log lines of this program to stderr, through a thread; `serve` sets the level it is configured for."""
+    """Log lines of this program and of asyncio to stderr, through a thread; `serve` sets the level it is configured for, and what may not be shown."""
     handler = _QueueLog()
     handler.setFormatter(_LineFormatter())
-    root = logging.getLogger("aicarousel")
-    root.handlers[:] = [handler]
-    root.propagate = False
+    for name in ("aicarousel", "asyncio"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).propagate = False
     # The stack walk, thread and process of a record are never shown here: Logging HOWTO, "Optimization".
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
@@ -18408,6 +19005,8 @@ def _test_providers(arguments: Any, home: Home) -> int:
 def _login_command(arguments: Any) -> int:
     """Take a provider's key, check it there, and keep it in .env."""
     home = find_home(arguments.home)
+    if arguments.provider == COPILOT and not arguments.stdin:
+        return _say_done(arguments, log_in_copilot(home))
     if not arguments.stdin and sys.stdin and sys.stdin.isatty():
         told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
         return _say_done(arguments, told or "no key came", told is not None)
@@ -18470,10 +19069,10 @@ def _stats_command(arguments: Any) -> int:
     stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
                        heatmap=arguments.heatmap)
     if arguments.json:
-        print(json.dumps(stats, indent=1))
+        print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(map(printable, [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])))
+    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
     return 0
 
 

@@ -106,7 +106,7 @@ def running(room: Room, gateway_factory: Callable[..., Gateway], provider: Provi
     gateway = gateway_factory({
         "groq": at(provider.script("groq", vendor(good=GROQ_KEY, models={"data": [{"id": "m"}, {"id": "fresh"}]})), keys=["env:GROQ_API_KEY"], models=["m", "n", "o"]),
         "own": at(provider.script("own", vendor()), keys=[]), "off": at(provider.script("off", vendor()), keys=[], enabled=False)}, {"GROQ_API_KEY": GROQ_KEY})
-    room.home, room.environment = gateway.home, gateway.environment
+    room.home, room.environment = gateway.home, gateway.environment | {"GITHUB_COPILOT_HOST": provider.script("github", answer({"message": "down"}, 503)).removesuffix("/v1")}
     terminals: list[Terminal] = []
 
     def sit_down() -> Terminal:
@@ -270,7 +270,7 @@ def test_keys_of_providers(room: Room, running: Any) -> None:
     it = sit_down()
     it.answer("Number: ", "2")
     it.answer("Number: ", "x")
-    it.expect("  one of 1, 2, 3, q\n")
+    it.expect("  one of 1, 2, 3, 4, q\n")
     it.answer("Number: ", "1")
     it.answer("Paste a key (it is not shown; Enter: back): ", "gsk_" + "C" * 48)
     it.expect("  not kept: GroqCloud answers 401")
@@ -283,10 +283,12 @@ def test_keys_of_providers(room: Room, running: Any) -> None:
     soon(lambda: gateway.chat("own").headers.get("x-aicarousel-provider") == "own")
 
     it.answer("Number: ", "2")
+    it.expect("no login: server_error")
+    it.answer("Number: ", "3")
     it.expect("groq/1           good   works")
     it.expect("own/1            good   works")
 
-    it.answer("Number: ", "3")
+    it.answer("Number: ", "4")
     it.answer("Whose keys (groq), or which one (groq/2) (Enter: back): ", "nobody")
     it.expect("there is no provider nobody")
     it.answer("Whose keys (groq), or which one (groq/2) (Enter: back): ", "groq/2")
