@@ -324,7 +324,7 @@ def test_over_sockets_too_a_pool_gives_nearly_all_it_can(build: Build, times: fl
             client = next(one for one in waiting if one.socket is sock)
             ask, reply = waiting.pop(client), client.read_all()
             replies[reply.status] += 1
-            free = [name for name, script in scripts.items() if script.provider.spec.style != "none" and script.provider.has_room_by(now, ask.at + simulator.MAX_WAIT_S - simulator.SLACK_S - STEP_S, ask)]
+            free = [name for name, script in scripts.items() if script.provider.spec.style != "none" and script.provider.has_room_by(now, ask.at + simulator.MAX_WAIT_S - simulator.SLACK_S - 4 * STEP_S, ask)]     # seen a step later, or more on a busy machine
             unjust += [(now, ask, free)] if reply.status == 429 and free else []
         house.pass_time(STEP_S)
     assert set(replies) <= {200, 429} and replies.total() == len(load) and replies[200] >= 0.97 * best, (replies, best)
