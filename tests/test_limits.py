@@ -152,7 +152,7 @@ def test_a_provider_that_cannot_be_reached_is_left_out_as_long_as_is_set(build: 
 # ---------------------------------------------------------------- all of them
 
 def test_every_limit_has_a_test_here_or_is_named_there() -> None:
-    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, and what the relay does with the budget and the deadline by test_faults."""
+    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, what the relay does with the budget and the deadline by test_faults, usage by test_storage."""
     text = open(__file__, encoding="utf-8").read()
-    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast"}
+    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast", "usageRows", "usageDays"}
     assert {name for name in aicarousel._BOUND_FIELDS if name not in text} == set() and elsewhere <= set(aicarousel._BOUND_FIELDS)
