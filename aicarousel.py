@@ -15749,7 +15749,11 @@ class Relay:
 
     async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
         """What a provider says that it has, in its order. Raises UpstreamFailure."""
-        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        credential = provider.credentials[0]
+        if provider.preset.login and self.tokens is not None:
+            signed = await self.tokens.sign(make_route(provider, credential, Model("*")), "chat")
+            provider, credential = signed.provider, signed.credential
+        origin, head = make_target(provider, credential, self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
         own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
         answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
                                               replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
@@ -20574,7 +20578,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-26
+# 27. Command line                                          I/O | uses 1-5, 8-9, 14-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -20586,6 +20590,8 @@ _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycle
 _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
+_STOP_S = 120.0
+_PATIENT_S = 1.0
 
 
 # Serving.
@@ -20626,7 +20632,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     gc.freeze()                         # what is there by now stays; and requests leave nothing that only a collection could free,
     gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
-    again = False
+    again, found = False, contextlib.ExitStack()
+    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port))
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
@@ -20639,6 +20646,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         gateway.close()
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
+        found.close()
     if again:
         os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
@@ -20660,6 +20668,44 @@ def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
     if mended or trouble is not None:
         log.error("%s", mended or f"serving, while usage waits: {trouble}")
     return keys, mended
+
+
+@contextlib.contextmanager
+def _announced(home: Home, address: str, port: int) -> Iterator[None]:
+    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one."""
+    path, handle = home.data / f"serve-{port}.pid", -1
+    with contextlib.suppress(OSError, ImportError):         # a server that is not found serves all the same
+        import fcntl
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        for pause_s in (0.01,) * 20 + (0.0,):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:     # somebody looks whether it is locked
+                time.sleep(pause_s)
+        os.truncate(handle, 0)
+        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+    try:
+        yield
+    finally:
+        if handle >= 0:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+
+def find_servers(home: Home) -> list[Json]:
+    """The servers that run with a home folder, as they announced themselves."""
+    found = []
+    for path in sorted(home.data.glob("serve-*.pid")):
+        with contextlib.suppress(OSError, ValueError, ImportError):
+            import fcntl
+            with open(path, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:         # its server lives
+                    found.append(json.loads(file.read()))
+    return found
 
 
 def _trim_memory() -> None:
@@ -20713,11 +20759,15 @@ def _server_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+def _address_at(settings: Settings, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{'127.0.0.1' if settings.host in ('', '0.0.0.0') else host}:{port}"
+
+
 def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> None:
     """What a person wants to know right after the start."""
     settings = gateway.config.settings
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"{'https' if settings.tls_cert else 'http'}://{'127.0.0.1' if settings.host in ('', '0.0.0.0') else host}:{port}"
+    address = _address_at(settings, port)
     lines = [f"AICarousel {__version__} listening on {address}", f"home: {home.folder}"]
     active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
@@ -21268,6 +21318,42 @@ def _ask_http(scheme: str, host: str, port: int, method: str, path: str, body: b
         connection.close()
 
 
+def _info_command(arguments: Any) -> int:
+    """The gateways that run with this home, and whether each answers."""
+    rows = find_servers(find_home(arguments.home))
+    for row in rows:
+        scheme, host, port, _ = split_url(row["address"])
+        row["answers"] = _ask_http(scheme, host, port, "GET", "/health", None, {}, 1.0)[0] == 200
+    lines = [f"{row['address']}  pid {row['pid']}, since {row['started']}, version {row['version']}" + ("" if row["answers"] else "; it does not answer") for row in rows]
+    _print_told(arguments, {"servers": rows}, lines or ["no gateway runs with this home"])
+    return 0 if rows else 1
+
+
+def _stop_command(arguments: Any) -> int:
+    """End the gateways that run with this home, once the answers under way are whole."""
+    home = find_home(arguments.home)
+    rows = find_servers(home)
+    if not rows:
+        raise Refused("no gateway runs with this home")
+    for row in rows:
+        try:
+            os.kill(row["pid"], signal.SIGTERM)
+        except ProcessLookupError:
+            pass                        # it has just ended by itself
+        except OSError as error:
+            raise Refused(f"pid {row['pid']} cannot be stopped: {error.strerror}") from error
+    began_at, told = time.monotonic(), False
+    while find_servers(home):
+        waited_s = time.monotonic() - began_at
+        if waited_s > _STOP_S:
+            raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
+        if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
+            told = True
+            print("waiting for the answers under way ...", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+    return _say_done(arguments, f"stopped: {', '.join(row['address'] for row in rows)}")
+
+
 def _config_command(arguments: Any) -> int:
     if arguments.action != "show":
         return _client_command(arguments)
@@ -21435,17 +21521,20 @@ def _call_command(arguments: Any) -> int:
     if scheme not in ("http", "https") or not host:
         raise ConfigError("--server", arguments.server, "the address of a gateway, such as http://127.0.0.1:7123")
     key = arguments.key or os.environ.get("AICAROUSEL_KEY", "")
+    wire = FORMATS[arguments.format]
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     body: Json = {"model": arguments.model, "messages": [*messages, {"role": "user", "content": arguments.prompt}], "stream": arguments.stream}
     body |= {name: value for name, value in (("temperature", arguments.temperature), ("max_tokens", arguments.max_tokens)) if value is not None}
-    if arguments.stream:
+    if arguments.format != "chat":
+        body, _ = translate_request(FORMATS["chat"].read_request(body), Profile(format=arguments.format, model=arguments.model))
+    elif arguments.stream:
         body["stream_options"] = {"include_usage": True}
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
     import http.client
     connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=600)
     try:
-        connection.request("POST", path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions", dump_json(body), headers)
-        return _print_answer(connection.getresponse(), arguments.stream)
+        connection.request("POST", path.rstrip("/").removesuffix("/v1") + f"/v1{wire.path}", dump_json(body), headers)
+        return _print_answer(connection.getresponse(), wire, arguments.stream)
     except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
         print(f"What answers at {host}:{port} is no gateway.", file=sys.stderr)
         return 1
@@ -21456,31 +21545,37 @@ def _call_command(arguments: Any) -> int:
         connection.close()
 
 
-def _print_answer(answer: Any, stream: bool) -> int:
+def _read_deltas(answer: Any, wire: WireFormat, stream: bool) -> Iterator[Json]:
+    """What an answer of the gateway brings, as the hub's deltas, as it comes; what is cut ends in an error."""
+    if not stream:
+        yield from wire.read_answer(json.loads(answer.read() or b"{}"), Source())
+        return
+    events, reader = EventReader(), wire.reader(Source())
+    while chunk := answer.read1(65536):
+        for event in events.feed(chunk):
+            yield from reader.feed(event)
+    yield from reader.close()
+
+
+def _print_answer(answer: Any, wire: WireFormat, stream: bool) -> int:
     """Print an answer of the gateway; the exit status."""
-    usage, failed, ended = None, False, True
-    if answer.status != 200 or not stream:
-        body = json.loads(answer.read() or b"{}")
-        failed, usage = answer.status != 200, body.get("usage")
-        print(body["error"]["message"] if failed else body["choices"][0]["message"].get("content") or json.dumps(body["choices"][0]["message"]), file=sys.stderr if failed else sys.stdout)
-    else:
-        reader, ended = EventReader(), False
-        while chunk := answer.read1(65536):
-            for event in reader.feed(chunk):
-                ended = ended or event.data == "[DONE]"
-                data = {} if event.data == "[DONE]" else json.loads(event.data)
-                if "error" in data:
-                    failed = True
-                    print(f"\n{data['error']['message']}", file=sys.stderr)
-                usage = data.get("usage") or usage
-                for choice in data.get("choices") or ():
-                    print(choice["delta"].get("content") or "", end="", flush=True)
-        print()
-    if not ended and not failed:
-        print("The answer ended before it was whole.", file=sys.stderr)
+    failed, usage, kept = answer.status != 200, {}, []
+    if failed:
+        print(printable(json.loads(answer.read() or b"{}")["error"]["message"]), file=sys.stderr)
+    for delta in () if failed else _read_deltas(answer, wire, stream):
+        kept.append(delta)
+        usage |= delta.get("usage") or (delta if delta["delta"] == "usage" else {})
+        if delta["delta"] in ("text", "refuse"):
+            print(delta["text"], end="", flush=True)
+        elif delta["delta"] == "error":
+            failed = True
+            print(f"\n{printable(delta['message'])}", file=sys.stderr)
+    calls = [part for part in fold_deltas(kept) if part["type"] == "call"]
+    if kept:
+        print(*(json.dumps({"name": call["name"], "arguments": call["args"]}) for call in calls), sep="\n")
     told = {name: answer.getheader(f"x-aicarousel-{name}") for name in ("provider", "model", "attempts")}
-    print(" ".join(f"{name}={value}" for name, value in told.items() if value) + (f" in={usage.get('prompt_tokens')} out={usage.get('completion_tokens')}" if usage else ""), file=sys.stderr)
-    return 1 if failed or not ended else 0
+    print(" ".join(f"{name}={value}" for name, value in told.items() if value) + (f" in={usage.get('input')} out={usage.get('output')}" if usage else ""), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _bundle_command(arguments: Any) -> int:
@@ -21512,9 +21607,13 @@ def _version_command(arguments: Any) -> int:
     return 0
 
 
+_CALL_FORMATS = {"openai": "chat", "anthropic": "messages"}
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "setup": _setup_command,
     "serve": _serve_command,
+    "stop": _stop_command,
+    "info": _info_command,
     "key": _key_command,
     "status": _status_command,
     "provider": _provider_command,
@@ -21669,6 +21768,8 @@ def make_parser() -> Any:
     served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
+    commands.add_parser("stop", parents=[common, as_json], help="end the gateway that runs with this home")
+    commands.add_parser("info", parents=[common, as_json], help="the gateway that runs with this home")
     _add_key_parsers(commands, common, as_json)
     _add_provider_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
@@ -21691,6 +21792,7 @@ def make_parser() -> Any:
     called.add_argument("--max-tok", type=int, dest="max_tokens", metavar="N")
     called.add_argument("-s", "--system", metavar="TEXT")
     called.add_argument("--stream", action="store_true")
+    called.add_argument("--format", type=lambda name: _CALL_FORMATS.get(name, name), choices=FORMAT_NAMES, default="chat", help="what the gateway is asked in (default chat; openai and anthropic mean chat and messages)")
 
     actions = commands.add_parser("db", help="the state database").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("migrate", parents=[common], help="bring it up to date (a backup is made first)")
