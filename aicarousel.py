@@ -4790,7 +4790,8 @@ class Profile:
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
-    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's fields
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
+                                             #: fields; echo: as prefix, and its answer begins with what it was given
     user_first: bool = False
     forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
     max_stop: int | None = None              #: how many stop strings, 0 for none
@@ -4818,7 +4819,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "prefix", "user_first": True, "extra_names": True},
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "echo", "user_first": True, "extra_names": True},
     "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
                  "continues": "prefix"},
     "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
@@ -4827,7 +4828,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
     "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
     "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "last"},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final"},
     "lmstudio": {**_LOCAL},
     "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
                  "continues": "partial"},
@@ -12358,7 +12359,8 @@ def continuation_request(hub: Json, seam: Seam, profile: Profile, edits: Edits =
             "The connection broke off in the middle of your last answer. Write the rest of it, as if it had never been interrupted: no greeting, no comment, nothing that was said before. "
             f"Begin with exactly these last words of it, and go on directly behind them:\n{anchor}")]})
     spent = {"max_out": max(16, hub["max_out"] - len(text) // 4)} if hub.get("max_out") else {}
-    body, dropped = translate_request({**hub, **spent, **({"think": {"mode": "off"}} if hub.get("think") else {}), "turns": turns}, profile, edits)
+    plain = {"think": {"mode": "off"}} if hub.get("think") or profile.switch else {}       # who thinks begins with that
+    body, dropped = translate_request({**hub, **spent, **plain, "turns": turns}, profile, edits)
     if seam.how in ("prefix", "partial"):
         body["messages"][-1][seam.how] = True
     elif seam.how == "final":
@@ -12385,7 +12387,10 @@ def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
         if not begun.startswith(anchor):
             return "", "it does not begin with the words it was told"
         begun = begun[len(anchor):]
+    elif seam.how == "echo" and not begun.startswith(text):
+        return "", "it does not begin with the text it was given"
     else:
+        begun = begun[len(text):] if seam.how == "echo" else begun
         why = _doubt(text, begun)
         if why:
             return "", why
@@ -12414,7 +12419,7 @@ def _doubt(text: str, begun: str) -> str:
 class SeamWriter:
     """The writer of a Translation whose answer goes on with a stream that broke off: what comes first is kept back until it was judged."""
 
-    __slots__ = ("joined", "_seam", "_mark", "_begun")
+    __slots__ = ("joined", "_seam", "_mark", "_begun", "_n_judged")
 
     def __init__(self, seam: Seam, mark: str) -> None:
         """mark: what the comment at the seam says."""
@@ -12422,6 +12427,7 @@ class SeamWriter:
         self._seam = seam
         self._mark = b": %b\n\n" % printable(mark).encode("ascii", "replace")
         self._begun = ""
+        self._n_judged = _JUDGED_CHARS + {"echo": len(seam.text), "told": 4 * _ANCHOR_CHARS}.get(seam.how, 0)
 
     def feed(self, delta: Json) -> list[bytes]:
         """The frames of one delta. Raises UpstreamFailure where the answer does not go on with the text; none of it has left by then."""
@@ -12432,7 +12438,7 @@ class SeamWriter:
             return self._seam.writer.feed(delta)
         if kind == "text":
             self._begun += delta["text"]
-            return self._join() if len(self._begun) >= _JUDGED_CHARS else []
+            return self._join() if len(self._begun) >= self._n_judged else []
         if kind == "stop" and delta["reason"] in ("refusal", "filter") or kind not in ("stop", "call"):
             raise UpstreamFailure("server", "no_seam", f"instead of text came {delta.get('reason') or kind}")
         return [*self._join(), *self._seam.writer.feed(delta)]

@@ -57,17 +57,15 @@ def test_a_client_that_reads_nothing_has_the_time_that_is_set(one: Callable[...,
         house.wait(lambda: house.do(house.server.n_connections) == 0)
 
 
-def test_connections_are_as_many_as_are_set(one: Callable[..., House]) -> None:
-    house = one(connections=2)
-    with house.connect() as first, house.connect() as second, house.connect() as third:
-        house.settle()
-        assert [house.seen_by(client) for client in (first, second)] == [b"", b""]
-        third.send(b"x")
-        assert third.read_all().raw == b"" and first.ended == second.ended == ""
+def test_connections_are_as_many_as_are_set(one: Callable[..., House], provider: Provider) -> None:
+    house = one([Pause("held"), *answer(chat_answer())], connections=2)
+    with house.start_chat("a/m", stream=False) as first, house.start_chat("a/m", stream=False) as second:
+        provider.wait_calls("a", 2)
+        assert house.get("/health").status == 503 and first.ended == second.ended == ""
         house.reconfigure({**house.models, "carousel": {"limits": {"connections": 3}}})
-        with house.connect() as fourth:
-            fourth.send(house.request_bytes("GET", "/health"))
-            assert fourth.read_all().status == 200
+        assert house.get("/health").status == 200
+        provider.release("held")
+        assert [client.read_all().text for client in (first, second)] == [TEXT, TEXT]
 
 
 def test_a_body_is_as_large_as_is_set(one: Callable[..., House]) -> None:
