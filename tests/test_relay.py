@@ -374,14 +374,17 @@ def test_client_gone_while_waiting_for_a_cooldown(build: Build, provider: Provid
 def test_client_gone_while_waiting_in_line(build: Build, provider: Provider, client: str, streamed: bool) -> None:
     """Nobody is asked for who has left, and those behind move up at once."""
     house = build(a=in_turn([Pause("there"), *answer(chat_answer(OTHER_TEXT))], healthy(OTHER_TEXT)), entries={"a": {"maxConcurrent": 1}})
+    def n_waiting() -> int:
+        return sum(len(mates) for line in house.gateway.relay.lines.values() for mates in line.values())
+
     first = house.start_chat("a/m", stream=False)
     provider.wait_paused("there")
     with house.connect() as waiting:
         waiting.send(house.request_bytes("POST", PATHS[client], {**ask(client, "a/m"), "stream": streamed}))
-        house.wait(lambda: len(house.gateway.relay.lines) == 1)
+        house.wait(lambda: n_waiting() == 1)
         behind = house.start_chat("a/m", stream=False)
-        house.wait(lambda: [len(line) for line in house.gateway.relay.lines.values()] == [2])
-    house.wait(lambda: [len(line) for line in house.gateway.relay.lines.values()] == [1])
+        house.wait(lambda: n_waiting() == 2)
+    house.wait(lambda: n_waiting() == 1)
     provider.release("there")
     for other in (first, behind):
         check_answered(other.read_all(), OTHER_TEXT)
