@@ -379,11 +379,11 @@ class UpstreamFailure(Exception):
 
 #: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
 _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+                     r"|\bya29\.[\w\-]{10,}|\btid(?:=|%3[Dd])[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
 _NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
 #: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
 _SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
-                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid", "org-", "org_", "earer ", "asic ", "://")
 _NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
@@ -15485,6 +15485,7 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+_LIMIT_VALUE = re.compile(r"-?[0-9][0-9A-Za-z.,:;=+ \-]{0,39}|[a-z]{0,12}")        #: numbers, spans and instants: no place for a secret
 
 
 @functools.lru_cache(256)
@@ -16627,7 +16628,13 @@ class _Run:
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
         relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
-        return headers + [pair for pair in answer.headers if relayed(pair[0])]
+        for name, value in answer.headers:
+            if relayed(name):
+                if name in _RELAYED_HEADERS:
+                    headers.append((name, redact(value, self._config.secrets)))
+                elif _LIMIT_VALUE.fullmatch(value) and value not in self._config.secrets:
+                    headers.append((name, value))
+        return headers
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
