@@ -15957,7 +15957,11 @@ class _Run:
             self._sink.finish()
             return
         self._respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
-                      dump_json(self._client.envelope(error)))
+                      dump_json(self._envelope(error)))
+
+    def _envelope(self, error: GatewayError) -> Json:
+        """The error in the client's format; Messages names the request in it."""
+        return messages_error(error, self._job.id) if self._job.client == "messages" else self._client.envelope(error)
 
     def _respond(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer; behind blanks its status and headers come too late."""
@@ -15972,7 +15976,7 @@ class _Run:
     def _error_event(self, error: GatewayError) -> bytes:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
-            return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+            return write_event(self._envelope(error), "error" if self._job.client == "messages" else "")
         if self._committed and self._passing:
             return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())
