@@ -34,6 +34,7 @@ Contents
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    24  Clients             each client's files and dialogue, launcher, doctor, selftest
     25  Bundle              the copy that needs nothing installed
     26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
@@ -43,7 +44,7 @@ Life of a request
     -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
 
 Promises
-    Nothing is retried after commit.  No secret is logged.  Pure sections never touch the outside world.
+    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
     What is broken never looks whole: a stream without its proper ending ends in an error event.
 """
 
@@ -453,6 +454,7 @@ class Preset:
     needs: tuple[str, ...] = ()              #: further variables that fill {NAME} in the URLs
     gone: str = ""                           #: why the whole service cannot be used any more
     check: tuple[str, str] = ("GET", "/models")   #: cheapest call that proves a key; /chat/completions: with one token of output
+    continue_url: str = ""                   #: where the beginning of an answer is gone on with, where base_url does not do it
     login: bool = False                      #: its keys are logins, exchanged for tokens of the hour
     name: str = ""                           #: its key in PRESETS
 
@@ -619,6 +621,7 @@ _ROWS: Mapping[str, Preset] = {
     "deepseek": Preset(
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
         default="deepseek-flash", first_byte_s=180.0, rejects=("store",), max_field="max_tokens", check=("GET", "https://api.deepseek.com/user/balance"),
+        continue_url="https://api.deepseek.com/beta",
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(
             _known_model("deepseek-flash", 1000000, 384000, "tvr", (0.3, 1.2, 0.006)),
@@ -907,7 +910,7 @@ class Bounds:
     client_body_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "until its body is there")
     client_idle_s: float = _bound(120.0, 1.0, 86_400.0, "seconds", "a client's connection may wait for the next request")     # Codex keeps its own for 90
     client_stall_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a client may read nothing of its answer")
-    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; further ones are closed at once")
+    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; idle ones make room for new ones, else these are refused")
     body_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of a request's body")
     answer_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of an answer that is not streamed, or that comes compressed")
     event_bytes: int = _bound(8 << 20, 1 << 17, 1 << 30, "bytes", "of one event of a stream, as long as it is not whole")
@@ -943,6 +946,7 @@ class Carousel:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
     limits: Bounds = Bounds()
+    resume: str = "safe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1367,6 +1371,7 @@ _CAROUSEL_FIELDS = {
     "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
     "limits": _Field("limits", _want_record(Bounds, _BOUND_FIELDS)),
+    "resume": _Field("resume", _want_word("off", "safe", "force")),
 }
 
 
@@ -1907,7 +1912,7 @@ class _Node(NamedTuple):
     members: tuple[tuple[str | int, int, _Node], ...] | None
 
 
-_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+_BLANKS = re.compile(r"(?:[ \t\r\n\ufeff]|//[^\n]*|/\*.*?\*/)*", re.S)     # comments too: files of other programs may hold some
 _SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,\]}]+')
 
 
@@ -4782,6 +4787,7 @@ class Profile:
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's fields
     user_first: bool = False
     forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
     max_stop: int | None = None              #: how many stop strings, 0 for none
@@ -4809,20 +4815,22 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "user_first": True, "extra_names": True},
-    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False},
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "prefix", "user_first": True, "extra_names": True},
+    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
+                 "continues": "prefix"},
     "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
     "huggingface": {},
     "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
     "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
-    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs"},
+    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "last"},
     "lmstudio": {**_LOCAL},
-    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",)},
+    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
+                 "continues": "partial"},
     "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
     "minimax": {"replay": "think_tag", "reject": ("store",)},
-    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",)},
+    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",), "continues": "partial"},
     "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
     "fireworks": {"top_k": True},
     "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
@@ -4833,11 +4841,11 @@ _PROFILE_ROWS: Mapping[str, Json] = {
 
 _FORMAT_ROWS: Mapping[str, Json] = {
     "chat": {},
-    "messages": {"replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+    "messages": {"continues": "", "replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
                  "user_first": True,
                  "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
                  "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
-    "responses": {"replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
+    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
                   "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
 }
 _CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
@@ -4846,6 +4854,7 @@ _OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (),
 
 #: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
 MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
     ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
     ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
     ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
@@ -8716,8 +8725,9 @@ class ChatStreamWriter:
     __slots__ = ("_asked", "_head", "_tail", "_end", "_said", "_takes", "_call", "_freeform", "_usage", "_wants_usage", "_hides",
                  "_refused", "_n_calls", "_n_seals", "_n_cites", "_started", "_ended")
 
-    def __init__(self, asked: Asked) -> None:
-        stamp = {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
+    def __init__(self, asked: Asked, stamp: Json | None = None) -> None:
+        """stamp: what every chunk has besides its choices, where a stream has begun already."""
+        stamp = stamp or {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
         self._asked = asked
         self._wants_usage = bool((asked.hub.get("meta") or {}).get("include_usage"))
         self._hides = (asked.hub.get("think") or {}).get("show") == "omitted"
@@ -8852,6 +8862,43 @@ class ChatStreamWriter:
         "args": _write_args, "note": _write_note, "cite": _write_cite, "opaque": _write_opaque,
         "usage": _write_usage, "stop": _write_stop, "error": _write_error,
     }
+
+
+def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    stamp: Json = {}
+    for chunk in _sent_chunks(sent):
+        choices = chunk.get("choices")
+        if choices == []:
+            continue
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
+        delta = _chat_object(choice.get("delta"))
+        if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in _CONTENT_FIELDS if name not in _BEFORE_TEXT):
+            return None
+        text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
+        if not isinstance(text, (str, type(None))) or thinks and (pieces or text):
+            return None
+        if text:
+            pieces.append(text)
+            stamp = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+    if "<think" in "".join(pieces) or not stamp:
+        return None
+    writer = ChatStreamWriter(asked, stamp)
+    writer.feed(start_delta("", ""))
+    return writer, "".join(pieces)
+
+
+#: What a delta may hold besides nothing for its stream to be taken up: text, and thinking before it.
+_BEFORE_TEXT = ("content", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking")
+
+
+def _sent_chunks(sent: bytes) -> Iterator[Json]:
+    """The objects of a stream as the client has it."""
+    for frame in split_frames(sent):
+        data = read_frame(frame).data
+        if data:
+            yield _chat_object(json.loads(data))
 
 
 def _delta_error(delta: Json) -> GatewayError:
@@ -9976,6 +10023,13 @@ class ResponsesStreamWriter:
         self._usage: Json = {}
         self._refused = self._said = False
 
+    def take_up(self, answer_id: str, output: list[Json], item: Json, pieces: list[str], sequence: int) -> None:
+        """Go on inside the text of `item`, which follows the items of `output`, behind the event numbered `sequence`."""
+        self._id, self._output, self._n_items, self._started, self._said = answer_id, output, len(output), True, True
+        self._block = _OpenItem("text", "text", item, pieces=pieces)
+        self._tell(self._block)
+        self._sequence = sequence + 1
+
     def feed(self, delta: Json) -> list[bytes]:
         """The events of one delta."""
         kind, block = delta["delta"], self._block
@@ -10190,6 +10244,41 @@ class ResponsesStreamWriter:
         rest = {"action": _shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
         block.item = {"type": "local_shell_call" if block.kind == "shell" else "tool_search_call", "status": "in_progress", "call_id": call["call_id"], **rest}
         return [*self._tell(block), self._done(block, {**block.item, "status": "completed"})]
+
+
+def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    response: Json = {}
+    item: Json = {}
+    output: list[Json] = []
+    pieces: list[str] = []
+    index, sequence = 0, -1
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind = _str_in(value, "type") or event.name
+        number = value.get("sequence_number")
+        sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
+        added = _dict_in(value, "item")
+        if kind in ("response.created", "response.in_progress"):
+            response = _dict_in(value, "response")
+        elif kind == "response.output_item.added" and added.get("type") == "message" and not item and isinstance(added.get("id"), str):
+            item, index = added, value.get("output_index")
+        elif kind == "response.output_text.delta" and item and isinstance(value.get("delta"), str) and value.get("content_index") == 0:
+            pieces.append(value["delta"])
+        elif kind == "response.output_item.done" and added.get("type") == "reasoning" and not item:
+            output.append(added)
+        elif kind and not (kind in _TAKEN_UP or kind.startswith("response.reasoning_") and not item or kind == "response.output_item.added" and added.get("type") == "reasoning" and not item):
+            return None
+    if not "".join(pieces) or index != len(output) or not isinstance(response.get("id"), str):
+        return None
+    writer = ResponsesStreamWriter(asked._replace(hub={**asked.hub, "model": response.get("model")}, created_s=response.get("created_at") or asked.created_s))
+    writer.take_up(response["id"], output, item, pieces, sequence)
+    return writer, "".join(pieces)
+
+
+#: Events that may stand in a stream for it to be taken up, and tell nothing of its text.
+_TAKEN_UP = frozenset({"keepalive", "response.queued", "response.content_part.added"})
 
 
 def _message_part(kind: str, text: str, cites: list[Json]) -> Json:
@@ -11153,6 +11242,34 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _FILLS: Mapping[str, str] = {"text": "text_delta", "refuse": "text_delta", "think": "thinking_delta", "args": "input_json_delta"}
 
 
+def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    index, n_blocks, open_kind = -1, 0, ""
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
+        if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
+            index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
+            pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
+        elif kind == "content_block_delta" and isinstance(delta, dict) and value.get("index") == index and delta.get("type") in _TAKEN_UP_DELTAS.get(open_kind, ()):
+            pieces += [str(delta.get("text") or "")] if open_kind == "text" else []
+        elif kind == "content_block_stop" and open_kind not in ("", "text"):
+            open_kind = ""
+        elif kind and kind not in ("message_start", "ping"):
+            return None
+    if open_kind != "text" or index != n_blocks - 1 or not "".join(pieces):
+        return None
+    writer = MessagesStreamWriter(asked)
+    writer.take_up(n_blocks - 1)
+    return writer, "".join(pieces)
+
+
+#: Deltas that may stand in a stream for it to be taken up, by kind of block.
+_TAKEN_UP_DELTAS: Mapping[str, tuple[str, ...]] = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"), "redacted_thinking": ()}
+
+
 class MessagesStreamWriter:
     """Hub deltas as a Messages client's stream: one block open at a time, numbered without gaps."""
 
@@ -11179,6 +11296,10 @@ class MessagesStreamWriter:
         if "pieces" in delta:
             return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         return [write_event(event, event["type"]) for event in self.events(delta)]
+
+    def take_up(self, index: int) -> None:
+        """Go on inside the text block of that number."""
+        self._started, self._index, self._kind, self._head = True, index, "text_delta", _delta_head(index, "text_delta")
 
     def events(self, delta: Json) -> list[Json]:
         """The same, as objects."""
@@ -11764,6 +11885,7 @@ class WireFormat(NamedTuple):
     status: Callable[[GatewayError], int]
     call_prefix: str
     wants_usage: Callable[[Json], bool]
+    take_up: Callable[[bytes, Asked], tuple[Any, str] | None] | None = None     #: None where a stream that broke off is not gone on with
 
 
 def _own_status(error: GatewayError) -> int:
@@ -11776,13 +11898,13 @@ def _asks_usage(body: Json) -> bool:
 
 FORMATS: Mapping[ClientFormat, WireFormat] = {
     "chat": WireFormat("/chat/completions", check_chat_request, chat_read_request, chat_write_request, ChatStreamReader, ChatStreamWriter, chat_read_answer,
-                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage),
+                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage, chat_take_up),
     "responses": WireFormat("/responses", check_responses_request, responses_read_request, responses_write_request, ResponsesStreamReader, ResponsesStreamWriter,
                             responses_read_answer, responses_write_answer, ResponsesPassage, judge_responses_answer, find_responses_error, chat_error, _own_status,
-                            "call_", lambda body: True),
+                            "call_", lambda body: True, responses_take_up),
     "messages": WireFormat("/messages", check_messages_request, messages_read_request, messages_write_request, MessagesStreamReader, MessagesStreamWriter,
                            messages_read_answer, messages_write_answer, MessagesPassage, judge_messages_answer, find_messages_error, messages_error, messages_status,
-                           "toolu_", lambda body: True),
+                           "toolu_", lambda body: True, messages_take_up),
     "completions": WireFormat("/completions", check_completions_request, completions_read_request, None, CompletionsStreamReader, CompletionsStreamWriter,
                               completions_read_answer, completions_write_answer, CompletionsPassage, judge_completions_answer, find_chat_error, chat_error,
                               _own_status, "call_", _asks_usage),
@@ -12027,6 +12149,11 @@ class Translation:
         self._reads_runs = hasattr(reader, "feed_run")
 
     @property
+    def calling(self) -> bool:
+        """Whether a tool call is kept back."""
+        return self._holder.holding
+
+    @property
     def usage(self) -> Usage | None:
         """What the provider has counted so far, with estimates for what it lacks at the end; None while there is nothing."""
         if self.finish is None and self._reader.counted is not self._counted:
@@ -12169,6 +12296,162 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
         if event.data and not reader.done:
             deltas += reader.feed(event)
     return deltas + reader.close()
+
+
+# ---- Going on where a stream broke off
+
+class Seam(NamedTuple):
+    """A client's stream that broke off inside its text, and how it is gone on with."""
+    writer: Any                     #: of the client's format, in the middle of that stream
+    text: str                       #: what the client has
+    how: str                        #: Profile.continues, or told: the model is asked to in words
+
+
+#: Characters of a continuation that are judged before any of it is passed on.
+_JUDGED_CHARS = 200
+#: Letters by which a restart is known, and how many of the last characters a model is told to begin with.
+_RESTART_CHARS = 16
+_ANCHOR_CHARS = 60
+#: How models begin when they answer a request instead of going on with a text.
+_PREAMBLE = re.compile(r"[\s\"'*>#(\[]*(?:sure|certainly|of course|absolutely|okay|ok|alright|understood|got it|no problem|apolog\w*|(?:i'?m |i am )?(?:so |very )?sorry|as an ai|unfortunately|"
+                       r"i (?:can(?:'?t|not)|won'?t|will not|don'?t|am unable|apologi[sz]e|see|will continue|understand)|i'(?:m|ll) (?:unable|not able|continue)|"
+                       r"continu(?:ing|ation|ed)|let me (?:continue|go on|finish|pick)|to continue|here(?:'s| is| are)|picking up|resuming)\b", re.IGNORECASE)
+
+
+def way_on(provider: Provider, model: Model, policy: str) -> str:
+    """How a model goes on with an answer that broke off: Seam.how, "" where it may not be asked to. policy: off, safe or force."""
+    profile = target_profile(provider.preset.name, model, provider.format)
+    elsewhere = provider.preset.continue_url
+    how = profile.continues if profile.prefill != "no" and (not elsewhere or provider.base_url in (elsewhere, provider.preset.base_url)) else ""
+    return (how or "told") if policy == "force" else how if policy == "safe" else ""
+
+
+def can_go_on(hub: Json, text: str) -> bool:
+    """Whether the answer to a request, so far `text`, has an exact continuation at all."""
+    if not text.strip() or re.search("[\ud800-\udfff]", text) or (hub.get("format") or {}).get("kind") in ("schema", "json"):
+        return False                # a grammar begins anew with each request
+    if hub["turns"] and hub["turns"][-1]["role"] == "assistant" or (hub.get("meta") or {}).get("logprobs"):
+        return False
+    return not any(text.endswith(stop[:n_chars]) for stop in hub.get("stop") or () for n_chars in range(1, len(stop)))
+
+
+def _anchor(text: str) -> str:
+    """The last words of a text; "" where they stand in it twice or repeat themselves, so that they might come once more."""
+    start = text.rfind(" ", 0, max(0, len(text) - _ANCHOR_CHARS)) + 1
+    anchor = text[start:]
+    repeats = text.find(anchor) != start or any(anchor.startswith(anchor[n_chars:]) for n_chars in range(1, len(anchor) // 2 + 1))
+    return "" if repeats or len(anchor) > 4 * _ANCHOR_CHARS else anchor
+
+
+def continuation_request(hub: Json, seam: Seam, profile: Profile, edits: Edits = NO_EDITS) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body that asks for the rest of an answer, and what was lost or changed. Raises UpstreamFailure where it cannot be asked for."""
+    text = seam.text.rstrip()       # Anthropic refuses a last turn that ends in white space, and tokens begin with it
+    turns = [*hub["turns"], {"role": "assistant", "parts": [text_part(text)]}]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        if not anchor:
+            raise UpstreamFailure("server", "no_seam", "the end of the text stands in it twice")
+        turns.append({"role": "user", "parts": [text_part(
+            "The connection broke off in the middle of your last answer. Write the rest of it, as if it had never been interrupted: no greeting, no comment, nothing that was said before. "
+            f"Begin with exactly these last words of it, and go on directly behind them:\n{anchor}")]})
+    spent = {"max_out": max(16, hub["max_out"] - len(text) // 4)} if hub.get("max_out") else {}
+    body, dropped = translate_request({**hub, **spent, **({"think": {"mode": "off"}} if hub.get("think") else {}), "turns": turns}, profile, edits)
+    if seam.how in ("prefix", "partial"):
+        body["messages"][-1][seam.how] = True
+    elif seam.how == "final":
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    return body, dropped
+
+
+def _bare(text: str) -> str:
+    """The letters and digits of a text, by which a restart is known however it is set."""
+    return re.sub(r"\W+", "", text).casefold() or text
+
+
+def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
+    """(what of a continuation that begins so follows the text, why it cannot be used): one of the two is "".
+
+    That a model goes on where the text ends is believed only while nothing speaks against it: a beginning that repeats the last characters may be said
+    twice or meant twice, nobody can tell, and so it is refused.  A model that was told where to begin must have begun there.
+    """
+    text = seam.text.rstrip()
+    space = seam.text[len(text):]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        begun = begun.lstrip()
+        if not begun.startswith(anchor):
+            return "", "it does not begin with the words it was told"
+        begun = begun[len(anchor):]
+    else:
+        why = _doubt(text, begun)
+        if why:
+            return "", why
+    if not begun.startswith(space):
+        return "", "it leaves out white space that was sent"
+    rest = begun[len(space):]
+    return (rest, "") if rest else ("", "it is empty")
+
+
+def _doubt(text: str, begun: str) -> str:
+    """Why a beginning may be no continuation of `text`, "" where nothing says so."""
+    letters, known = _bare(begun), _bare(text)
+    if _PREAMBLE.match(begun) or text[-1].islower() and begun[:1].isupper():
+        return "it reads like an answer, not like the rest of one"
+    n_alike = next((n for n, (one, other) in enumerate(zip(letters, known)) if one != other), min(len(letters), len(known)))
+    if n_alike and n_alike >= min(_RESTART_CHARS, len(letters), len(known)) or len(known) >= _RESTART_CHARS and known[:_RESTART_CHARS] in letters:
+        return "it begins the answer anew"
+    plain = begun.lstrip()
+    repeats = any(text.endswith(begun[:n_chars]) for n_chars in range(1, len(begun) + 1))
+    repeats = repeats or any(text.endswith(plain[:n_chars]) and not text[-n_chars - 1:-n_chars].isalnum() for n_chars in range(1, len(plain) + 1))
+    if repeats or len(begun) >= _JUDGED_CHARS and begun[:_JUDGED_CHARS] in text:
+        return "it may repeat the end of the text"
+    return ""
+
+
+class SeamWriter:
+    """The writer of a Translation whose answer goes on with a stream that broke off: what comes first is kept back until it was judged."""
+
+    __slots__ = ("joined", "_seam", "_mark", "_begun")
+
+    def __init__(self, seam: Seam, mark: str) -> None:
+        """mark: what the comment at the seam says."""
+        self.joined = False         #: it was found good, and goes out
+        self._seam = seam
+        self._mark = b": %b\n\n" % printable(mark).encode("ascii", "replace")
+        self._begun = ""
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta. Raises UpstreamFailure where the answer does not go on with the text; none of it has left by then."""
+        kind = delta["delta"]
+        if kind in ("start", "think", "seal"):
+            return []               # the client has seen the beginning, and its thinking is over
+        if self.joined or kind == "usage":
+            return self._seam.writer.feed(delta)
+        if kind == "text":
+            self._begun += delta["text"]
+            return self._join() if len(self._begun) >= _JUDGED_CHARS else []
+        if kind == "stop" and delta["reason"] in ("refusal", "filter") or kind not in ("stop", "call"):
+            raise UpstreamFailure("server", "no_seam", f"instead of text came {delta.get('reason') or kind}")
+        return [*self._join(), *self._seam.writer.feed(delta)]
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come."""
+        return self._seam.writer.close()
+
+    def keep_alive(self) -> bytes:
+        """A sign of life in the client's format."""
+        return self._seam.writer.keep_alive()
+
+    def error(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream."""
+        return self._seam.writer.error(error)
+
+    def _join(self) -> list[bytes]:
+        rest, why = judge_continuation(self._seam, self._begun)
+        if why:
+            raise UpstreamFailure("server", "no_seam", why)
+        self.joined = True
+        return [self._mark, *self._seam.writer.feed(text_delta(rest))]
 
 
 # ---- Counting tokens without a tokenizer
@@ -13292,6 +13575,15 @@ def revoke_key(path: Path, key_id: int) -> bool:
     """Whether there is such a key; it is refused from now on and stays listed."""
     with _changing_keys(path) as connection:
         return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
+
+
+def find_key(path: Path, key: str) -> GatewayKey | None:
+    """The row of a key, revoked and expired ones too; None for one that is unknown here."""
+    if not path.exists():
+        return None
+    with _readable_database(path) as connection:
+        found = _select_keys(connection, "key_hash = ?", _hash_of(key))
+    return found[0][1] if found else None
 
 
 def delete_key(path: Path, key_id: int) -> bool:
@@ -14726,7 +15018,7 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World, *, n_fitting: int = 1_000_000) -> None:
+    def __init__(self, application: Application, world: World, *, n_fitting: int = 1 << 20) -> None:
         """n_fitting: connections that descriptors suffice for."""
         self.application = application
         self.clock = world.clock
@@ -14864,8 +15156,8 @@ class Server:
 # 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
-# committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
-# error event and nothing is left looking complete.  Relay meets clients only through a Sink.
+# committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
+# have the rest (_go_on), else the client gets its format's error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
 # Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
 # first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
@@ -14889,6 +15181,7 @@ _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
 _LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+_RESUME_BYTES = 256 * 1024      #: of a stream that are kept for the case that it breaks off; a longer one is not gone on with
 #: Texts on which Claude Code compacts.
 _COMPACTS = re.compile(r"prompt is too long|exceed context limit")
 #: Payload rules are for requests of a conversation, whose fields a provider's entry knows.
@@ -15009,6 +15302,7 @@ class Relay:
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
         self.has_news = False                                #: something was proven that rows() should be saved for
+        self.resuming: frozenset[str] = frozenset()          #: providers that may go on with a stream that broke off
         self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
         self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
         self._sweeper: Alarm | None = None                   # rings every second while there are any
@@ -15022,6 +15316,7 @@ class Relay:
         self._targets = {}
         self._allowed = {}
         self.state.rules = failure_rules(config.carousel.limits)
+        self.resuming = frozenset(provider.name for provider in config.active if any(way_on(provider, model, config.carousel.resume) for model in provider.models))
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
@@ -15249,7 +15544,7 @@ class _Run:
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
                  "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
-                 "_is_late", "_is_retrying", "_fault", "_task")
+                 "_sent", "_n_sent", "_seam", "_owed", "_spent", "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -15289,6 +15584,11 @@ class _Run:
         self._passing = True
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
+        self._sent: list[bytes] | None = None   # what the client has got of a stream that may be gone on with if it breaks off
+        self._n_sent = 0
+        self._seam: Seam | None = None          # where it broke off, while it is gone on with
+        self._owed: UpstreamFailure | None = None   # why it broke off, until the client has been told or the rest has come
+        self._spent: Usage | None = None        # of the attempts before this one, whose answers the client has
         self._task: asyncio.Task[Any] | None = None
         self._is_late = False                   # the time of the whole request is over
         self._is_retrying = False               # this attempt counts against the retry budget
@@ -15373,6 +15673,8 @@ class _Run:
         self._facts = self._read_facts()
         self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
+        if self._relay.resuming and job.stream and self._client.take_up is not None and any(route.provider.name in self._relay.resuming for route in waiting):
+            self._sent = []
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
@@ -15382,6 +15684,8 @@ class _Run:
                 self._passed_over.append((route, why))
                 continue
             failure = await self._try(route)
+            if self._owed is not None:
+                return await self._go_on(route, waiting)
             if failure is None or self._committed:
                 return
             if not self._repaired or failure.reason != "auth_refreshable":      # a token that had run out says nothing of the login
@@ -15399,11 +15703,61 @@ class _Run:
                 await self._relay.world.sleep(_RETRY_PAUSE_S * (0.5 + self._relay.world.random()))
         if self._shrink is not None and FAILURE_RULES[self._failures[-1].kind].goes_on:
             failure = await self._try(self._shrink[0])
+            if self._owed is not None:
+                return await self._go_on(self._shrink[0], waiting)
             if failure is None or self._committed:
                 return
             self._failures.append(failure)
         failures = sorted(self._failures, key=lambda failure: failure.reason == "content_policy")       # what was said of the request itself counts
         raise self._in_clients_words(answer_for(failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
+
+    async def _go_on(self, broken: Route, waiting: Iterable[Route]) -> None:
+        """A stream that broke off inside its text is gone on with by a route that can, unseen but for a comment; else the client gets its error event."""
+        carousel, failure, n_before = self._config.carousel, self._owed, len(self._attempts) - 1
+        assert failure is not None
+        self._failures.append(failure)
+        for route in (*sorted(waiting, key=lambda route: route.model.id != broken.model.id), broken):
+            how = way_on(route.provider, route.model, carousel.resume)
+            out = failure.reason == "timeout" if route is broken else not self._cooled.isdisjoint(route.keys)
+            if not how or out or self._n_asked >= carousel.max_attempts or misfit(route, self._needs) or self._has_filled_up(route):
+                continue
+            found = self._take_up()
+            if found is None:
+                break
+            if self._hold_back(route, deque()):
+                continue
+            self._seam, self._owed = Seam(*found, how), None
+            self._spend()
+            if await self._try(route) is None:
+                clear(self._relay.state, route)
+                self._log.info("resume.done req=%s route=%s after_chars=%d", self._job.id, route.id, len(found[1]))
+                return
+            failure = self._owed or failure
+        self._refuse(answer_for([failure], self._attempts[n_before:]))
+
+    def _take_up(self) -> tuple[Any, str] | None:
+        """What FORMATS says of the client's stream so far; None where it has no exact continuation."""
+        with contextlib.suppress(UpstreamFailure, GatewayError, ValueError):        # a request that only its own format understands, events that no reader does
+            found = self._client.take_up(b"".join(self._sent), self._asked()) if self._client.take_up is not None and self._sent and not self._carrier.calling else None
+            return found if found is not None and can_go_on(self._needs.hub(), found[1]) else None
+        return None
+
+    def _spend(self) -> None:
+        """What the attempt that broke off has used is counted besides what comes."""
+        used, spent = self._usage, self._spent or Usage(estimated=True)
+        if used is not None or self._n_content_bytes:
+            n_input, n_output = (used.input, used.output) if used is not None else (len(self._job.raw) // _BYTES_PER_TOKEN, 0)
+            self._spent = replace(spent, input=spent.input + n_input, output=spent.output + max(n_output, self._n_content_bytes // _BYTES_PER_TOKEN),
+                                  cached=spent.cached + (used.cached if used is not None else 0), cache_write=spent.cache_write + (used.cache_write if used is not None else 0))
+        self._usage, self._n_content_bytes = None, 0
+
+    def _note_sent(self, out: bytes) -> None:
+        """Keep what goes to the client, as long as it is little."""
+        self._n_sent += len(out)
+        if self._sent is not None:
+            self._sent.append(out)
+            if self._n_sent > _RESUME_BYTES:
+                self._sent = None
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
@@ -15596,7 +15950,7 @@ class _Run:
             target = await self._sign(route) if route.provider.preset.login else route
             body = self._request_body(target)
             attempt.changed = self._dropped
-            origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
+            origin, message = relay.message(*self._address(target), body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
             if self._fault is None:
@@ -15615,7 +15969,7 @@ class _Run:
             self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
-            if self._fault is None:
+            if self._fault is None and self._seam is None:
                 self._learn(route, failure, body)
             return failure
         except BaseException:
@@ -15680,10 +16034,27 @@ class _Run:
             settle(relay.state.ledger, hold, 0 if failure is not None and failure.status >= 400 else hold.n_input, self._n_content_bytes // _BYTES_PER_TOKEN, now)
         relay.wake()
 
+    def _address(self, route: Route) -> tuple[Route, Job]:
+        """What the head of a request is made from: some providers go on with an answer at another address, and none as if it were the same request."""
+        if self._seam is None:
+            return route, self._job
+        elsewhere = route.provider.preset.continue_url if self._seam.how != "told" else ""
+        return replace(route, provider=replace(route.provider, base_url=elsewhere)) if elsewhere else route, replace(self._job, idempotency_key="")
+
+    def _continuation_body(self, route: Route, seam: Seam) -> bytes:
+        """The body that asks a route for the rest of an answer."""
+        hub = recall(self._needs.hub(), self._relay.memo)
+        self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
+        made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
+        self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
+        return dump_json(made)
+
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
         job, provider = self._job, route.provider
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
+        if self._seam is not None:
+            return self._continuation_body(route, self._seam)
         self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         edits = self._edits(route)
@@ -15823,6 +16194,10 @@ class _Run:
     def _make_carrier(self) -> Any:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
+        if self._seam is not None:
+            source = self._source()._replace(profile=replace(self._profile, think_open=False))
+            route = self._attempts[-1].route
+            return Translation(self._wire.reader(source), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
         if self._spoke and self._job.client == "responses":
             self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
@@ -15858,6 +16233,8 @@ class _Run:
                 held += out
             elif out:
                 sink.write(out)
+                if self._sent is not None:
+                    self._note_sent(out)
                 keeper.set(keep_alive_s)
                 await sink.flush()
             self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
@@ -15884,7 +16261,8 @@ class _Run:
         if carrier.error is not None or not carrier.done:
             raise self._in_answer(route, carrier.error) if carrier.error is not None else self._bad_answer(route, "empty_answer", "")
         self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
-        self._start_stream(answer, attempt)
+        if not self._committed:
+            self._start_stream(answer, attempt)
         self._sink.write(out)
         self._sink.finish()
 
@@ -15904,12 +16282,15 @@ class _Run:
         await answer.read_start(_ERROR_BODY_BYTES, idle_s=_AFTER_END_S)
 
     def _break_off(self, failure: UpstreamFailure, attempt: Attempt) -> None:
-        """Raise `failure`; when content has gone out already, tell the client first."""
+        """Raise `failure`; when content has gone out already, tell the client first, or owe it to it where another route may have the rest."""
         if self._committed:
             failure.detail = redact(failure.detail, self._config.secrets)
             attempt.reason, attempt.detail = failure.reason, failure.detail
             attempt.ms = self._ms_since(attempt.started_at)
-            self._refuse(answer_for([failure], [attempt]))
+            if self._sent is not None and FAILURE_RULES[failure.kind].goes_on:
+                self._owed = failure
+            else:
+                self._refuse(answer_for([failure], [attempt]))
         raise failure
 
     def _in_answer(self, route: Route, error: Any) -> UpstreamFailure:
@@ -15977,6 +16358,8 @@ class _Run:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
             return write_event(self._envelope(error), "error" if self._job.client == "messages" else "")
+        if self._seam is not None:
+            return self._seam.writer.error(error)
         if self._committed and self._passing:
             return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())
@@ -15987,7 +16370,10 @@ class _Run:
         if not self._sink.head_sent:
             kind = EVENT_STREAM_HEADERS if self._job.stream else [("content-type", "application/json")]
             self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
-        self._sink.write(self._sign_of_life())
+        sign = self._sign_of_life()
+        self._sink.write(sign)
+        if self._sent is not None:
+            self._note_sent(sign)
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_s)
 
@@ -15995,6 +16381,8 @@ class _Run:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
         if not self._job.stream:
             return b" "
+        if self._seam is not None:
+            return self._seam.writer.keep_alive()
         if self._committed and self._carrier is not None:
             return self._carrier.keep_alive()
         if self._job.client not in ("messages", "responses"):
@@ -16008,13 +16396,15 @@ class _Run:
     def _settle(self) -> None:
         """One usage row and one log line, for every request that reached a plan."""
         if self._usage is None:
-            served = self._committed
+            served = self._committed and (self._spent is None or self._n_content_bytes > 0)
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
         elif self._outcome != "ok" and self._wire is FORMATS["messages"] and self._carrier is not None and self._carrier.finish is None:
             # Messages tells of one token at its start, and of the others when they have all come.
             n_output = self._n_content_bytes // _BYTES_PER_TOKEN
             if n_output > self._usage.output:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
+        if self._spent is not None:
+            self._usage = Usage(*(getattr(self._usage, name) + getattr(self._spent, name) for name in ("input", "output", "cached", "cache_write", "reasoning")), estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
             note_cached(self._relay.state, self._facts, self._usage.cached)
@@ -18264,6 +18654,1353 @@ def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
 
 
 ##############################################################################
+# 24. Clients                                               I/O | uses 1-5, 8-10, 14-15, 17-20, 22-23
+##############################################################################
+# What each client is given and what it says: its files and how they are edited, the configuration that it really takes, its
+# dialogue; the launcher, doctor and selftest.  Facts of the clients were seen on the wire in 2026-11, with the versions in tests/test_clients.py.
+# Files are changed as text and the change is read back: what would come out as anything but the old values and ours is refused.
+# One more client: a row in CLIENTS, a reader in _LAYERS for doctor, its recipe in README.
+
+NEW_KEY = "sk-..."          #: where no key is known yet
+
+
+class ClientFile(NamedTuple):
+    """One file of a client and what is set in it; texts hold {url} and {key}."""
+    variable: str           #: names the folder, "" when nothing does
+    folder: str             #: where it is else
+    names: tuple[str, ...]  #: the first of them that exists, else the last
+    kind: Literal["json", "toml", "yaml", "dotenv"]
+    values: Json
+    begins: Json = {}       #: what is set where nothing stands yet
+    restless: str = ""      #: a name whose values the client changes at every start, in a file that it writes anew
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSetup:
+    """How one client is pointed at a gateway; texts hold {url} and {key}."""
+    title: str
+    program: str = ""                       #: what is run; "" for what is no program of its own
+    format: Format = "chat"
+    files: tuple[ClientFile, ...] = ()
+    recipe: str = ""                        #: what to paste where there is no file
+    then: str = ""                          #: what is typed once the files are there
+    words: tuple[str, ...] = ()             #: what `run` puts behind the program; {file} holds the first file's values
+    environment: Mapping[str, str] = field(default_factory=dict)      #: what `run` sets; {json} is the first file's values
+    unset: tuple[str, ...] = ()             #: what `run` takes away
+
+
+_CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+_CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
+_OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
+_ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key}", "ANTHROPIC_MODEL": "aicarousel"}
+
+CLIENTS: Mapping[str, ClientSetup] = {
+    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.
+    "claude-code": ClientSetup(
+        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",),
+        files=(ClientFile("CLAUDE_CONFIG_DIR", "~/.claude", ("settings.json",), "json", {
+            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel")}}),)),
+    # Its .env goes before the environment, so the variable of `run` is another one.
+    "codex": ClientSetup(
+        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"},
+        words=("-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
+               'env_key="AICAROUSEL_RUN_KEY",wire_api="responses",supports_websockets=false}'),
+        files=(ClientFile("CODEX_HOME", "~/.codex", ("config.toml",), "toml", {
+                   "model": "aicarousel", "model_provider": "aicarousel", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
+               ClientFile("CODEX_HOME", "~/.codex", (".env",), "dotenv", {"AICAROUSEL_KEY": "{key}"}))),
+    "cline": ClientSetup(
+        "Cline", "cline", then="cline; in the editor: provider OpenAI Compatible with the same base URL, key and model",
+        files=(ClientFile("CLINE_DATA_DIR", "~/.cline/data", ("settings/providers.json",), "json", {
+            "lastUsedProvider": "openai-compatible", "providers": {"openai-compatible": {"settings": {
+                "provider": "openai-compatible", "apiKey": "{key}", "model": "aicarousel", "baseUrl": "{url}/v1"}}}},
+            {"version": 1, "modes": {}, "providers": {"openai-compatible": {"updatedAt": "2026-01-01T00:00:00.000Z", "tokenSource": "manual"}}}, "updatedAt"),)),
+    "opencode": ClientSetup(
+        "OpenCode", "opencode", then="opencode", environment={"OPENCODE_CONFIG_CONTENT": "{json}"},
+        files=(ClientFile("XDG_CONFIG_HOME", "~/.config", ("opencode/opencode.jsonc", "opencode/opencode.json"), "json", {
+            "model": "aicarousel/aicarousel",
+            "provider": {"aicarousel": {
+                "npm": "@ai-sdk/openai-compatible", "name": "AICarousel", "options": {"baseURL": "{url}/v1", "apiKey": "{key}"},
+                "models": {"aicarousel": {"limit": {"context": 131072, "output": 32768}}}}}}, {"$schema": "https://opencode.ai/config.json"}),)),
+    "aider": ClientSetup(
+        "aider", "aider", then="aider",
+        environment={"AIDER_MODEL": "openai/aicarousel", "AIDER_OPENAI_API_BASE": "{url}/v1", "AIDER_OPENAI_API_KEY": "{key}"},
+        files=(ClientFile("", "~", (".aider.conf.yml",), "yaml", {"model": "openai/aicarousel", "openai-api-base": "{url}/v1", "openai-api-key": "{key}"}),)),
+    "continue": ClientSetup(
+        "Continue", then="the model AICarousel in the editor",
+        files=(ClientFile("CONTINUE_GLOBAL_DIR", "~/.continue", ("config.yaml",), "yaml", {
+            "models": [{"name": "AICarousel", "provider": "openai", "model": "aicarousel", "apiBase": "{url}/v1", "apiKey": "{key}"}]},
+            {"name": "Local", "version": "1.0.0", "schema": "v1"}),)),
+    "litellm": ClientSetup("LiteLLM", recipe=(
+        "# in the proxy's config.yaml; in Python: litellm.completion(\"openai/aicarousel\", api_base=\"{url}/v1\", api_key=\"{key}\", messages=...)\n"
+        "model_list:\n  - model_name: aicarousel\n    litellm_params:\n      model: openai/aicarousel\n      api_base: {url}/v1\n      api_key: {key}")),
+    "openai-sdk": ClientSetup("openai SDK", recipe=(
+        "from openai import OpenAI\n"
+        "client = OpenAI(base_url=\"{url}/v1\", api_key=\"{key}\")    # or the variables OPENAI_BASE_URL and OPENAI_API_KEY\n"
+        "client.chat.completions.create(model=\"aicarousel\", messages=[{\"role\": \"user\", \"content\": \"Hello\"}])")),
+    "anthropic-sdk": ClientSetup("anthropic SDK", recipe=(
+        "from anthropic import Anthropic\n"
+        "client = Anthropic(base_url=\"{url}\", api_key=\"{key}\")    # or the variables ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY\n"
+        "client.messages.create(model=\"aicarousel\", max_tokens=1000, messages=[{\"role\": \"user\", \"content\": \"Hello\"}])")),
+    "curl": ClientSetup("curl", recipe=(
+        "curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n"
+        "  -d '{\"model\": \"aicarousel\", \"stream\": true, \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")),
+}
+
+
+def fill(value: Any, url: str, key: str) -> Any:
+    """`value` with the address and the key in its texts."""
+    if isinstance(value, str):
+        return value.replace("{url}", url).replace("{key}", key)
+    if isinstance(value, Mapping):
+        return {name: fill(item, url, key) for name, item in value.items()}
+    return [fill(item, url, key) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# Texts of four kinds: read as far as is needed here, and changed.
+
+_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.S)
+_LAST_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
+_YAML_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^\s#"'](?:(?!\s\#).)*?)"""
+_YAML_LINE = re.compile(rf"(?P<indent> *)(?P<dash>-[ ]+)?(?P<name>[\w.-]+)[ \t]*:(?:[ \t]+{_YAML_VALUE})?[ \t]*(?:\#.*)?")
+_TOML_HEADER = re.compile(r"[ \t]*\[[ \t]*([^\[\]#]+?)[ \t]*\][ \t]*(?:#.*)?")
+_TOML_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s#"'\[{]+)"""
+
+
+def _read_jsonc(text: str) -> Json:
+    """JSON with comments and last commas. Raises ValueError."""
+    text = _COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
+    tree = json.loads(_LAST_COMMA.sub(lambda match: match[1] or "", text) if text.strip() else "{}")
+    if not isinstance(tree, dict):
+        raise ValueError("something that is no object")
+    return tree
+
+
+def _read_toml(text: str) -> Json:
+    import tomllib
+    return tomllib.loads(text)
+
+
+def _read_yaml(text: str) -> Json:
+    """Scalars at the top, and lists of flat maps under a name at the top; what lies deeper is passed over. Raises ValueError for other roots."""
+    tree: Json = {}
+    rows: list[Json] | None = None
+    depth = inner = 0
+    if re.search(r"^(?:[{\[]|\.\.\.|%)", text, re.M) or len(re.findall(r"^---", text, re.M)) > 1 or "\t" in text:
+        raise ValueError("YAML in a form that is not edited here")
+    for line in text.splitlines():
+        match = _YAML_LINE.fullmatch(line)
+        if match is None:
+            continue
+        indent, value = len(match["indent"]), match["value"]
+        plain = json.loads(value) if value and value[0] == '"' else value[1:-1].replace("''", "'") if value and value[0] == "'" else value
+        if not indent and not match["dash"]:
+            rows = [] if value is None else None
+            tree[match["name"]] = plain if rows is None else rows
+        elif rows is not None and match["dash"] and (not rows or indent == depth):
+            depth, inner = indent, indent + len(match["dash"])
+            rows.append({match["name"]: plain})
+        elif rows and not match["dash"] and indent == inner:
+            rows[-1][match["name"]] = plain
+    return tree
+
+
+def _merge_json(text: str, tree: Json, path: tuple[str, ...] = ()) -> str:
+    if not text.strip():
+        return json.dumps(tree, indent=2) + "\n"
+    known: Any = _read_jsonc(text)
+    for name in path:
+        known = known[name]
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(known.get(name), dict) and known[name]:
+            text = _merge_json(text, value, (*path, name))
+        elif known.get(name) != value:
+            text = set_json(text, (*path, name), value)
+    return text
+
+
+def _merge_toml(text: str, tree: Json, table: tuple[str, ...] = ()) -> str:
+    """Values of a table go into its own lines, those that are missing behind them; a missing table comes last."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            text = _merge_toml(text, value, (*table, name))
+            continue
+        lines, wanted = text.splitlines(keepends=True), ".".join(table)
+        heads = [(number, match[1].replace('"', "").replace(" ", "")) for number, line in enumerate(lines) if (match := _TOML_HEADER.fullmatch(line.rstrip("\r\n")))]
+        first = 0 if not table else next((number + 1 for number, head in heads if head == wanted), None)
+        if first is None:
+            text += ("" if not text or text.endswith("\n") else "\n") + ("\n" if text else "") + f"[{wanted}]\n{name} = {json.dumps(value)}\n"
+            continue
+        last = next((number for number, _ in heads if number >= first), len(lines))
+        here = re.compile(rf'(?P<before>[ \t]*(?:{re.escape(name)}|"{re.escape(name)}")[ \t]*=[ \t]*){_TOML_VALUE}(?P<after>[ \t]*(?:#.*)?[\r\n]*)')
+        for number in range(first, last):
+            match = here.fullmatch(lines[number])
+            if match:
+                lines[number] = f"{match['before']}{json.dumps(value)}{match['after']}"
+                break
+        else:
+            while last > first and not lines[last - 1].split("#")[0].strip():
+                last -= 1
+            lines[last - 1:last] = [lines[last - 1] + ("" if lines[last - 1].endswith("\n") else "\n")] if last else []
+            lines.insert(last, f"{name} = {json.dumps(value)}\n" + ("\n" if not table and last == 0 and lines else ""))
+        text = "".join(lines)
+    return text
+
+
+def _yaml_scalar(value: str) -> str:
+    """`value` as a plain scalar where it can only be a text, else quoted."""
+    return value if re.fullmatch(r"[A-Za-z][\w./-]*(?::[\w./-]+)*", value, re.ASCII) and value.lower() not in ("yes", "no", "on", "off", "true", "false", "null", "y", "n") else json.dumps(value)
+
+
+def _merge_yaml(text: str, tree: Json) -> str:
+    known = _read_yaml(text)
+    text += "" if not text or text.endswith("\n") else "\n"
+    for name, value in tree.items():
+        if isinstance(value, list):
+            if not isinstance(known.get(name, []), list) and known[name] != "[]":
+                raise ValueError(f"{name} is no list in lines of its own")
+            text = _merge_yaml_row(text, name, value[0])
+        elif name not in known:
+            text += f"{name}: {_yaml_scalar(value)}\n"
+        elif known[name] != value:
+            if re.search(rf"(?m)^{re.escape(name)}[ \t]*:(?:[ \t]*[|>&*!\[{{]|[^\n]*\n(?:[ ]|-[ ]))", text):
+                raise ValueError(f"{name} holds more than a text")
+            text = re.sub(rf"(?m)^({re.escape(name)}[ \t]*:)(?:[ \t]+{_YAML_VALUE})?(?=[ \t]*(?:\#.*)?$)", lambda match: f"{match[1]} {_yaml_scalar(value)}", text, count=1)
+    return text
+
+
+def _merge_yaml_row(text: str, name: str, row: Json) -> str:
+    """The list under `name` with `row` in place of the one that has its name, else as its first."""
+    lines = re.sub(rf"(?m)^{re.escape(name)}:[ ]*\[[ ]*\][ ]*$", f"{name}:", text).splitlines(keepends=True)
+    head = next((number for number, line in enumerate(lines) if re.match(rf"{re.escape(name)}[ ]*:[ ]*(?:#|$)", line)), None)
+    if head is None:
+        head = len(lines)
+        lines.append(f"{name}:\n")
+    dashes = []
+    for number in range(head + 1, len(lines)):
+        match = re.match(r"( *)(-[ ]|)", lines[number])
+        assert match is not None
+        if lines[number].strip() and not match[1] and not match[2] and lines[number][0] != "#":
+            break
+        if match[2] and (not dashes or len(match[1]) == dashes[0][1]):
+            dashes.append((number, len(match[1])))
+    else:
+        number = len(lines)
+    indent = " " * (dashes[0][1] if dashes else 2)
+    made = [f"{indent}{'- ' if first else '  '}{key}: {_yaml_scalar(value)}\n" for first, (key, value) in zip((True, *[False] * len(row)), row.items())]
+    starts = [start for start, _ in dashes] + [number]
+    for start, end in zip(starts, starts[1:]):
+        match = _YAML_LINE.fullmatch(lines[start].rstrip("\r\n"))
+        if match and match["name"] == "name" and _read_yaml("x:\n" + lines[start])["x"][0]["name"] == row["name"]:
+            while not lines[end - 1].split("#")[0].strip():
+                end -= 1
+            return "".join([*lines[:start], *made, *lines[end:]])
+    return "".join([*lines[:head + 1], *made, *lines[head + 1:]])
+
+
+def _merge_dotenv(text: str, tree: Json) -> str:
+    for name, value in tree.items():
+        text = set_dotenv(text, name, value)
+    return text
+
+
+_KINDS: Mapping[str, tuple[Callable[[str], Json], Callable[[str, Json], str]]] = {
+    "json": (_read_jsonc, _merge_json), "toml": (_read_toml, _merge_toml), "yaml": (_read_yaml, _merge_yaml), "dotenv": (parse_dotenv, _merge_dotenv)}
+
+
+def _merged(known: Any, tree: Any) -> Any:
+    """What `known` is to be once it holds `tree`; in a list one row stands for the one of its name."""
+    if isinstance(known, dict) and isinstance(tree, dict):
+        return {**known, **{name: _merged(known.get(name), value) for name, value in tree.items()}}
+    if isinstance(known, list) and isinstance(tree, list):
+        names = [row.get("name") for row in known]
+        return [tree[0] if row.get("name") == tree[0]["name"] else row for row in known] if tree[0]["name"] in names else [*tree, *known]
+    return tree
+
+
+def _lacking(begins: Json, known: Any) -> Json:
+    """What of `begins` is not known yet."""
+    return {name: _lacking(value, known[name]) if name in known else value for name, value in begins.items()
+            if name not in known or isinstance(value, dict) and isinstance(known[name], dict)}
+
+
+def merge_text(kind: str, text: str, tree: Json, where: str, begins: Json = {}) -> str:
+    """`text` with the values of `tree` in it, those of `begins` where it has none, and all else as it was. Raises ConfigError for what cannot be read or be changed so."""
+    read, merge = _KINDS[kind]
+    windows = "\r\n" in text and not re.search(r"(?<!\r)\n", text)
+    plain = text.replace("\r\n", "\n") if windows else text
+    try:
+        known = read(plain)
+        tree = _merged(_lacking(begins, known), tree)
+        made = merge(plain, tree)
+        if read(made) != _merged(known, tree):
+            raise ValueError("a form that cannot be changed safely")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
+        told = redact(f"{error.found}" if isinstance(error, ConfigError) else str(error))
+        raise ConfigError(where, printable(told)[:200], f"{kind.upper()} that can be read and changed; nothing was written, the values can be put in by hand") from error
+    return made.replace("\n", "\r\n") if windows else made
+
+
+# Writing, and taking back.
+
+class Change(NamedTuple):
+    """One file of a client as it is and as it is to be."""
+    path: Path
+    before: bytes | None    #: None: there is none
+    after: bytes
+    restless: str
+
+
+def client_path(file: ClientFile, environment: Mapping[str, str]) -> Path:
+    """Where a file of a client is, its links followed."""
+    folder = Path(environment.get(file.variable) or file.folder).expanduser()
+    return next((path for name in file.names if (path := folder / name).exists()), folder / file.names[-1]).resolve()
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror or str(error), "a file that this user may read") from error
+
+
+def _text_of(path: Path, data: bytes | None) -> str:
+    try:
+        return (data or b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "bytes that are not UTF-8", "a text file") from error
+
+
+def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[Change]:
+    """What writing `client`'s files would change, files that stay as they are left out. Raises ConfigError."""
+    changes = []
+    for file in client.files:
+        path = client_path(file, environment)
+        before = _read_bytes(path)
+        text = _text_of(path, before)
+        after = merge_text(file.kind, text, fill(file.values, url, key), str(path), file.begins).encode()
+        if after != before:
+            changes.append(Change(path, before, after, file.restless))
+    return changes
+
+
+def snippet(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[tuple[str, str]]:
+    """(where, what to put there) of a client; where is "" for what goes into no file."""
+    if not client.files:
+        return [("", fill(client.recipe, url, key))]
+    rows = []
+    for file in client.files:
+        usual = Path(file.folder).expanduser() / file.names[-1]
+        path = client_path(file, environment)
+        rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
+                     merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
+    return rows
+
+
+def known_key(client: ClientSetup, environment: Mapping[str, str], database: Path) -> str:
+    """The key that stands in a client's files, if it is one of this gateway's that is valid; else ""."""
+    for file in client.files:
+        path = client_path(file, environment)
+        try:
+            tree: Any = _KINDS[file.kind][0](_text_of(path, _read_bytes(path)))
+        except (ValueError, ConfigError):
+            continue                                        # whoever writes will complain
+        for key in _shown_keys(file.values, tree):
+            found = find_key(database, key)
+            if found is not None and found.active and (found.expires_at is None or found.expires_at > time.time()):
+                return key
+    return ""
+
+
+def _shown_keys(template: Any, tree: Any) -> list[str]:
+    """The texts that stand in `tree` where `template` has the key."""
+    if template == "{key}":
+        return [tree] if isinstance(tree, str) else []
+    if isinstance(template, Mapping):
+        return [key for name, item in template.items() if isinstance(tree, Mapping) for key in _shown_keys(item, tree.get(name))]
+    if isinstance(template, list) and isinstance(tree, list):
+        return [key for row in tree if isinstance(row, Mapping) and row.get("name") == template[0]["name"] for key in _shown_keys(template[0], row)]
+    return []
+
+
+def _put(path: Path, data: bytes, mode: int) -> None:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data.decode(), mode)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(error.filename or str(path), error.strerror or str(error), "a file and folder that this user may write") from error
+
+
+def write_changes(name: str, changes: Sequence[Change], folder: Path, key_id: int | None) -> None:
+    """Put the changes in place, each whole; what was there before is kept in `folder` for undo_changes first. Raises ConfigError.
+
+    A file that still is as it was last written keeps the copy that was made then: what undo brings back is what stood there before us.
+    """
+    record = folder / f"{name}.json"
+    known = {row["path"]: row for row in _undo_rows(record)}
+    rows = []
+    with _writing(record):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for number, change in enumerate(changes):
+            row = known.pop(str(change.path), None)
+            if row is None or row["after"] != _digest(change.before, change.restless):
+                row = {"path": str(change.path), "copy": "", "restless": change.restless, "mode": 0o600 if change.before is None else change.path.stat().st_mode & 0o777, "key": None}
+                if change.before is not None:
+                    row["copy"] = f"{name}-{number}-{change.path.name}.before"
+                    _put(folder / row["copy"], change.before, 0o600)
+            rows.append({**row, "after": _digest(change.after, change.restless), "key": key_id or row["key"]})
+        _put(record, dump_json({"files": [*known.values(), *rows]}), 0o600)
+        for change, row in zip(changes, rows):
+            _put(change.path, change.after, row["mode"])
+
+
+def undo_changes(name: str, folder: Path) -> tuple[list[str], list[int]]:
+    """Files that are again as they were before write_changes, and the keys made for them. Raises ConfigError when one was changed since."""
+    record = folder / f"{name}.json"
+    rows = _undo_rows(record)
+    if not rows:
+        raise ConfigError(f"config {name} --undo", "nothing that was written", "a client written by --write and not undone yet")
+    for row in rows:
+        if _digest(_read_bytes(Path(row["path"])), row["restless"]) != row["after"]:
+            told = f"; what stood there before is {folder / row['copy']}" if row["copy"] else ""
+            raise ConfigError(row["path"], "a file that was changed since it was written", f"the file as --write left it, so nothing is undone{told}")
+    with _writing(record):
+        for row in rows:
+            if row["copy"]:
+                _put(Path(row["path"]), (folder / row["copy"]).read_bytes(), row["mode"])
+            else:
+                Path(row["path"]).unlink()
+        record.unlink()
+        for row in rows:
+            if row["copy"]:
+                (folder / row["copy"]).unlink()
+    return [row["path"] for row in rows], sorted({row["key"] for row in rows if row["key"]})
+
+
+def _undo_rows(record: Path) -> list[Json]:
+    data = _read_bytes(record)
+    try:
+        return json.loads(data)["files"] if data else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(str(record), "something else", "what --write notes there; it can be deleted, --undo is lost then") from error
+
+
+def _digest(data: bytes | None, restless: str) -> str:
+    """What tells one content of a file from another; of a file that its client rewrites, only what it says counts."""
+    if data is not None and restless:
+        with contextlib.suppress(ValueError):
+            data = json.dumps(_without_name(_read_jsonc(data.decode()), restless), sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest() if data is not None else ""
+
+
+def _without_name(tree: Any, name: str) -> Any:
+    return {key: _without_name(value, name) for key, value in tree.items() if key != name} if isinstance(tree, dict) else tree
+
+
+def difference(changes: Sequence[Change]) -> str:
+    """What the changes would do, as a unified diff without any key."""
+    import difflib
+    lines: list[str] = []
+    for change in changes:
+        texts = [(data or b"").decode("utf-8", "replace").splitlines(keepends=True) for data in (change.before, change.after)]
+        lines += difflib.unified_diff(*texts, "/dev/null" if change.before is None else str(change.path), str(change.path))
+    return redact("".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines))
+
+
+def own_address(settings: Settings) -> str:
+    """Where this home's gateway listens, as a client of this machine calls it."""
+    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") or is_loopback(settings.host) and ":" not in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
+def systemd_unit(program: Sequence[str]) -> str:
+    """A unit for the user's own systemd; nothing is installed by it."""
+    def quoted(word: str) -> str:
+        word = word.replace("%", "%%").replace("$", "$$")
+        return word if re.fullmatch(r"[\w./:=@%$-]+", word) else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return ("# ~/.config/systemd/user/aicarousel.service\n"
+            "# then: systemctl --user daemon-reload && systemctl --user enable --now aicarousel && loginctl enable-linger\n"
+            "[Unit]\nDescription=AICarousel\nAfter=network-online.target\n\n"
+            f"[Service]\nExecStart={' '.join(map(quoted, program))}\nExecReload=/bin/kill -HUP $MAINPID\nRestart=on-failure\n"
+            f"TimeoutStopSec=40\nUMask=0077\nNoNewPrivileges=yes\n\n[Install]\nWantedBy=default.target")
+
+
+# The launcher.
+
+RUN_KEY_S = 7 * 86_400     #: how long the key of a launch lives if the launcher is killed
+_STOP_S = 35.0              #: how long a gateway may take to end; its own drain takes 30
+
+_OTHER = ClientSetup("", environment={**_OPENAI_VARIABLES, **_ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
+
+
+def launch(words: Sequence[str], url: str, key: str) -> int:
+    """Run a client to its end with address and key set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
+
+    SIGTERM and SIGHUP go on to it, SIGINT and SIGQUIT too unless they came from the terminal, which has sent them to it as well.
+    """
+    import subprocess
+    import tempfile
+    client = next((client for client in CLIENTS.values() if client.program == Path(words[0]).stem and (client.words or client.environment)), _OTHER)
+    values = json.dumps(fill(client.files[0].values, url, key)) if client.files else ""
+    with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
+        file = Path(folder) / "settings.json"
+        if "{file}" in client.words:
+            _put(file, values.encode(), 0o600)
+        command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
+        environment = {name: value for name, value in os.environ.items() if name not in client.unset}
+        environment |= {name: fill(value, url, key).replace("{json}", values) for name, value in client.environment.items()}
+        children: list[subprocess.Popen[bytes]] = []
+        early: list[int] = []
+
+        def pass_on(number: int, _frame: Any) -> None:
+            if number in (signal.SIGINT, signal.SIGQUIT) and _at_terminal():
+                return
+            if not children:
+                return early.append(number)
+            children[0].send_signal(number)
+
+        before = [(number, signal.signal(number, pass_on)) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)]
+        try:
+            children.append(subprocess.Popen(command, env=environment))
+            for number in early:
+                children[0].send_signal(number)
+            status = children[0].wait()
+        except OSError as error:
+            raise ConfigError(f"run {printable(words[0])}", error.strerror or str(error), "a program that is installed") from error
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _at_terminal() -> bool:
+    """Whether what a terminal sends for a key goes to this process's group."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def gateway_for(address: str, key: str, home: Sequence[str], log: Path) -> Iterator[str]:
+    """The address of a gateway that takes `key`: the one that runs, else one that is started on a free port and stopped at the end. Raises ConfigError.
+
+    home: the options that name it.  log: where what it logs goes.
+    """
+    import subprocess
+    if ask_gateway(address, "GET", "/health?deep=1", key=key).status == 200:
+        yield address
+        return
+    with open(log, "wb") as errors:
+        process = subprocess.Popen([*own_command(), "serve", "--port", "0", *home], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                                   start_new_session=True, preexec_fn=_end_with_parent)
+    try:
+        assert process.stdout is not None
+        match = re.search(rb"listening on (\S+)", process.stdout.readline())
+        if match is None:
+            process.wait(_STOP_S)
+            lines = log.read_text("utf-8", "replace").splitlines()
+            raise ConfigError("run", printable(redact(lines[-1]))[:300] if lines else "a gateway that does not start", "one that runs (python aicarousel.py serve)")
+        yield match[1].decode()
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it is killed, where the system can (Linux: PR_SET_PDEATHSIG)."""
+    import ctypes
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Reply(NamedTuple):
+    """What a gateway answered; status 0 and the reason as body when nothing did."""
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, {} when it is none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return {}
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of each event of a stream; texts for what is no JSON, such as [DONE]."""
+        data = [event.data for event in EventReader().feed(self.body)]
+        return [json.loads(text) if text.startswith("{") else text for text in data]
+
+
+def ask_gateway(address: str, method: str, path: str, body: Json | None = None, *, key: str = "", headers: Mapping[str, str] = MappingProxyType({}),
+                timeout_s: float = 10.0) -> Reply:
+    """One request and the whole of its answer, streamed or not."""
+    import http.client
+    try:
+        scheme, host, port, _ = split_url(address)
+        connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=timeout_s)
+    except ValueError as error:
+        return Reply(0, {}, str(error).encode())
+    sent = {**({"authorization": f"Bearer {key}"} if key else {}), **({} if body is None else {"content-type": "application/json"}), **headers}
+    try:
+        connection.request(method, path, None if body is None else dump_json(body), sent)
+        answer = connection.getresponse()
+        return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Reply(0, {}, str(error).encode())
+    finally:
+        connection.close()
+
+
+# The built-in providers, and a gateway in front of them.
+
+class Turn(NamedTuple):
+    """One answer of a scripted provider: pieces of a stream, a number among them waits as many seconds; or a status and a body."""
+    pieces: tuple[bytes | float, ...] = ()
+    cut: bool = False       #: break off instead of ending
+    status: int = 200
+    body: Json = {}
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def _chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return write_event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more})
+
+
+def _says(*deltas: Json, finish: str = "stop") -> Turn:
+    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+    return Turn((_chunk({"role": "assistant", "content": ""}), *map(_chunk, deltas), _chunk({}, finish), write_event({**json.loads(_chunk({})[6:]), "choices": [], "usage": usage}), b"data: [DONE]\n\n"))
+
+
+def _calls(name: str, *arguments: str) -> tuple[Json, ...]:
+    first = {"index": 0, "id": "call_a1b2c3d4e5", "type": "function", "function": {"name": name, "arguments": ""}}
+    return ({"tool_calls": [first]}, *({"tool_calls": [{"index": 0, "function": {"arguments": text}}]} for text in arguments))
+
+
+_THINKS: Json = {"reasoning_content": "A file is wanted."}
+_WELL = _says({"content": "All "}, {"content": "well."})
+_LOOKS = _says(_THINKS, {"content": "I look."}, *_calls("look", '{"path": ', '"a.txt"}'), finish="tool_calls")
+_PATCHES = _says(_THINKS, *_calls("apply_patch", '{"input": "*** Begin', ' Patch"}'), finish="tool_calls")
+_BEGINS = (_chunk({"role": "assistant", "content": ""}), _chunk({"content": "Half of "}), _chunk({"content": "this"}))
+_OVERLONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in 20000 tokens. Please reduce the length of the messages."
+
+#: Who answers what: the turn of each built-in provider, and another one once it is told the result of a call.
+_CAST: Mapping[str, tuple[Turn, ...]] = {
+    "well": (_WELL,),
+    "tools": (_LOOKS, _WELL),
+    "patch": (_PATCHES, _WELL),
+    "long": (Turn(status=400, body={"error": {"message": _OVERLONG, "type": "invalid_request_error", "code": "context_length_exceeded"}}),),
+    "slow": (Turn((*_BEGINS, 60.0)),),
+    "limited": (Turn(status=429, body={"error": {"message": "Rate limit reached", "type": "requests"}}, headers=(("retry-after", "30"),)),),
+    "down": (Turn(status=500, body={"error": {"message": "Internal error"}}),),
+    "empty": (Turn((b"data: [DONE]\n\n",)),),
+    "half-call": (Turn((_BEGINS[0], *map(_chunk, _calls("look", '{"path": ')[:2])), cut=True),),
+    **{f"half-{name}": (Turn(_BEGINS, cut=True),) for name in FORMAT_NAMES},      # one each: what broke off is left alone for a while
+    "refusing": (Turn(status=400, body={"error": {"message": "temperature is out of range", "type": "invalid_request_error", "param": "temperature"}}),),
+}
+
+
+class Cast:
+    """The built-in providers: an Application on one loopback port, a provider to each first part of the path. Owner: the stage."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.bounds = Bounds()
+        self.requests: dict[str, list[Json]] = {name: [] for name in _CAST}
+        self.left = threading.Event()       #: a request was given up by its caller
+
+    def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]:
+        """Whatever is asked is answered."""
+        return self._play
+
+    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+        """Errors as OpenAI has them."""
+        return [], dump_json(chat_error(error))
+
+    async def _play(self, request: Request, exchange: Exchange) -> None:
+        name = request.path.split("/")[1]
+        body = json.loads(request.body)
+        self.requests[name].append(body)
+        turn = _CAST[name][-1 if any(message["role"] == "tool" for message in body["messages"]) else 0]
+        if turn.status != 200:
+            return exchange.respond(turn.status, [("content-type", "application/json"), *turn.headers], dump_json(turn.body))
+        exchange.cancel_when_gone()
+        exchange.start(200, EVENT_STREAM_HEADERS)
+        try:
+            for piece in turn.pieces:
+                if isinstance(piece, bytes):
+                    exchange.write(piece)
+                else:
+                    await self._world.sleep(piece)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        (exchange.cut if turn.cut else exchange.finish)()
+
+
+class Mismatch(Exception):
+    """An answer that a client could not use: what was wanted, and the frame that was there."""
+
+    def __init__(self, wanted: str, frame: Any = "") -> None:
+        shown = frame if isinstance(frame, str) else compact(frame)
+        super().__init__(f"{wanted}; got {printable(redact(shown))[:300] or 'nothing'}")
+
+
+def _want(true: Any, wanted: str, frame: Any = "") -> None:
+    if not true:
+        raise Mismatch(wanted, frame)
+
+
+class Stage(NamedTuple):
+    """A gateway of this very program whose providers are the built-in ones; nothing else is connected to."""
+    address: str
+    key: str
+    cast: Cast
+    database: Path
+
+    def ask(self, method: str, path: str, body: Json | None = None, *, key: str | None = None, **headers: str) -> Reply:
+        """One request, its header names with _ for -."""
+        return ask_gateway(self.address, method, path, body, key=self.key if key is None else key, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    def leave(self, path: str, body: Json) -> None:
+        """Ask for a stream, read its beginning, and go."""
+        import http.client
+        _, host, port, _ = split_url(self.address)
+        connection = http.client.HTTPConnection(host, port, timeout=10.0)
+        try:
+            connection.request("POST", path, dump_json(body), {"authorization": f"Bearer {self.key}", "content-type": "application/json"})
+            answer = connection.getresponse()
+            _want(answer.status == 200 and answer.read1(1), "the beginning of a stream", str(answer.status))
+        finally:
+            connection.close()
+
+
+def on_stage(play: Callable[[Stage], None]) -> None:
+    """Run `play` in a thread, with a stage that is gone afterwards."""
+    asyncio.run(_set_stage(play))
+
+
+async def _set_stage(play: Callable[[Stage], None]) -> None:
+    import shutil
+    import tempfile
+    world, loop, log = real_world(), asyncio.get_running_loop(), logging.getLogger("aicarousel")
+    folder, level = Path(tempfile.mkdtemp(prefix="aicarousel-")), log.level
+    log.setLevel(logging.CRITICAL + 1)          # what goes wrong here is meant to
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for listening in sockets:
+        listening.setblocking(False)
+    cast = Cast(world)
+    ports = [listening.getsockname()[1] for listening in sockets]
+    models = {name: {"baseUrl": f"http://127.0.0.1:{ports[0]}/{name}/v1", "default": "m", "enableFallback": False, "models": ["m"], "keys": []} for name in _CAST}
+    config = load_config(json.dumps({**models, "carousel": {"fallback": "none", "maxWait": 0}}), models_path="models.json", environment={}, dotenv={}, flags={})
+    database = folder / "aicarousel.db"
+    key, _ = create_key(database, "stage")
+    keys, usage = KeyRing(database, ()), UsageWriter(database)
+    gateway = Gateway(config, keys, usage, world)
+    servers = (Server(cast, world), Server(gateway, world))
+    try:
+        for server, listening in zip(servers, sockets):
+            await server.listen([listening])
+        await loop.run_in_executor(None, play, Stage(f"http://127.0.0.1:{ports[1]}", key, cast, database))
+    finally:
+        for server in servers:
+            await server.drain(0.0)
+        gateway.close()
+        await loop.run_in_executor(None, usage.close)
+        keys.close()
+        log.setLevel(level)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Dialogues: each yields the name of what it does next, so that what fails is known by its name.
+
+_LEFT_S = 2.0               #: how long a provider may be asked on when the client has gone
+_TOOL_SCHEMA: Json = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+_CHAT_TOOL: Json = {"type": "function", "function": {"name": "look", "description": "Reads a file.", "parameters": _TOOL_SCHEMA}}
+_PATCH_TOOL: Json = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}
+
+
+def _of_type(events: Sequence[Any], kind: str) -> list[Json]:
+    return [event for event in events if isinstance(event, dict) and event.get("type") == kind]
+
+
+def _speak_messages(stage: Stage) -> Iterator[str]:
+    """As Claude Code does: tools, thinking that comes back signed, system messages inside the conversation, count_tokens, compaction."""
+    version = {"anthropic_version": "2023-06-01", "anthropic_beta": "claude-code-20250219,interleaved-thinking-2025-05-14"}
+    yield "HEAD /"
+    reply = stage.ask("HEAD", "/", key="")
+    _want(reply.status == 200, "200", str(reply.status))
+    yield "models discovery"
+    reply = stage.ask("GET", "/v1/models?limit=1000", **version)
+    _want(reply.status == 200 and reply.json.get("data") and all(row.get("type") == "model" and row.get("id") for row in reply.json["data"]) and "has_more" in reply.json,
+          "a list of models in Anthropic's shape", reply.json)
+    tool = {"name": "look", "description": "Reads a file.", "input_schema": _TOOL_SCHEMA}
+    system = [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.329.abc;"}, {"type": "text", "text": "You help.", "cache_control": {"type": "ephemeral"}}]
+    user = [{"role": "user", "content": "Look."}, {"role": "system", "content": "The folder is empty."}]
+    body = {"model": "tools/m", "max_tokens": 32000, "stream": True, "system": system, "messages": user, "tools": [tool],
+            "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "medium"}, "metadata": {"user_id": "{}"}}
+    yield "count_tokens"
+    reply = stage.ask("POST", "/v1/messages/count_tokens?beta=true", {name: body[name] for name in ("model", "system", "messages", "tools")}, **version)
+    _want(reply.status == 200 and isinstance(reply.json.get("input_tokens"), int) and reply.json["input_tokens"] > 0, "input_tokens", reply.json)
+    yield "streamed tool turn with thinking"
+    reply = stage.ask("POST", "/v1/messages?beta=true", body, **version)
+    events = reply.events
+    _want(reply.status == 200 and events and events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop", "message_start to message_stop", (events or [reply.body.decode()])[-1])
+    starts, stops = _of_type(events, "content_block_start"), _of_type(events, "content_block_stop")
+    blocks = [start["content_block"] for start in starts]
+    _want([start["index"] for start in starts] == [stop["index"] for stop in stops] == list(range(len(starts))), "each block begun and ended once", starts)
+    _want([block["type"] for block in blocks] == ["thinking", "text", "tool_use"] and blocks[2]["id"] and blocks[2]["name"] == "look", "thinking, text and a call with its id", blocks)
+    deltas = [event["delta"] for event in _of_type(events, "content_block_delta")]
+    joined = {kind: "".join(delta.get(kind, "") for delta in deltas) for kind in ("thinking", "signature", "text", "partial_json")}
+    _want(json.loads(joined["partial_json"] or "{}") == {"path": "a.txt"} and joined["signature"], "whole arguments and a signature", joined)
+    stop = (_of_type(events, "message_delta") or [{}])[-1]
+    _want(stop.get("delta", {}).get("stop_reason") == "tool_use" and stop.get("usage", {}).get("output_tokens"), "stop_reason tool_use with usage", stop)
+    yield "second turn with tool_result"
+    said = [{"type": "thinking", "thinking": joined["thinking"], "signature": joined["signature"]}, {"type": "text", "text": joined["text"]}, {**blocks[2], "input": {"path": "a.txt"}}]
+    result = [{"type": "tool_result", "tool_use_id": blocks[2]["id"], "content": "empty", "cache_control": {"type": "ephemeral"}}]
+    reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "messages": [*user, {"role": "assistant", "content": said}, {"role": "user", "content": result}]}, **version)
+    _want("".join(event["delta"].get("text", "") for event in _of_type(reply.events, "content_block_delta")) == "All well." and reply.events[-1]["type"] == "message_stop",
+          "the model's answer", reply.body.decode()[-300:])
+    told = [message for message in stage.cast.requests["tools"][-1]["messages"] if message["role"] == "tool"]
+    _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
+    yield "a prompt that is too long"
+    reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
+    _want(reply.status == 400 and "prompt is too long" in reply.body.decode(), "400 in the words that begin compaction", reply.body.decode())
+    yield "cancel"
+    stage.cast.left.clear()
+    stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
+    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+
+
+def _speak_responses(stage: Stage) -> Iterator[str]:
+    """As Codex does: a WebSocket first, freeform and namespaced tools, reasoning that comes back encrypted."""
+    yield "WebSocket upgrade"
+    reply = stage.ask("GET", "/v1/responses", connection="Upgrade", upgrade="websocket", sec_websocket_version="13", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==")
+    _want(reply.status == 426, "426, at which Codex goes on by HTTP", str(reply.status))
+    spaced = {"type": "namespace", "name": "clock", "description": "Time.", "tools": [{"type": "function", "name": "now", "description": "Tells it.", "parameters": _TOOL_SCHEMA, "strict": False}]}
+    talk = [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "You help."}]}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Patch."}]}]
+    body = {"model": "patch/m", "stream": True, "store": False, "input": talk, "tools": [_PATCH_TOOL, spaced, {"type": "web_search", "external_web_access": False}], "tool_choice": "auto",
+            "parallel_tool_calls": False, "reasoning": {"effort": "medium", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "doctor", "client_metadata": {}}
+    yield "stream with a custom tool"
+    reply = stage.ask("POST", "/v1/responses", body)
+    events = reply.events
+    _want(reply.status == 200 and events and events[-1].get("type") == "response.completed", "response.completed at the end", (events or [reply.body.decode()])[-1])
+    _want([event.get("sequence_number") for event in events] == list(range(len(events))), "events numbered from 0", events[0])
+    items, done = [event["item"] for event in _of_type(events, "response.output_item.done")], events[-1]["response"]
+    _want(done.get("id") and {"input_tokens", "output_tokens", "total_tokens"} <= set(done.get("usage") or {}), "an id and whole usage", done)
+    _want([item["type"] for item in items] == ["reasoning", "custom_tool_call"] and done["output"] == items, "reasoning and a custom call, the same at the end", items)
+    _want(items[0].get("encrypted_content"), "encrypted reasoning", items[0])
+    _want(items[1].get("call_id") and items[1].get("name") == "apply_patch" and items[1].get("input") == "*** Begin Patch", "the call with its raw input", items[1])
+    yield "second turn with encrypted reasoning"
+    echo = [{**items[0], "content": None}, items[1], {"type": "custom_tool_call_output", "call_id": items[1]["call_id"], "output": "Success"}]
+    reply = stage.ask("POST", "/v1/responses", {**body, "input": [*talk, *echo]})
+    _want([event.get("text") for event in _of_type(reply.events, "response.output_text.done")] == ["All well."] and reply.events[-1].get("type") == "response.completed",
+          "the model's answer", reply.body.decode()[-300:])
+    told = [message for message in stage.cast.requests["patch"][-1]["messages"] if message["role"] == "tool"]
+    _want(len(told) == 1 and "Success" in str(told[0]["content"]), "one result on its way to the provider", told)
+
+
+def _speak_chat(stage: Stage) -> Iterator[str]:
+    """As Cline, OpenCode and aider do: a stream with tools, usage asked for, and the end that they wait for."""
+    user = {"role": "user", "content": "Look."}
+    body = {"model": "tools/m", "stream": True, "stream_options": {"include_usage": True}, "tool_choice": "auto", "max_tokens": 32000, "messages": [{"role": "system", "content": "You help."}, user],
+            "tools": [_CHAT_TOOL]}
+    yield "chat stream with tools"
+    reply = stage.ask("POST", "/v1/chat/completions", body)
+    events = reply.events
+    _want(reply.status == 200 and events and events[-1] == "[DONE]", "a stream that ends with [DONE]", (events or [reply.body.decode()])[-1])
+    choices = [choice for event in events[:-1] for choice in event["choices"]]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls") or []]
+    _want(calls and calls[0].get("id") and calls[0]["function"].get("name") == "look" and all(call.get("index") == 0 for call in calls), "a call with id, name and index", calls)
+    _want(json.loads("".join(call["function"].get("arguments") or "" for call in calls)) == {"path": "a.txt"}, "whole arguments", calls)
+    _want([choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["tool_calls"], "one finish_reason", choices[-1])
+    yield "usage"
+    _want(any((event.get("usage") or {}).get("total_tokens") == 18 for event in events[:-1]), "the usage that was asked for", events[-2])
+    yield "second turn with the result"
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": calls[0]["id"], "type": "function", "function": {"name": "look", "arguments": '{"path": "a.txt"}'}}]}
+    reply = stage.ask("POST", "/v1/chat/completions", {**body, "messages": [user, said, {"role": "tool", "tool_call_id": calls[0]["id"], "content": "empty"}]})
+    text = "".join(choice["delta"].get("content") or "" for event in reply.events[:-1] for choice in event["choices"])
+    _want(text == "All well." and reply.events[-1] == "[DONE]", "the model's answer", reply.body.decode()[-300:])
+
+
+_DIALOGUES: Mapping[str, tuple[str, Callable[[Stage], Iterator[str]]]] = {
+    "messages": ("Claude Code", _speak_messages), "responses": ("Codex", _speak_responses), "chat": ("Cline, OpenCode, aider", _speak_chat)}
+
+
+# Doctor: what each client would really use, and whether it would work.
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+    subject: str
+    what: str
+    ok: bool | None         #: None: nothing is wrong, and there is something to know
+    told: str
+    fix: str = ""
+    writes: str = ""        #: the client whose files --fix writes
+
+    def line(self) -> str:
+        """This for a terminal, its fix below it."""
+        text = f"{'ok  ' if self.ok else 'note' if self.ok is None else 'FAIL'}  {self.subject}: {self.what}: {self.told}"
+        return printable(text) + (f"\n      fix: {printable(self.fix)}" if self.fix else "")
+
+
+class Layer(NamedTuple):
+    """What one place says of a client's gateway; "" for nothing."""
+    where: str
+    url: str
+    key: str
+
+
+_ENVIRONMENT = "the environment"
+_NEVER_A_GATEWAY_KEY = re.compile(r"sk-ant-|sk-or-|sk-proj-|gsk_|csk-|xai-|nvapi-|hf_|fw_|AIza|AQ\.|gh[opsu]_|github_pat_")
+_CLOCK_OFF_S = 120.0
+
+
+def _tree_of(path: Path, kind: str) -> Any:
+    """What stands in a client's file, {} when there is none. Raises ConfigError."""
+    data = _read_bytes(path)
+    try:
+        return _KINDS[kind][0](_text_of(path, data)) if data else {}
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(str(path), printable(redact(str(error)))[:200], f"{kind.upper()} that can be read") from error
+
+
+def _dig(tree: Any, *path: str) -> Any:
+    """What stands at a path, {} when nothing does."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return {} if tree is None else tree
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _up_to_root(folder: Path) -> list[Path]:
+    """The folder and those above it up to that of its repository, or itself alone where there is none."""
+    above = [folder, *folder.parents]
+    return next((above[:number + 1] for number, place in enumerate(above) if (place / ".git").exists()), [folder])
+
+
+def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """Its settings files go before the environment; a token goes before an API key wherever either stands."""
+    paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
+    rows = [*((str(path), _dig(_tree_of(path, "json"), "env")) for path in paths), (_ENVIRONMENT, environment)]
+    layers = [Layer(where, _text(_dig(dict(row), "ANTHROPIC_BASE_URL")), _text(_dig(dict(row), "ANTHROPIC_AUTH_TOKEN"))) for where, row in rows]
+    return [*layers, *(Layer(where, "", _text(_dig(dict(row), "ANTHROPIC_API_KEY"))) for where, row in rows)]
+
+
+def _codex_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """One file of the user; variables of its .env go before the environment."""
+    path, tree = client_path(client.files[0], environment), _tree_of(client_path(client.files[0], environment), "toml")
+    provider = _dig(tree, "model_providers", _text(tree.get("model_provider")) or "openai")
+    variables = {**environment, **_tree_of(client_path(client.files[1], environment), "dotenv")}
+    key = _text(_dig(provider, "experimental_bearer_token")) or variables.get(_text(_dig(provider, "env_key")) or "OPENAI_API_KEY", "")
+    return [Layer(str(path), _text(_dig(provider, "base_url")) or ("" if provider else _text(tree.get("openai_base_url"))), key)]
+
+
+def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[str]:
+    """What Codex trips over besides address and key."""
+    tree = _tree_of(client_path(client.files[0], environment), "toml")
+    name = _text(tree.get("model_provider"))
+    provider, faults = _dig(tree, "model_providers", name), []
+    if not provider:
+        faults += [f"model_provider is {name!r}, and there is no [model_providers.{name}]"] if name not in ("", "openai") else []
+        faults += ["the built-in provider tries a WebSocket at every start"] if name in ("", "openai") and tree.get("openai_base_url") else []
+    elif provider.get("wire_api", "responses") != "responses":
+        faults.append(f"wire_api is {provider['wire_api']!r}, which Codex no longer takes: it must be responses")
+    elif provider.get("supports_websockets") is True:
+        faults.append("supports_websockets is true, and this gateway speaks HTTP alone")
+    return faults
+
+
+def _cline_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    path = client_path(client.files[0], environment)
+    tree = _tree_of(path, "json")
+    settings = _dig(tree, "providers", _text(tree.get("lastUsedProvider")), "settings")
+    return [Layer(str(path), _text(_dig(settings, "baseUrl")), _text(_dig(settings, "apiKey")))]
+
+
+def _opencode_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """The inline text, the project's files from here upward, the file of OPENCODE_CONFIG, the user's; the provider is that of `model`."""
+    user = Path(environment.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "opencode"
+    paths = [place / name for place in _up_to_root(folder) for name in ("opencode.jsonc", "opencode.json")]
+    paths += [Path(environment["OPENCODE_CONFIG"])] if environment.get("OPENCODE_CONFIG") else []
+    try:
+        trees = [("OPENCODE_CONFIG_CONTENT", _read_jsonc(environment.get("OPENCODE_CONFIG_CONTENT", "")))]
+    except ValueError as error:
+        raise ConfigError("OPENCODE_CONFIG_CONTENT", printable(redact(str(error)))[:200], "JSON that can be read") from error
+    trees += [(str(path), _tree_of(path, "json")) for path in (*paths, user / "opencode.jsonc", user / "opencode.json")]
+    provider = next((_text(tree["model"]) for _, tree in trees if tree.get("model")), "").partition("/")[0]
+    layers = [(where, _dig(tree, "provider", provider, "options")) for where, tree in trees]
+    return [Layer(where, *(re.sub(r"\{env:(\w+)\}", lambda match: environment.get(match[1], ""), _text(_dig(options, name))) for name in ("baseURL", "apiKey"))) for where, options in layers]
+
+
+def _aider_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """Its own variables, its files from here to the repository's folder and the user's, the variables of every client."""
+    paths = [place / ".aider.conf.yml" for place in (folder, _up_to_root(folder)[-1])] + [client_path(client.files[0], environment)]
+    layers = [Layer(_ENVIRONMENT, environment.get("AIDER_OPENAI_API_BASE", ""), environment.get("AIDER_OPENAI_API_KEY", ""))]
+    layers += [Layer(str(path), _text(tree.get("openai-api-base")), _text(tree.get("openai-api-key"))) for path in dict.fromkeys(paths) for tree in (_tree_of(path, "yaml"),)]
+    return [*layers, Layer(_ENVIRONMENT, environment.get("OPENAI_API_BASE", ""), environment.get("OPENAI_API_KEY", ""))]
+
+
+def _continue_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    path = client_path(client.files[0], environment)
+    rows = _tree_of(path, "yaml").get("models") or []
+    return [Layer(str(path), _text(row.get("apiBase")), _text(row.get("apiKey"))) for row in rows if isinstance(row, dict) and row.get("name") == "AICarousel"]
+
+
+_LAYERS: Mapping[str, Callable[[ClientSetup, Mapping[str, str], Path], list[Layer]]] = {
+    "claude-code": _claude_layers, "codex": _codex_layers, "cline": _cline_layers, "opencode": _opencode_layers, "aider": _aider_layers, "continue": _continue_layers}
+
+
+class Surroundings(NamedTuple):
+    """What a client is judged against."""
+    address: str                        #: the gateway's
+    database: Path
+    settings: Settings
+    environment: Mapping[str, str]
+    folder: Path                        #: where the client would be started
+
+
+def is_installed(client: ClientSetup, environment: Mapping[str, str]) -> bool:
+    """Whether its program is on the path, or a file of it is there."""
+    import shutil
+    return bool(client.program and shutil.which(client.program, path=environment.get("PATH"))) or any(client_path(file, environment).exists() for file in client.files[:1])
+
+
+def examine_client(name: str, around: Surroundings) -> list[Check]:
+    """The configuration that a client would really use, judged."""
+    client, write = CLIENTS[name], f"python aicarousel.py config {name} --write"
+    try:
+        layers = _LAYERS[name](client, around.environment, around.folder)
+        faults = _codex_faults(client, around.environment) if name == "codex" else []
+    except ConfigError as error:
+        return [Check(name, "configuration", False, str(error), f"mend {error.where}")]
+    top = next((layer for layer in layers if layer.url), None)
+    checks = [Check(name, "configuration", False, fault, write, name) for fault in faults]
+    if top is None:
+        return checks or [Check(name, "configuration", None, "it is not pointed at a gateway", write)]
+    trouble = _url_trouble(top.url, client, around)
+    hidden = next((layer for layer in layers[layers.index(top) + 1:] if layer.url and not _url_trouble(layer.url, client, around)), None) if trouble else None
+    if hidden is not None:
+        checks.append(Check(name, "address", False, f"{top.url} of {top.where} hides {hidden.url} of {hidden.where}", f"take the address out of {top.where}"))
+    elif trouble:
+        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", f"take it out of {top.where}, then: {write}" if top.where == _ENVIRONMENT else write, name))
+    else:
+        checks.append(Check(name, "address", True, f"{top.url} of {top.where}"))
+        checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around, write))
+    return checks
+
+
+def root_of(url: str) -> str:
+    """The address of a server without the path that a client's base URL has. Raises ValueError."""
+    scheme, host, port, _ = split_url(url)
+    if scheme not in ("http", "https") or not host:
+        raise ValueError("no address")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _url_trouble(url: str, client: ClientSetup, around: Surroundings) -> str:
+    """What is wrong with the base URL of a client, "" when nothing is. No other machine than the gateway's is asked."""
+    try:
+        scheme, host, port, path = split_url(url)
+        root, own = root_of(url), root_of(around.address)
+    except ValueError:
+        return "is no address"
+    same = root == own or is_loopback(host) and is_loopback(split_url(own)[1]) and (scheme, port) == (split_url(own)[0], split_url(own)[2])
+    if not same and not is_loopback(host):
+        return f"is not this gateway, which is at {own}"
+    if not same:
+        answer = ask_gateway(root, "GET", "/health", timeout_s=2.0)
+        if not answer.status:
+            return f"is a port where nothing listens; this gateway's is {split_url(own)[2]}"
+        if answer.json.get("service") != "aicarousel":
+            return f"is some other server; this gateway is at {own}"
+    path = path.rstrip("/")
+    if client.format == "messages":
+        return "" if path in ("", "/api/anthropic") else "must end at the port: the client adds /v1/messages itself"
+    return "" if path.endswith("/v1") else "lacks /v1 at its end"
+
+
+def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings, write: str) -> Check:
+    """The gateway key that a client shows."""
+    if around.settings.no_auth:
+        return Check(name, "key", True, "none is asked for (--no-auth)")
+    if holder is None:
+        return Check(name, "key", False, "it has none", write, name)
+    answer = ask_gateway(root_of(top.url), "GET", "/health?deep=1", key=holder.key, timeout_s=2.0)
+    try:
+        row = find_key(around.database, holder.key)
+    except ConfigError as error:
+        return Check(name, "key", None, f"it cannot be looked up: {error}")
+    where = f"that of {holder.where}"
+    if answer.status == 200 or holder.key in around.settings.api_keys:
+        return Check(name, "key", True, f"{where} is taken" + (f" (id {row.id}, {row.name})" if row else ""))
+    if row is None:
+        told = "is a provider's key, not a gateway key" if _NEVER_A_GATEWAY_KEY.match(holder.key) else "is unknown here: a key of another gateway, or deleted"
+    elif not row.active:
+        told = f"was revoked (id {row.id}, {row.name})"
+    elif row.expires_at is not None and row.expires_at <= time.time():
+        told = f"has expired (id {row.id}, {row.name})"
+    elif answer.status:
+        return Check(name, "key", False, f"{where} is good here, and the server at {top.url} refuses it: it runs with another home", "start the server with this --home")
+    else:
+        return Check(name, "key", True, f"{where} is good (id {row.id}, {row.name})")
+    return Check(name, "key", False, f"{where} {told}", f"take it out of {holder.where}, then: {write}" if holder.where == _ENVIRONMENT else write, name)
+
+
+def examine_home(home: Home, address: str) -> list[Check]:
+    """Files and their modes, configuration, database, authorities, clock, server; no provider is asked."""
+    checks = [_examine_modes(home)]
+    try:
+        config = read_config(home, {})
+        active = ", ".join(f"{provider.name} ({len(provider.credentials)})" for provider in config.active)
+        checks.append(Check("home", "configuration", True, str(home.models_path) if home.models_path.exists() else "no models.json: the built-in providers"))
+        checks += [Check("home", "configuration", None, warning) for warning in config.warnings]
+        checks.append(Check("home", "providers", bool(active) or None, active or "none takes part: no key was found", "" if active else f"put a provider's key into {home.env_path}"))
+    except ConfigError as error:
+        checks.append(Check("home", "configuration", False, str(error), f"mend {error.where}; a running server keeps the last good configuration meanwhile"))
+    checks.append(_examine_database(home.database_path))
+    n_roots = make_client_context().cert_store_stats()["x509_ca"]
+    named = os.environ.get("SSL_CERT_FILE")
+    checks.append(Check("home", "TLS authorities", n_roots > 0, f"{n_roots} are trusted", "" if n_roots else f"SSL_CERT_FILE names {named}, which holds none" if named else "python -m pip install certifi"))
+    answer = ask_gateway(address, "GET", "/health", timeout_s=2.0)
+    if answer.json.get("service") == "aicarousel":
+        checks += [Check("server", "running", True, f"{address}, version {answer.json.get('version')}"), *_judge_clock("server", answer.headers)]
+    else:
+        checks.append(Check("server", "running", None if not answer.status else False, f"nothing answers at {address}" if not answer.status else f"what answers at {address} is no gateway",
+                            "python aicarousel.py serve" if not answer.status else "another port: python aicarousel.py serve --port N, or PORT in .env"))
+    return checks
+
+
+def _judge_clock(subject: str, headers: Mapping[str, str]) -> list[Check]:
+    """This machine's clock against the date of an answer."""
+    try:
+        off_s = time.time() - email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
+    except (ValueError, TypeError):
+        return []
+    wrong = abs(off_s) > _CLOCK_OFF_S
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the date of {subject}" if wrong else f"agrees with {subject}"
+    return [Check("home", "clock", not wrong, told, "set the clock (timedatectl set-ntp true): times of limits and keys go wrong" if wrong else "")]
+
+
+def _examine_modes(home: Home) -> Check:
+    """Whether only the owner may read the secrets and change anything."""
+    wrong = []
+    for path, bits in ((home.folder, 0o022), (home.data, 0o022), (home.env_path, 0o077), (home.models_path, 0o022), (home.database_path, 0o077)):
+        with contextlib.suppress(OSError):
+            mode = path.stat().st_mode & 0o777
+            if mode & bits:
+                wrong.append((path, mode, mode & ~bits))
+    told = ", ".join(f"{path} is open to others ({mode:03o})" for path, mode, _ in wrong)
+    return Check("home", "permissions", not wrong, told or f"{home.folder} is closed to others", " && ".join(f"chmod {mode:03o} {path}" for path, _, mode in wrong))
+
+
+def _examine_database(path: Path) -> Check:
+    """Whether the database can be read and is sound."""
+    if not path.exists():
+        return Check("home", "database", None, "none yet", "python aicarousel.py serve makes it")
+    try:
+        counts = totals(path)
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if sound == "ok":
+                return Check("home", "database", True, f"{path}, {counts['requests']} requests")
+            raise ConfigError(str(path), sound, "a sound database")
+    except (ConfigError, sqlite3.Error) as error:
+        return Check("home", "database", False, str(error), f"stop the server, move {path} away and put the newest aicarousel-backup-*.db in its place")
+
+
+def hear(stage: Stage, name: str) -> Check:
+    """The dialogue of one format on a stage, to its end or to what fails."""
+    speaker, speak = _DIALOGUES[name]
+    step = ""
+    try:
+        for n_steps, step in enumerate(speak(stage), 1):
+            pass
+        return Check("dialogue", speaker, True, f"{n_steps} steps")
+    except (Mismatch, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return Check("dialogue", speaker, False, f"{step}: {error}" if isinstance(error, Mismatch) else f"{step}: an answer of another shape ({type(error).__name__} {error})",
+                     "this is a mistake of AICarousel: please report it with these lines")
+
+
+_LIVE_BODIES: Mapping[str, Json] = {
+    "chat": {"max_tokens": 16, "messages": [{"role": "user", "content": "Say ok."}]}, "messages": {"max_tokens": 16, "messages": [{"role": "user", "content": "Say ok."}]},
+    "responses": {"max_output_tokens": 16, "input": "Say ok."}}
+
+
+def ask_live(name: str, around: Surroundings) -> Check:
+    """One short answer of the real chain, asked as this client is configured to."""
+    client = CLIENTS[name]
+    layers = _LAYERS[name](client, around.environment, around.folder)
+    url, key = (next((getattr(layer, part) for layer in layers if getattr(layer, part)), "") for part in ("url", "key"))
+    reply = ask_gateway(root_of(url), "POST", FORMATS[client.format].path, {"model": "aicarousel", **_LIVE_BODIES[client.format]}, key=key, timeout_s=90.0)
+    told = " ".join(f"{part}={value}" for part in ("provider", "model", "attempts") if (value := reply.headers.get(f"x-aicarousel-{part}")))
+    if reply.status == 200:
+        return Check(name, "live", True, told)
+    message = _dig(reply.json, "error", "message") or reply.body.decode("utf-8", "replace")
+    return Check(name, "live", False, redact(f"{reply.status} {message}")[:300], "python aicarousel.py explain --last" if reply.status else "python aicarousel.py serve")
+
+
+def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[Change], GatewayKey | None]:
+    """Put address and key into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
+
+    The changes that were made, none where all was there already; and the key that was made.
+    """
+    client, row = CLIENTS[name], None
+    key = key or known_key(client, os.environ, home.database_path)
+    plan_changes(client, os.environ, url, key or NEW_KEY)      # what cannot be written is refused before a key is made for it
+    if not key:
+        key, row = create_key(home.database_path, name)
+    changes = plan_changes(client, os.environ, url, key)
+    if changes:
+        write_changes(name, changes, home.data / "clients", row.id if row else None)
+    return changes, row
+
+
+def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check], None], *, fix: bool, live: bool) -> None:
+    """Tell of everything there is to look at; fix: write the files of clients that are wrong; live: ask the real providers, as cheaply as can be."""
+    for check in examine_home(home, address):
+        tell(check)
+    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd())
+    good = []
+    for name in _LAYERS:
+        if not is_installed(CLIENTS[name], os.environ):
+            continue
+        checks = examine_client(name, around)
+        if fix and any(check.writes and check.ok is False for check in checks):
+            try:
+                changes, _ = write_client(name, home, address)
+                tell(Check(name, "fix", None, "wrote " + (", ".join(str(change.path) for change in changes) or "nothing: its files are as they should be"), f"python aicarousel.py config {name} --undo takes it back"))
+                checks = examine_client(name, around)
+            except ConfigError as error:
+                tell(Check(name, "fix", False, str(error)))
+        for check in checks:
+            tell(check)
+        if all(check.ok for check in checks):
+            good.append(name)
+    if h11 is None:
+        tell(Check("dialogue", "h11", False, "the package h11 is not installed", "python -m pip install 'h11>=0.16'"))
+    else:
+        on_stage(lambda stage: [tell(hear(stage, name)) for name in _DIALOGUES])
+    if live:
+        examine_live(home, settings, tell)
+        for name in good:
+            tell(ask_live(name, around))
+
+
+def examine_live(home: Home, settings: Settings, tell: Callable[[Check], None]) -> None:
+    """Each provider key by its provider's own cheapest call, and the clock by the date of a provider's answer."""
+    try:
+        active = read_config(home, {}).active
+    except ConfigError:
+        return                          # told before
+    for row in try_keys(active, settings):
+        ok = {"good": True, "unsure": None}.get(row["state"], False)
+        tell(Check("provider", f"key {row['key']}", ok, row["words"], "" if ok else f"python aicarousel.py login {row['key'].partition('/')[0]}"))
+    for provider in active:
+        with contextlib.suppress(UpstreamFailure):
+            _, headers, _ = run_asking(lambda transport: ask_provider(transport, provider, provider.credentials[0], settings, "GET", "/models"), f"asking {provider.name}")
+            for check in _judge_clock(provider.name, dict(headers)):
+                tell(check)
+            return
+
+
+# Selftest: what the gateway promises, shown.
+
+def _chat_body(*models: str, **more: Any) -> Json:
+    return {"models": [f"{name}/m" for name in models], "stream": True, "messages": [{"role": "user", "content": "Hi"}], **more}
+
+
+def _text_of_chat(reply: Reply) -> str:
+    return "".join(choice["delta"].get("content") or "" for event in reply.events if isinstance(event, dict) for choice in event.get("choices") or ())
+
+
+def _show_failover(stage: Stage) -> str:
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
+    _want(_text_of_chat(reply) == "All well." and reply.headers.get("x-aicarousel-provider") == "well", "the answer of the fourth provider", reply.body.decode())
+    again = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
+    asked = [len(stage.cast.requests[name]) for name in ("limited", "down", "empty")]
+    _want(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
+    return f"429, 500 and an empty answer passed over in {reply.headers['x-aicarousel-attempts']} attempts, then left alone"
+
+
+def _show_held_calls(stage: Stage) -> str:
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("half-call", "tools", tools=[_CHAT_TOOL]))
+    calls = [call for event in reply.events[:-1] for choice in event["choices"] for call in choice["delta"].get("tool_calls") or []]
+    _want(len(stage.cast.requests["half-call"]) == 1 and "".join(call["function"].get("arguments") or "" for call in calls) == '{"path": "a.txt"}', "one whole call", calls)
+    return "a call that broke off was made again by the next provider, unseen"
+
+
+def _show_broken_streams(stage: Stage) -> str:
+    asked = {"messages": {"max_tokens": 99, "messages": [{"role": "user", "content": "Hi"}]}, "responses": {"input": "Hi"}, "chat": {"messages": [{"role": "user", "content": "Hi"}]}}
+    ends = {"messages": (b"event: error", b"message_stop"), "responses": (b"response.failed", b"response.completed"), "chat": (b'"error"', b"[DONE]")}
+    for name, body in asked.items():
+        reply = stage.ask("POST", FORMATS[name].path, {**body, "model": f"half-{name}/m", "stream": True})     # type: ignore[index]
+        error, end = ends[name]
+        _want(b"this" in reply.body and error in reply.body and end not in reply.body, f"text, then the error event of {name}, and no proper end", reply.body.decode()[-300:])
+    return "text that breaks off ends in the error event of each format, never as if whole"
+
+
+def _show_cancel(stage: Stage) -> str:
+    stage.cast.left.clear()
+    stage.leave("/v1/chat/completions", _chat_body("slow"))
+    began = time.monotonic()
+    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+    return f"the provider was let go {1000 * (time.monotonic() - began):.0f} ms after the client left"
+
+
+def _show_limits(stage: Stage) -> str:
+    key, _ = create_key(stage.database, "limited", limits={"rpm": 1})
+    first, second = (stage.ask("POST", "/v1/chat/completions", _chat_body("well"), key=key) for _ in range(2))
+    _want(first.status == 200 and second.status == 429 and second.headers.get("retry-after", "").isdigit(), "200, then 429 with retry-after", second.json)
+    return f"the second request of a key with 1 a minute: 429, retry-after {second.headers['retry-after']}"
+
+
+def _show_errors(stage: Stage) -> str:
+    for name in FORMAT_NAMES:
+        path = FORMATS[name].path      # type: ignore[index]
+        body = {"model": "refusing/m", "max_tokens": 9, "temperature": 9, "messages": [{"role": "user", "content": "Hi"}]} if name != "responses" else {"model": "refusing/m", "input": "Hi"}
+        for wanted, reply in ((401, stage.ask("POST", path, body, key="")), (400, stage.ask("POST", path, {})), (400, stage.ask("POST", path, body))):
+            told = reply.json
+            envelope = told.get("type") == "error" and {"type", "message"} <= set(told["error"]) if name == "messages" else {"message", "type", "param", "code"} <= set(told.get("error") or {})
+            _want(reply.status == wanted and envelope, f"{wanted} in the envelope of {name}", reply.body.decode())
+    return "401 and 400 in the envelope of each format, a provider's refusal in its own words"
+
+
+_SCENES: Mapping[str, Callable[[Stage], str]] = {
+    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
+
+
+def selftest(tell: Callable[[Check], None]) -> None:
+    """Show every promise on a stage, each row told as it is known."""
+    def play(stage: Stage) -> None:
+        for name, show in _SCENES.items():
+            try:
+                tell(Check("selftest", name, True, show(stage)))
+            except (Mismatch, ValueError, KeyError, IndexError, TypeError) as error:
+                tell(Check("selftest", name, False, str(error)))
+    on_stage(play)
+
+
+##############################################################################
 # 25. Bundle                                                I/O | uses 1-2, 23
 ##############################################################################
 # The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
@@ -18549,7 +20286,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-23, 25-26
+# 27. Command line                                          I/O | uses 1-5, 8, 15-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -18714,7 +20451,7 @@ def client_recipes(address: str, key: str) -> list[str]:
 
 
 def _fitting_connections(most: int) -> int:
-    """How many clients may connect at once, `most` or fewer: each may need a second descriptor toward a provider.  The limit of open files is raised as far as it may be."""
+    """How many clients there are descriptors for, two each as one may be needed toward a provider; the limit of open files is raised for `most` of them, as far as it may be."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -18723,8 +20460,8 @@ def _fitting_connections(most: int) -> int:
             soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
-        return most
-    fitting = most if soft == resource.RLIM_INFINITY else max(1, min(most, (soft - _OTHER_FILES) // 2))
+        return 1 << 20
+    fitting = 1 << 20 if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_FILES) // 2)
     if fitting < most:
         logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
     return fitting
@@ -19214,6 +20951,8 @@ def _ask_http(scheme: str, host: str, port: int, method: str, path: str, body: b
 
 
 def _config_command(arguments: Any) -> int:
+    if arguments.action != "show":
+        return _client_command(arguments)
     config = read_config(find_home(arguments.home), _flags_of(arguments))
     rows = describe_config(config)
     if arguments.json:
@@ -19222,6 +20961,111 @@ def _config_command(arguments: Any) -> int:
     for name, value, origin in rows:
         print(f"{name} = {json.dumps(value, ensure_ascii=False)}" + (f"    # {origin}" if arguments.origin else ""))
     return 0
+
+
+def _client_command(arguments: Any) -> int:
+    """What to set in a client; or to write that, to show what would be written, or to take it back."""
+    name, home = arguments.action, find_home(arguments.home)
+    changing = arguments.write or arguments.dry_run or arguments.undo
+    if name == "systemd" or (changing and not CLIENTS[name].files):
+        if changing:
+            raise ConfigError(f"config {name}", "nothing that could be written", f"what python aicarousel.py config {name} prints, put where it belongs")
+        unit = systemd_unit([*own_command(), "serve", *(["--home", str(home.folder)] if arguments.home else [])])
+        print(json.dumps({"client": name, "files": [{"path": "~/.config/systemd/user/aicarousel.service", "content": unit}]}, indent=1) if arguments.json else unit)
+        return 0
+    if arguments.undo:
+        paths, keys = undo_changes(name, home.data / "clients")
+        for key_id in keys:
+            revoke_key(home.database_path, key_id)
+        print(json.dumps({"client": name, "restored": paths, "revoked": keys}) if arguments.json else
+              "\n".join([f"{path} is as it was" for path in paths] + [f"gateway key {key_id}, made for it, is revoked" for key_id in keys]))
+        return 0
+    url = _address_of(arguments, home)
+    if arguments.dry_run:
+        key = arguments.key or known_key(CLIENTS[name], os.environ, home.database_path) or NEW_KEY
+        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key))
+        print(json.dumps({"client": name, "diff": diff}) if arguments.json else diff or "nothing would change", end="" if diff and not arguments.json else "\n")
+        return 0
+    if arguments.write:
+        changes, row = write_client(name, home, url, arguments.key or "")
+        told = {"client": name, "written": [str(change.path) for change in changes], "key": {"id": row.id, "name": row.name} if row else None}
+        lines = [f"wrote {change.path}" for change in changes] + ([f"made gateway key {row.id}, named {row.name}, for it"] if row else [])
+        print(json.dumps(told) if arguments.json else "\n".join([*(lines or ["all of it is there already"]), f"then: {CLIENTS[name].then}", f"back: python aicarousel.py config {name} --undo"]))
+        return 0
+    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY)
+    if arguments.json:
+        print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
+        return 0
+    print("\n\n".join((f"# {path}\n" if path else "") + text for path, text in places))
+    print(f"# then: {CLIENTS[name].then}\n# --write puts this in, with a gateway key made for it; --undo takes it back" if CLIENTS[name].files else f"# a key: python aicarousel.py key create {name}", file=sys.stderr)
+    return 0
+
+
+def _address_of(arguments: Any, home: Home) -> str:
+    """The address of --server, without a path, else of this home's gateway. Raises ConfigError."""
+    if not arguments.server:
+        return own_address(read_config(home, {}).settings)
+    try:
+        return root_of(arguments.server)
+    except ValueError as error:
+        raise ConfigError("--server", ascii(arguments.server)[:200], "the address of a gateway, such as http://127.0.0.1:7123") from error
+
+
+def _run_command(arguments: Any) -> int:
+    """A client with its environment set, before a gateway that runs or is started for it, with a key that is gone afterwards."""
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    if not words:
+        raise ConfigError("run", "nothing to run", "a client and its arguments, such as: run -- claude")
+    home = find_home(arguments.home)
+    settings = read_config(home, {}).settings
+    key, row = create_key(home.database_path, f"run {Path(words[0]).stem}", limits={"expires_at": int(time.time()) + RUN_KEY_S})
+    try:
+        with gateway_for(own_address(settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
+            return launch(words, address, key)
+    finally:
+        delete_key(home.database_path, row.id)
+
+
+def _doctor_command(arguments: Any) -> int:
+    home = find_home(arguments.home)
+    try:
+        settings = read_config(home, {}).settings
+    except ConfigError:
+        settings = Settings()           # what is wrong is the first thing that is told
+    checks = _Teller(arguments.json)
+    doctor(home, settings, _address_of(arguments, home) if arguments.server else own_address(settings), checks, fix=arguments.fix, live=arguments.live)
+    return checks.end()
+
+
+def _selftest_command(arguments: Any) -> int:
+    trouble = _h11_trouble()
+    if trouble:
+        print(trouble, file=sys.stderr)
+        return 2
+    checks = _Teller(arguments.json)
+    selftest(checks)
+    return checks.end()
+
+
+class _Teller:
+    """Prints each check as it comes, or all of them as JSON at the end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json, self._checks = as_json, []
+
+    def __call__(self, check: Check) -> None:
+        self._checks.append(check)
+        if not self._as_json:
+            print(check.line(), flush=True)
+
+    def end(self) -> int:
+        """The exit status."""
+        failed = [check for check in self._checks if check.ok is False]
+        if self._as_json:
+            print(json.dumps({"ok": not failed, "checks": [{name: value for name, value in check._asdict().items() if name != "writes"} for check in self._checks]}, indent=1))
+        else:
+            print(f"{len(failed)} of {len(self._checks)} failed" if failed else "all is well")
+        return 1 if failed else 0
 
 
 def describe_config(config: Config) -> list[tuple[str, Any, str]]:
@@ -19367,6 +21211,9 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "run": _run_command,
+    "doctor": _doctor_command,
+    "selftest": _selftest_command,
     "bundle": _bundle_command,
     "version": _version_command,
 }
@@ -19461,6 +21308,26 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
         "route", help="a route's id, a provider's name, or a glob over them")
 
 
+def _add_client_parsers(commands: Any, actions: Any, common: Any, as_json: Any) -> None:
+    """What points clients at the gateway, starts them and looks them over."""
+    first, *others = CLIENTS
+    told = actions.add_parser(first, aliases=[*others, "systemd"], parents=[common, as_json], help="what to set in a client (or the unit of a service): " + ", ".join((first, *others, "systemd")))
+    how = told.add_mutually_exclusive_group()
+    how.add_argument("--write", action="store_true", help="put it into the client's own files, all else there as it was")
+    how.add_argument("--dry-run", action="store_true", help="show what --write would change")
+    how.add_argument("--undo", action="store_true", help="put back what was there before --write")
+    told.add_argument("--key", help="the gateway key to set (default: the good one that is there, else a new one)")
+    told.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    ran = commands.add_parser("run", parents=[common], help="run a client against the gateway, for this once: run -- claude")
+    import argparse
+    ran.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the client and its arguments")
+    looked = commands.add_parser("doctor", parents=[common, as_json], help="look over home, server and clients, and say what to mend")
+    looked.add_argument("--fix", action="store_true", help="write the configuration of clients that are wrong")
+    looked.add_argument("--live", action="store_true", help="also ask the real providers, as cheaply as can be")
+    looked.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    commands.add_parser("selftest", parents=[as_json], help="show what the gateway does when providers fail, with built-in ones")
+
+
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
@@ -19513,6 +21380,7 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+    _add_client_parsers(commands, actions, common, as_json)
 
     commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
         "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import importlib
 import json
 import math
 import random
@@ -26,7 +27,7 @@ KEPT = HERE / "data" / "fuzz"
 KEPT_BYTES = 22_000         #: of one target
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 if __name__ == "__main__" and "--run" in sys.argv:
-    import atheris
+    atheris = importlib.import_module("atheris")        # for this tool alone
     with atheris.instrument_imports(include=["aicarousel"]):
         import aicarousel as a
 else:

@@ -109,6 +109,11 @@ ASKED_WRONGLY = [
     (["db", "drop"], "invalid choice"),
     (["config"], "ACTION"),
     (["config", "show", "--all"], "unrecognized arguments"),
+    (["config", "cursor"], "invalid choice"),
+    (["config", "codex", "--write", "--undo"], "not allowed with"),
+    (["config", "codex", "--dry-run", "--write"], "not allowed with"),
+    (["doctor", "everything"], "unrecognized arguments"),
+    (["selftest", "--live"], "unrecognized arguments"),
 ]
 
 
@@ -181,7 +186,8 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
 
 
 COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
-            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
+            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
+            "run", "doctor", "selftest"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

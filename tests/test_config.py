@@ -215,6 +215,7 @@ REFUSED = [
     ({**SEED, "carousel": {"unknownModel": "404"}}, "carousel.unknownModel", 'string "404"', "one of: carousel, reject"),
     ({**SEED, "carousel": {"contentFallback": 1}}, "carousel.contentFallback", "number 1", "true or false"),
     ({**SEED, "carousel": {"echoModel": "yes"}}, "carousel.echoModel", 'string "yes"', "true or false"),
+    ({**SEED, "carousel": {"resume": "on"}}, "carousel.resume", 'string "on"', "one of: off, safe, force"),
     ({**SEED, "carousel": {"limits": 5}}, "carousel.limits", "number 5", "an object"),
     ({**SEED, "carousel": {"limits": {"drian": 5}}}, "carousel.limits.drian", "unknown", 'did you mean "drain"?'),
     ({**SEED, "carousel": {"limits": {"client_idle_s": 5}}}, "carousel.limits.client_idle_s", "unknown", 'did you mean "clientIdle"?'),

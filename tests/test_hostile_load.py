@@ -206,26 +206,17 @@ def test_fds_none_left(poor: Gateway) -> None:
 
 # ---------------------------------------------------------------- drain
 
-HURRIED = """
-import sys
-sys.path.insert(0, {folder!r})
-import aicarousel
-aicarousel._DRAIN_S = 1.0
-raise SystemExit(aicarousel.main())
-"""
-
-
 @pytest.fixture
 def patient(provider: Provider, gateway_factory: Callable[..., Gateway]) -> Gateway:
     """A gateway with providers that stop at each place; it drains for 30 s."""
     return gateway_factory(stopping(provider), {"FAKE_KEY": FAKE_KEY})
 
 
-def stopping(provider: Provider) -> Json:
+def stopping(provider: Provider, **limits: float) -> Json:
     telling = Telling("chat")
     scripts = {"slow": stream(telling.begin(), telling.say("one"), Pause("more"), telling.say(" two"), telling.end()), "stuck": opened(telling.begin(), telling.say("one"), Silence()),
                "silent": [Silence()], "limited": answer({"error": {"message": "Slow down."}}, 429, [("retry-after", "25")])}
-    return {"carousel": {"fallback": "none", "maxWait": 30}, **{name: entry(provider.script(name, script)) for name, script in scripts.items()}}
+    return {"carousel": {"fallback": "none", "maxWait": 30, "limits": limits}, **{name: entry(provider.script(name, script)) for name, script in scripts.items()}}
 
 
 def send_signal(gateway: Gateway, name: str = "SIGTERM") -> None:
@@ -234,11 +225,9 @@ def send_signal(gateway: Gateway, name: str = "SIGTERM") -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_drain_under_50_streams(provider: Provider, gateway_factory: Callable[..., Gateway], tmp_path: Path, name: str) -> None:
+def test_drain_under_50_streams(provider: Provider, gateway_factory: Callable[..., Gateway], name: str) -> None:
     """Those whose provider goes on finish; the others get their error event; status 0."""
-    program = tmp_path / "hurried.py"
-    program.write_text(HURRIED.format(folder=str(Path(aicarousel.__file__).parent)))
-    gateway = gateway_factory(stopping(provider), {"FAKE_KEY": FAKE_KEY}, program=program)
+    gateway = gateway_factory(stopping(provider, drain=1.0), {"FAKE_KEY": FAKE_KEY})
     clients = [(FORMATS[number % 3], "slow" if number % 2 else "stuck", gateway.connect()) for number in range(50)]
     for client, model, link in clients:
         link.send(gateway.request_bytes("POST", PATHS[client], body_of(client, f"{model}/m", stream=True)))
