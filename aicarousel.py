@@ -5,8 +5,8 @@
 # ///
 """AICarousel: one address for many LLM APIs.
 
-Clients speak OpenAI Chat Completions to it; it turns through providers, keys and models until one answers, and streams
-the answer on as it comes.  Start it with `python aicarousel.py serve`; README.md tells the rest.  It is one module, copied
+Clients speak OpenAI Chat Completions, OpenAI Responses or Anthropic Messages to it; it turns through providers, keys and
+models until one answers, translates where formats differ, and streams the answer on as it comes.  Start it with `python aicarousel.py serve`; README.md tells the rest.  It is one module, copied
 to a machine and run: Python 3.11 and the package h11 are all it needs, certifi is used where present.
 It fetches nothing for clients, phones nowhere, and connects to the configured providers alone.
 
@@ -31,13 +31,13 @@ Contents
     18  Transport           the providers' side: connections, TLS, proxies, deadlines
     19  Server              the clients' side: accept, keep-alive, limits, drain
     20  Relay               attempts, commit, pump, keep-alives, cancellation
-    21  Pages               the front page, the list of models, statistics as text
+    21  Pages               the page, the API described, metrics, the list of models, answers as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
     24  Clients             each client's files and dialogue, launcher, doctor, selftest
     25  Bundle              the copy that needs nothing installed
     26  Set-up              the dialogue of `setup`
-    27  Command line        serve, key, status, stats, call, db, config
+    27  Command line        arguments, commands, main
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -16645,7 +16645,11 @@ class _Run:
             self._sink.finish()
             return
         self._respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
-                      dump_json(self._client.envelope(error)))
+                      dump_json(self._envelope(error)))
+
+    def _envelope(self, error: GatewayError) -> Json:
+        """The error in the client's format; Messages names the request in it."""
+        return messages_error(error, self._job.id) if self._job.client == "messages" else self._client.envelope(error)
 
     def _respond(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer; behind blanks its status and headers come too late."""
@@ -16660,7 +16664,7 @@ class _Run:
     def _error_event(self, error: GatewayError) -> bytes:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
-            return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+            return write_event(self._envelope(error), "error" if self._job.client == "messages" else "")
         if self._seam is not None:
             return self._seam.writer.error(error)
         if self._committed and self._passing:
@@ -20603,7 +20607,7 @@ _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycle
 _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
-_STOP_S = 120.0
+_STOPPED_S = 120.0
 _PATIENT_S = 1.0
 
 
@@ -21358,7 +21362,7 @@ def _stop_command(arguments: Any) -> int:
     began_at, told = time.monotonic(), False
     while find_servers(home):
         waited_s = time.monotonic() - began_at
-        if waited_s > _STOP_S:
+        if waited_s > _STOPPED_S:
             raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
         if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
             told = True
@@ -21758,6 +21762,41 @@ def _add_client_parsers(commands: Any, actions: Any, common: Any, as_json: Any) 
     commands.add_parser("selftest", parents=[as_json], help="show what the gateway does when providers fail, with built-in ones")
 
 
+def _add_serve_parser(commands: Any, common: Any) -> None:
+    """The command that runs the gateway."""
+    served = commands.add_parser("serve", parents=[common], help="run the gateway")
+    served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
+    served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
+    served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
+    served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
+    served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
+    served.add_argument("--cors-origin", action="append", dest="cors_origin", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
+    served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
+    served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
+
+
+def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The commands that tell what was used, and that use it."""
+    counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
+    counted.add_argument("--days", default=str(STATS_DAYS), metavar="N", help=f"local days, today being the last (default {STATS_DAYS})")
+    counted.add_argument("--by", default=STATS_BY, metavar="LIST", help=f"comma list of {', '.join(GROUP_NAMES)} (default {STATS_BY})")
+    counted.add_argument("--provider", metavar="P", help="of one provider alone")
+    counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
+    counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
+
+    called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
+    called.add_argument("prompt")
+    called.add_argument("-m", "--model", default="aicarousel")
+    called.add_argument("-k", "--key", help="gateway key (default: AICAROUSEL_KEY)")
+    called.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    called.add_argument("-t", "--temperature", type=float)
+    called.add_argument("--max-tok", type=int, dest="max_tokens", metavar="N")
+    called.add_argument("-s", "--system", metavar="TEXT")
+    called.add_argument("--stream", action="store_true")
+    called.add_argument("--format", type=lambda name: _CALL_FORMATS.get(name, name), choices=FORMAT_NAMES, default="chat", help="what the gateway is asked in (default chat; openai and anthropic mean chat and messages)")
+
+
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
@@ -21770,42 +21809,15 @@ def make_parser() -> Any:
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
-    served = commands.add_parser("serve", parents=[common], help="run the gateway")
-    served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
-    served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
-    served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
-    served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
-    served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
-    served.add_argument("--cors-origin", action="append", dest="cors_origin", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
-    served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
-    served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
-
+    _add_serve_parser(commands, common)
     commands.add_parser("stop", parents=[common, as_json], help="end the gateway that runs with this home")
     commands.add_parser("info", parents=[common, as_json], help="the gateway that runs with this home")
     _add_key_parsers(commands, common, as_json)
     _add_provider_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
-    counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
-    counted.add_argument("--days", default=str(STATS_DAYS), metavar="N", help=f"local days, today being the last (default {STATS_DAYS})")
-    counted.add_argument("--by", default=STATS_BY, metavar="LIST", help=f"comma list of {', '.join(GROUP_NAMES)} (default {STATS_BY})")
-    counted.add_argument("--provider", metavar="P", help="of one provider alone")
-    counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
-    counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
-
+    _add_use_parsers(commands, common, as_json)
     _add_why_parsers(commands, common, as_json)
-
-    called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
-    called.add_argument("prompt")
-    called.add_argument("-m", "--model", default="aicarousel")
-    called.add_argument("-k", "--key", help="gateway key (default: AICAROUSEL_KEY)")
-    called.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
-    called.add_argument("-t", "--temperature", type=float)
-    called.add_argument("--max-tok", type=int, dest="max_tokens", metavar="N")
-    called.add_argument("-s", "--system", metavar="TEXT")
-    called.add_argument("--stream", action="store_true")
-    called.add_argument("--format", type=lambda name: _CALL_FORMATS.get(name, name), choices=FORMAT_NAMES, default="chat", help="what the gateway is asked in (default chat; openai and anthropic mean chat and messages)")
 
     actions = commands.add_parser("db", help="the state database").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("migrate", parents=[common], help="bring it up to date (a backup is made first)")
