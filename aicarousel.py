@@ -34,6 +34,7 @@ Contents
     21  Pages               the front page, the list of models, statistics as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
+    24  Clients             each client's files and dialogue, launcher, doctor, selftest
     25  Bundle              the copy that needs nothing installed
     26  Set-up              the dialogue of `setup`
     27  Command line        serve, key, status, stats, call, db, config
@@ -43,7 +44,7 @@ Life of a request
     -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
 
 Promises
-    Nothing is retried after commit.  No secret is logged.  Pure sections never touch the outside world.
+    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
     What is broken never looks whole: a stream without its proper ending ends in an error event.
 """
 
@@ -68,6 +69,7 @@ if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"] an
 
 import asyncio
 import base64
+import bisect
 import contextlib
 import email.utils
 import errno
@@ -91,7 +93,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -375,9 +377,14 @@ class UpstreamFailure(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-#: What looks like a secret wherever it stands: vendor prefixes, bearer values, long opaque words after "key".
-_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[opsu]|github_pat|pplx|r8)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+|\btid=[^\s\"',]+"
-                     r"|(?<=[Bb]earer )[^\s\"',;]{12,}|\borg[-_][A-Za-z0-9]{6,}")
+#: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
+_SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
+                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+_NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
+#: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
+_SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+_NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
 def printable(text: str) -> str:
@@ -387,10 +394,18 @@ def printable(text: str) -> str:
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without any of `secrets` (by value) and without what looks like a secret or an organisation id (by pattern)."""
-    for secret in secrets:
-        if len(secret) >= 6 and secret in text:
-            text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
+    text = redact_known(text, secrets)
+    if any(map(text.__contains__, _SECRET_HINTS)):
+        text = _SECRET.sub("***", text)
+    return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
+
+
+def redact_known(text: str, secrets: Iterable[str]) -> str:
+    """`text` without any of `secrets`."""
+    found = [secret for secret in secrets if len(secret) >= 6 and secret in text]
+    for secret in sorted(found, key=len, reverse=True):         # one may be the beginning of another
+        text = text.replace(secret, "***")
+    return text
 
 
 class ConfigError(Exception):
@@ -439,6 +454,7 @@ class Preset:
     needs: tuple[str, ...] = ()              #: further variables that fill {NAME} in the URLs
     gone: str = ""                           #: why the whole service cannot be used any more
     check: tuple[str, str] = ("GET", "/models")   #: cheapest call that proves a key; /chat/completions: with one token of output
+    continue_url: str = ""                   #: where the beginning of an answer is gone on with, where base_url does not do it
     login: bool = False                      #: its keys are logins, exchanged for tokens of the hour
     name: str = ""                           #: its key in PRESETS
 
@@ -605,6 +621,7 @@ _ROWS: Mapping[str, Preset] = {
     "deepseek": Preset(
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
         default="deepseek-flash", first_byte_s=180.0, rejects=("store",), max_field="max_tokens", check=("GET", "https://api.deepseek.com/user/balance"),
+        continue_url="https://api.deepseek.com/beta",
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(
             _known_model("deepseek-flash", 1000000, 384000, "tvr", (0.3, 1.2, 0.006)),
@@ -893,7 +910,7 @@ class Bounds:
     client_body_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "until its body is there")
     client_idle_s: float = _bound(120.0, 1.0, 86_400.0, "seconds", "a client's connection may wait for the next request")     # Codex keeps its own for 90
     client_stall_s: float = _bound(60.0, 0.1, 86_400.0, "seconds", "a client may read nothing of its answer")
-    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; further ones are closed at once")
+    connections: int = _bound(4096, 1, 1_000_000, "connections", "of clients at the same time; idle ones make room for new ones, else these are refused")
     body_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of a request's body")
     answer_bytes: int = _bound(32 << 20, 1024, 1 << 30, "bytes", "of an answer that is not streamed, or that comes compressed")
     event_bytes: int = _bound(8 << 20, 1 << 17, 1 << 30, "bytes", "of one event of a stream, as long as it is not whole")
@@ -902,7 +919,7 @@ class Bounds:
     drain_s: float = _bound(30.0, 0.0, 3600.0, "seconds", "answers under way may take to finish at SIGTERM")
     request_total_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "one request may take over all its routes")
     queue: int = _bound(256, 0, 100_000, "requests", "may wait for the same routes; further ones are answered 429 at once")
-    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be asking another route after a failure")
+    retry_budget: float = _bound(0.2, 0.0, 10.0, "of the requests under way", "may be trying routes again that are known to fail")
     retry_budget_least: int = _bound(3, 0, 10_000, "requests", "may do so however few there are")
     pool_idle_s: float = _bound(60.0, 0.1, 3600.0, "seconds", "a provider's connection is kept for the next request")
     pool_size: int = _bound(256, 0, 10_000, "connections", "kept so for each provider")
@@ -929,6 +946,7 @@ class Carousel:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)   #: name or glob -> what it stands for, in order
     content_fallback: bool = False
     limits: Bounds = Bounds()
+    resume: str = "safe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1176,6 +1194,7 @@ class _Url(NamedTuple):
     host: str = ""
     path: str = ""
     port: int | None = None
+    user: str = ""
     password: str = ""
 
 
@@ -1186,7 +1205,7 @@ def _split_url(text: Any, *, user: bool = False) -> _Url:
         return _Url()
     try:
         parts = urlsplit(text)
-        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.password or ""))
+        url = _Url(parts.scheme, parts.hostname or "", parts.path, parts.port, unquote(parts.username or ""), unquote(parts.password or ""))
     except ValueError:
         return _Url()
     return url if url.host and (user or "@" not in parts.netloc) else _Url()
@@ -1352,6 +1371,7 @@ _CAROUSEL_FIELDS = {
     "contentFallback": _Field("content_fallback", _want_flag),
     "aliases": _Field("aliases", _want_aliases),
     "limits": _Field("limits", _want_record(Bounds, _BOUND_FIELDS)),
+    "resume": _Field("resume", _want_word("off", "safe", "force")),
 }
 
 
@@ -1868,9 +1888,17 @@ def _gather_secrets(load: _Load, providers: Sequence[Provider], settings: Settin
     for holder in holders:
         proxies.append(holder.proxy or "")
         headers += holder.headers
-    load.secrets |= {_split_url(proxy, user=True).password for proxy in proxies}
-    load.secrets |= {value for name, value in headers if re.search("key|token|secret|auth|cookie|password", name, re.IGNORECASE)}
+    for proxy in proxies:
+        url = _split_url(proxy, user=True)
+        load.secrets |= {url.password, base64.b64encode(f"{url.user}:{url.password}".encode()).decode()} if url.password else set()
+    load.secrets |= {value for name, value in headers if _SECRET_NAME.search(name) or _OPAQUE.fullmatch(value)}
+    load.secrets |= {value for name, value in load.dotenv.items() if _SECRET_NAME.search(name) and len(value) >= _OPAQUE_MIN}
     load.secrets.discard("")
+
+
+_SECRET_NAME = re.compile("key|token|secret|auth|cookie|password|passwd", re.IGNORECASE)
+_OPAQUE_MIN = 8
+_OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
 # Edits.
@@ -1884,7 +1912,7 @@ class _Node(NamedTuple):
     members: tuple[tuple[str | int, int, _Node], ...] | None
 
 
-_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+_BLANKS = re.compile(r"(?:[ \t\r\n\ufeff]|//[^\n]*|/\*.*?\*/)*", re.S)     # comments too: files of other programs may hold some
 _SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s,\]}]+')
 
 
@@ -3735,6 +3763,7 @@ _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter 
 #: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
     "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
     "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
 
 #: A route, and when what keeps it out ends.
@@ -4169,7 +4198,8 @@ def _leave_out_misfits(fits: Callable[[Route], str], found: _Survey) -> None:
     if routes:
         return
     unfit = {route.id: why for route in (*(route for _, route in found.soft), *(route for route, _ in skipped)) if (why := fits(route))}
-    found.skipped = [(route, unfit.get(route.id, why)) for route, why in skipped] + [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
+    found.skipped = [(route, why if unfit.get(route.id, "failed") == "failed" else unfit[route.id]) for route, why in skipped]      # since it failed it cools: that tells more
+    found.skipped += [(route, unfit[route.id]) for _, route in found.soft if route.id in unfit]
     found.soft, found.late, found.probes = ([dated for dated in some if dated[1].id not in unfit] for some in (found.soft, found.late, found.probes))
     found.waits = [wait for wait in found.waits if wait.route.id not in unfit]
 
@@ -4757,6 +4787,7 @@ class Profile:
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's fields
     user_first: bool = False
     forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
     max_stop: int | None = None              #: how many stop strings, 0 for none
@@ -4784,20 +4815,22 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "user_first": True, "extra_names": True},
-    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False},
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "prefix", "user_first": True, "extra_names": True},
+    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
+                 "continues": "prefix"},
     "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
     "huggingface": {},
     "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
     "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
-    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs"},
+    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "last"},
     "lmstudio": {**_LOCAL},
-    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",)},
+    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
+                 "continues": "partial"},
     "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
     "minimax": {"replay": "think_tag", "reject": ("store",)},
-    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",)},
+    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",), "continues": "partial"},
     "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
     "fireworks": {"top_k": True},
     "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
@@ -4808,11 +4841,11 @@ _PROFILE_ROWS: Mapping[str, Json] = {
 
 _FORMAT_ROWS: Mapping[str, Json] = {
     "chat": {},
-    "messages": {"replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+    "messages": {"continues": "", "replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
                  "user_first": True,
                  "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
                  "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
-    "responses": {"replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
+    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
                   "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
 }
 _CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
@@ -4821,6 +4854,7 @@ _OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (),
 
 #: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
 MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
     ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
     ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
     ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
@@ -6059,7 +6093,7 @@ def _freeform_function(tool: Json) -> Json:
     lines = [tool.get("description", ""), 'The whole text goes in "input".']
     if tool.get("grammar"):
         lines += [f"It must match this {tool['grammar'].get('syntax', '')} grammar:", tool["grammar"].get("definition", "")]
-    return {"name": tool["name"], "description": "\n".join(filter(None, lines)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
+    return {"name": tool["name"], "description": "\n".join(line for line in lines if line and isinstance(line, str)), "schema": dict(FREEFORM_SCHEMA), "kind": "function",
             **({"namespace": tool["namespace"]} if tool.get("namespace") else {})}
 
 
@@ -6073,7 +6107,8 @@ def _web_search(tool: Json, profile: Profile) -> Json | None:
         filters = {"filters": {"allowed_domains": raw["allowed_domains"]}} if raw.get("allowed_domains") else {}
         return {**tool, "family": "openai", "raw": {"type": "web_search", **filters, **place}}
     if profile.format == "messages":
-        domains = (raw.get("filters") or {}).get("allowed_domains")
+        filters = raw.get("filters")
+        domains = filters.get("allowed_domains") if isinstance(filters, dict) else None
         return {**tool, "name": "web_search", "family": "anthropic",
                 "raw": {"type": "web_search_20250305", "name": "web_search", **({"allowed_domains": domains} if domains else {}), **place}}
     return None
@@ -6452,10 +6487,10 @@ def _fit_meta(ready: Json, profile: Profile) -> None:
     key = meta.get("cache_key") or (session if profile.family == "openai" else None)
     meta["cache_key"] = key[:64] if isinstance(key, str) and (profile.cache_key or same and ready["client"] == profile.format) else None
     if not same:
-        meta["tier"] = _CLAUDE_TIERS.get(meta.get("tier") or "") if profile.format == "messages" else None
+        meta["tier"] = _CLAUDE_TIERS.get(str(meta.get("tier"))) if profile.format == "messages" else None
         meta.pop("speed", None)
         meta.pop("metadata", None)
-    elif profile.format != "messages" and (not profile.vendor or meta.get("tier") not in _OPENAI_TIERS):
+    elif profile.format != "messages" and (not profile.vendor or str(meta.get("tier")) not in _OPENAI_TIERS):
         meta["tier"] = None
     if profile.format == "messages":
         drop(ready, *(name for name in ("verbosity", "logprobs", "top_logprobs") if meta.get(name)))
@@ -6810,7 +6845,8 @@ def error_kind(status: int, code: Any = None, message: str = "") -> str:
 
 
 def read_error(error: Any, status: int = 502) -> Json:
-    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text."""
+    """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
+    found = error
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6827,7 +6863,7 @@ def read_error(error: Any, status: int = 502) -> Json:
     message = _error_message(error)
     row = ERROR_ROWS[error_kind(status, kind_word, message)]
     told = 400 <= status < 600 and status != 502
-    return error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type)
+    return {**error_delta(row.status if isinstance(kind_word, str) and kind_word in _CODE_KINDS or not told else status, message, row.code, row.type), "found": found}
 
 
 def _error_message(error: Json) -> str:
@@ -8068,6 +8104,8 @@ def _read_chat_choice(value: Any) -> Json | None:
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
+    if not isinstance(kind, str):
+        return None
     if kind == "allowed_tools":
         allowed = _chat_inner(value, "allowed_tools")
         names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
@@ -8642,9 +8680,9 @@ def _read_chat_error(found: Json) -> Json:
     """The error delta for what find_chat_error found."""
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
-        return read_error({"message": status.get("status_msg"), "code": status.get("status_code")})
+        return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
     inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
-    return read_error({"error": inside} if inside else found)
+    return {**read_error({"error": inside} if inside else found), "found": found}
 
 
 def chat_read_answer(body: Any, source: Source) -> list[Json]:
@@ -8687,8 +8725,9 @@ class ChatStreamWriter:
     __slots__ = ("_asked", "_head", "_tail", "_end", "_said", "_takes", "_call", "_freeform", "_usage", "_wants_usage", "_hides",
                  "_refused", "_n_calls", "_n_seals", "_n_cites", "_started", "_ended")
 
-    def __init__(self, asked: Asked) -> None:
-        stamp = {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
+    def __init__(self, asked: Asked, stamp: Json | None = None) -> None:
+        """stamp: what every chunk has besides its choices, where a stream has begun already."""
+        stamp = stamp or {"id": mint("chatcmpl-", asked.seed), "object": "chat.completion.chunk", "created": asked.created_s, "model": asked.hub["model"]}
         self._asked = asked
         self._wants_usage = bool((asked.hub.get("meta") or {}).get("include_usage"))
         self._hides = (asked.hub.get("think") or {}).get("show") == "omitted"
@@ -8823,6 +8862,43 @@ class ChatStreamWriter:
         "args": _write_args, "note": _write_note, "cite": _write_cite, "opaque": _write_opaque,
         "usage": _write_usage, "stop": _write_stop, "error": _write_error,
     }
+
+
+def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    stamp: Json = {}
+    for chunk in _sent_chunks(sent):
+        choices = chunk.get("choices")
+        if choices == []:
+            continue
+        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
+        delta = _chat_object(choice.get("delta"))
+        if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in _CONTENT_FIELDS if name not in _BEFORE_TEXT):
+            return None
+        text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
+        if not isinstance(text, (str, type(None))) or thinks and (pieces or text):
+            return None
+        if text:
+            pieces.append(text)
+            stamp = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+    if "<think" in "".join(pieces) or not stamp:
+        return None
+    writer = ChatStreamWriter(asked, stamp)
+    writer.feed(start_delta("", ""))
+    return writer, "".join(pieces)
+
+
+#: What a delta may hold besides nothing for its stream to be taken up: text, and thinking before it.
+_BEFORE_TEXT = ("content", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking")
+
+
+def _sent_chunks(sent: bytes) -> Iterator[Json]:
+    """The objects of a stream as the client has it."""
+    for frame in split_frames(sent):
+        data = read_frame(frame).data
+        if data:
+            yield _chat_object(json.loads(data))
 
 
 def _delta_error(delta: Json) -> GatewayError:
@@ -9947,6 +10023,13 @@ class ResponsesStreamWriter:
         self._usage: Json = {}
         self._refused = self._said = False
 
+    def take_up(self, answer_id: str, output: list[Json], item: Json, pieces: list[str], sequence: int) -> None:
+        """Go on inside the text of `item`, which follows the items of `output`, behind the event numbered `sequence`."""
+        self._id, self._output, self._n_items, self._started, self._said = answer_id, output, len(output), True, True
+        self._block = _OpenItem("text", "text", item, pieces=pieces)
+        self._tell(self._block)
+        self._sequence = sequence + 1
+
     def feed(self, delta: Json) -> list[bytes]:
         """The events of one delta."""
         kind, block = delta["delta"], self._block
@@ -10161,6 +10244,41 @@ class ResponsesStreamWriter:
         rest = {"action": _shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
         block.item = {"type": "local_shell_call" if block.kind == "shell" else "tool_search_call", "status": "in_progress", "call_id": call["call_id"], **rest}
         return [*self._tell(block), self._done(block, {**block.item, "status": "completed"})]
+
+
+def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    response: Json = {}
+    item: Json = {}
+    output: list[Json] = []
+    pieces: list[str] = []
+    index, sequence = 0, -1
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind = _str_in(value, "type") or event.name
+        number = value.get("sequence_number")
+        sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
+        added = _dict_in(value, "item")
+        if kind in ("response.created", "response.in_progress"):
+            response = _dict_in(value, "response")
+        elif kind == "response.output_item.added" and added.get("type") == "message" and not item and isinstance(added.get("id"), str):
+            item, index = added, value.get("output_index")
+        elif kind == "response.output_text.delta" and item and isinstance(value.get("delta"), str) and value.get("content_index") == 0:
+            pieces.append(value["delta"])
+        elif kind == "response.output_item.done" and added.get("type") == "reasoning" and not item:
+            output.append(added)
+        elif kind and not (kind in _TAKEN_UP or kind.startswith("response.reasoning_") and not item or kind == "response.output_item.added" and added.get("type") == "reasoning" and not item):
+            return None
+    if not "".join(pieces) or index != len(output) or not isinstance(response.get("id"), str):
+        return None
+    writer = ResponsesStreamWriter(asked._replace(hub={**asked.hub, "model": response.get("model")}, created_s=response.get("created_at") or asked.created_s))
+    writer.take_up(response["id"], output, item, pieces, sequence)
+    return writer, "".join(pieces)
+
+
+#: Events that may stand in a stream for it to be taken up, and tell nothing of its text.
+_TAKEN_UP = frozenset({"keepalive", "response.queued", "response.content_part.added"})
 
 
 def _message_part(kind: str, text: str, cites: list[Json]) -> Json:
@@ -11124,6 +11242,34 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _FILLS: Mapping[str, str] = {"text": "text_delta", "refuse": "text_delta", "think": "thinking_delta", "args": "input_json_delta"}
 
 
+def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, str] | None:
+    """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
+    pieces: list[str] = []
+    index, n_blocks, open_kind = -1, 0, ""
+    for frame in split_frames(sent):
+        event = read_frame(frame)
+        value = json.loads(event.data) if event.data else {}
+        kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
+        if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
+            index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
+            pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
+        elif kind == "content_block_delta" and isinstance(delta, dict) and value.get("index") == index and delta.get("type") in _TAKEN_UP_DELTAS.get(open_kind, ()):
+            pieces += [str(delta.get("text") or "")] if open_kind == "text" else []
+        elif kind == "content_block_stop" and open_kind not in ("", "text"):
+            open_kind = ""
+        elif kind and kind not in ("message_start", "ping"):
+            return None
+    if open_kind != "text" or index != n_blocks - 1 or not "".join(pieces):
+        return None
+    writer = MessagesStreamWriter(asked)
+    writer.take_up(n_blocks - 1)
+    return writer, "".join(pieces)
+
+
+#: Deltas that may stand in a stream for it to be taken up, by kind of block.
+_TAKEN_UP_DELTAS: Mapping[str, tuple[str, ...]] = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"), "redacted_thinking": ()}
+
+
 class MessagesStreamWriter:
     """Hub deltas as a Messages client's stream: one block open at a time, numbered without gaps."""
 
@@ -11150,6 +11296,10 @@ class MessagesStreamWriter:
         if "pieces" in delta:
             return [frame for text in delta["pieces"] for frame in self.feed(text_delta(text))]
         return [write_event(event, event["type"]) for event in self.events(delta)]
+
+    def take_up(self, index: int) -> None:
+        """Go on inside the text block of that number."""
+        self._started, self._index, self._kind, self._head = True, index, "text_delta", _delta_head(index, "text_delta")
 
     def events(self, delta: Json) -> list[Json]:
         """The same, as objects."""
@@ -11735,6 +11885,7 @@ class WireFormat(NamedTuple):
     status: Callable[[GatewayError], int]
     call_prefix: str
     wants_usage: Callable[[Json], bool]
+    take_up: Callable[[bytes, Asked], tuple[Any, str] | None] | None = None     #: None where a stream that broke off is not gone on with
 
 
 def _own_status(error: GatewayError) -> int:
@@ -11747,13 +11898,13 @@ def _asks_usage(body: Json) -> bool:
 
 FORMATS: Mapping[ClientFormat, WireFormat] = {
     "chat": WireFormat("/chat/completions", check_chat_request, chat_read_request, chat_write_request, ChatStreamReader, ChatStreamWriter, chat_read_answer,
-                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage),
+                       chat_write_answer, ChatPassage, judge_chat_answer, find_chat_error, chat_error, _own_status, "call_", _asks_usage, chat_take_up),
     "responses": WireFormat("/responses", check_responses_request, responses_read_request, responses_write_request, ResponsesStreamReader, ResponsesStreamWriter,
                             responses_read_answer, responses_write_answer, ResponsesPassage, judge_responses_answer, find_responses_error, chat_error, _own_status,
-                            "call_", lambda body: True),
+                            "call_", lambda body: True, responses_take_up),
     "messages": WireFormat("/messages", check_messages_request, messages_read_request, messages_write_request, MessagesStreamReader, MessagesStreamWriter,
                            messages_read_answer, messages_write_answer, MessagesPassage, judge_messages_answer, find_messages_error, messages_error, messages_status,
-                           "toolu_", lambda body: True),
+                           "toolu_", lambda body: True, messages_take_up),
     "completions": WireFormat("/completions", check_completions_request, completions_read_request, None, CompletionsStreamReader, CompletionsStreamWriter,
                               completions_read_answer, completions_write_answer, CompletionsPassage, judge_completions_answer, find_chat_error, chat_error,
                               _own_status, "call_", _asks_usage),
@@ -11998,6 +12149,11 @@ class Translation:
         self._reads_runs = hasattr(reader, "feed_run")
 
     @property
+    def calling(self) -> bool:
+        """Whether a tool call is kept back."""
+        return self._holder.holding
+
+    @property
     def usage(self) -> Usage | None:
         """What the provider has counted so far, with estimates for what it lacks at the end; None while there is nothing."""
         if self.finish is None and self._reader.counted is not self._counted:
@@ -12024,6 +12180,7 @@ class Translation:
             else:
                 n_tries -= n_tries > 0
                 end = position + len(next(frames)) if frames else block.find(b"\n\n", position) + 2
+                end = end if end > position else len(block)         # a third line end behind a blank line
                 self._take_frame(block[position:end])
             position = end
             if self._reader.done:
@@ -12070,7 +12227,7 @@ class Translation:
         """What one delta tells of the answer."""
         kind = delta["delta"]
         if kind == "error":
-            self.error = {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
+            self.error = error_of(delta)
             return
         if kind in ("text", "think", "args", "refuse"):
             self.n_content_bytes += len(delta["text"])
@@ -12100,6 +12257,11 @@ class Translation:
             out += self._writer.close()
             self.done = True
         return b"".join(out)
+
+
+def error_of(delta: Json) -> Any:
+    """What an error delta stands for, as it is judged: in the provider's own words where it has any, so that they mean the same as in a passage."""
+    return delta.get("found") or {"error": {"message": delta["message"], "type": delta["type"], "code": delta["code"]}, "status_code": delta["status"]}
 
 
 #: How often a block is searched for a run of alike events in vain: each search reads all of the block.
@@ -12134,6 +12296,162 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
         if event.data and not reader.done:
             deltas += reader.feed(event)
     return deltas + reader.close()
+
+
+# ---- Going on where a stream broke off
+
+class Seam(NamedTuple):
+    """A client's stream that broke off inside its text, and how it is gone on with."""
+    writer: Any                     #: of the client's format, in the middle of that stream
+    text: str                       #: what the client has
+    how: str                        #: Profile.continues, or told: the model is asked to in words
+
+
+#: Characters of a continuation that are judged before any of it is passed on.
+_JUDGED_CHARS = 200
+#: Letters by which a restart is known, and how many of the last characters a model is told to begin with.
+_RESTART_CHARS = 16
+_ANCHOR_CHARS = 60
+#: How models begin when they answer a request instead of going on with a text.
+_PREAMBLE = re.compile(r"[\s\"'*>#(\[]*(?:sure|certainly|of course|absolutely|okay|ok|alright|understood|got it|no problem|apolog\w*|(?:i'?m |i am )?(?:so |very )?sorry|as an ai|unfortunately|"
+                       r"i (?:can(?:'?t|not)|won'?t|will not|don'?t|am unable|apologi[sz]e|see|will continue|understand)|i'(?:m|ll) (?:unable|not able|continue)|"
+                       r"continu(?:ing|ation|ed)|let me (?:continue|go on|finish|pick)|to continue|here(?:'s| is| are)|picking up|resuming)\b", re.IGNORECASE)
+
+
+def way_on(provider: Provider, model: Model, policy: str) -> str:
+    """How a model goes on with an answer that broke off: Seam.how, "" where it may not be asked to. policy: off, safe or force."""
+    profile = target_profile(provider.preset.name, model, provider.format)
+    elsewhere = provider.preset.continue_url
+    how = profile.continues if profile.prefill != "no" and (not elsewhere or provider.base_url in (elsewhere, provider.preset.base_url)) else ""
+    return (how or "told") if policy == "force" else how if policy == "safe" else ""
+
+
+def can_go_on(hub: Json, text: str) -> bool:
+    """Whether the answer to a request, so far `text`, has an exact continuation at all."""
+    if not text.strip() or re.search("[\ud800-\udfff]", text) or (hub.get("format") or {}).get("kind") in ("schema", "json"):
+        return False                # a grammar begins anew with each request
+    if hub["turns"] and hub["turns"][-1]["role"] == "assistant" or (hub.get("meta") or {}).get("logprobs"):
+        return False
+    return not any(text.endswith(stop[:n_chars]) for stop in hub.get("stop") or () for n_chars in range(1, len(stop)))
+
+
+def _anchor(text: str) -> str:
+    """The last words of a text; "" where they stand in it twice or repeat themselves, so that they might come once more."""
+    start = text.rfind(" ", 0, max(0, len(text) - _ANCHOR_CHARS)) + 1
+    anchor = text[start:]
+    repeats = text.find(anchor) != start or any(anchor.startswith(anchor[n_chars:]) for n_chars in range(1, len(anchor) // 2 + 1))
+    return "" if repeats or len(anchor) > 4 * _ANCHOR_CHARS else anchor
+
+
+def continuation_request(hub: Json, seam: Seam, profile: Profile, edits: Edits = NO_EDITS) -> tuple[Json, tuple[str, ...]]:
+    """A provider's body that asks for the rest of an answer, and what was lost or changed. Raises UpstreamFailure where it cannot be asked for."""
+    text = seam.text.rstrip()       # Anthropic refuses a last turn that ends in white space, and tokens begin with it
+    turns = [*hub["turns"], {"role": "assistant", "parts": [text_part(text)]}]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        if not anchor:
+            raise UpstreamFailure("server", "no_seam", "the end of the text stands in it twice")
+        turns.append({"role": "user", "parts": [text_part(
+            "The connection broke off in the middle of your last answer. Write the rest of it, as if it had never been interrupted: no greeting, no comment, nothing that was said before. "
+            f"Begin with exactly these last words of it, and go on directly behind them:\n{anchor}")]})
+    spent = {"max_out": max(16, hub["max_out"] - len(text) // 4)} if hub.get("max_out") else {}
+    body, dropped = translate_request({**hub, **spent, **({"think": {"mode": "off"}} if hub.get("think") else {}), "turns": turns}, profile, edits)
+    if seam.how in ("prefix", "partial"):
+        body["messages"][-1][seam.how] = True
+    elif seam.how == "final":
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    return body, dropped
+
+
+def _bare(text: str) -> str:
+    """The letters and digits of a text, by which a restart is known however it is set."""
+    return re.sub(r"\W+", "", text).casefold() or text
+
+
+def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
+    """(what of a continuation that begins so follows the text, why it cannot be used): one of the two is "".
+
+    That a model goes on where the text ends is believed only while nothing speaks against it: a beginning that repeats the last characters may be said
+    twice or meant twice, nobody can tell, and so it is refused.  A model that was told where to begin must have begun there.
+    """
+    text = seam.text.rstrip()
+    space = seam.text[len(text):]
+    if seam.how == "told":
+        anchor = _anchor(text)
+        begun = begun.lstrip()
+        if not begun.startswith(anchor):
+            return "", "it does not begin with the words it was told"
+        begun = begun[len(anchor):]
+    else:
+        why = _doubt(text, begun)
+        if why:
+            return "", why
+    if not begun.startswith(space):
+        return "", "it leaves out white space that was sent"
+    rest = begun[len(space):]
+    return (rest, "") if rest else ("", "it is empty")
+
+
+def _doubt(text: str, begun: str) -> str:
+    """Why a beginning may be no continuation of `text`, "" where nothing says so."""
+    letters, known = _bare(begun), _bare(text)
+    if _PREAMBLE.match(begun) or text[-1].islower() and begun[:1].isupper():
+        return "it reads like an answer, not like the rest of one"
+    n_alike = next((n for n, (one, other) in enumerate(zip(letters, known)) if one != other), min(len(letters), len(known)))
+    if n_alike and n_alike >= min(_RESTART_CHARS, len(letters), len(known)) or len(known) >= _RESTART_CHARS and known[:_RESTART_CHARS] in letters:
+        return "it begins the answer anew"
+    plain = begun.lstrip()
+    repeats = any(text.endswith(begun[:n_chars]) for n_chars in range(1, len(begun) + 1))
+    repeats = repeats or any(text.endswith(plain[:n_chars]) and not text[-n_chars - 1:-n_chars].isalnum() for n_chars in range(1, len(plain) + 1))
+    if repeats or len(begun) >= _JUDGED_CHARS and begun[:_JUDGED_CHARS] in text:
+        return "it may repeat the end of the text"
+    return ""
+
+
+class SeamWriter:
+    """The writer of a Translation whose answer goes on with a stream that broke off: what comes first is kept back until it was judged."""
+
+    __slots__ = ("joined", "_seam", "_mark", "_begun")
+
+    def __init__(self, seam: Seam, mark: str) -> None:
+        """mark: what the comment at the seam says."""
+        self.joined = False         #: it was found good, and goes out
+        self._seam = seam
+        self._mark = b": %b\n\n" % printable(mark).encode("ascii", "replace")
+        self._begun = ""
+
+    def feed(self, delta: Json) -> list[bytes]:
+        """The frames of one delta. Raises UpstreamFailure where the answer does not go on with the text; none of it has left by then."""
+        kind = delta["delta"]
+        if kind in ("start", "think", "seal"):
+            return []               # the client has seen the beginning, and its thinking is over
+        if self.joined or kind == "usage":
+            return self._seam.writer.feed(delta)
+        if kind == "text":
+            self._begun += delta["text"]
+            return self._join() if len(self._begun) >= _JUDGED_CHARS else []
+        if kind == "stop" and delta["reason"] in ("refusal", "filter") or kind not in ("stop", "call"):
+            raise UpstreamFailure("server", "no_seam", f"instead of text came {delta.get('reason') or kind}")
+        return [*self._join(), *self._seam.writer.feed(delta)]
+
+    def close(self) -> list[bytes]:
+        """What is owed when no more deltas come."""
+        return self._seam.writer.close()
+
+    def keep_alive(self) -> bytes:
+        """A sign of life in the client's format."""
+        return self._seam.writer.keep_alive()
+
+    def error(self, error: GatewayError) -> bytes:
+        """The event that ends a broken stream."""
+        return self._seam.writer.error(error)
+
+    def _join(self) -> list[bytes]:
+        rest, why = judge_continuation(self._seam, self._begun)
+        if why:
+            raise UpstreamFailure("server", "no_seam", why)
+        self.joined = True
+        return [self._mark, *self._seam.writer.feed(text_delta(rest))]
 
 
 # ---- Counting tokens without a tokenizer
@@ -12593,6 +12911,8 @@ def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
 def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     """What h11 and this section's own rules make of a head."""
     check_lines(head, MAX_CLIENT_HEADERS)
+    if b"\r\n " in head or b"\r\n\t" in head:
+        raise BadHttp("a folded line in the head")              # RFC 9112 5.2 lets us, and two readers could disagree
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         connection.receive_data(head)
@@ -12783,6 +13103,8 @@ class BodyReader:
                 if len(self.rest) + self._trailer_bytes > MAX_HEAD_BYTES or b"\n" in self.rest:
                     raise BadHttp("bad trailers")
                 return
+            if b"\n" in self.rest[:end] or b"\r" in self.rest[:end]:
+                raise BadHttp("a lone CR or LF in the trailers")
             self._trailer_bytes += end + 2
             self.done = end == 0
             self.rest = self.rest[end + 2:]
@@ -13253,6 +13575,15 @@ def revoke_key(path: Path, key_id: int) -> bool:
     """Whether there is such a key; it is refused from now on and stays listed."""
     with _changing_keys(path) as connection:
         return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
+
+
+def find_key(path: Path, key: str) -> GatewayKey | None:
+    """The row of a key, revoked and expired ones too; None for one that is unknown here."""
+    if not path.exists():
+        return None
+    with _readable_database(path) as connection:
+        found = _select_keys(connection, "key_hash = ?", _hash_of(key))
+    return found[0][1] if found else None
 
 
 def delete_key(path: Path, key_id: int) -> bool:
@@ -14046,6 +14377,59 @@ class Answer:
         self._transport.take_back(self._line, reusable)
 
 
+class Fault(NamedTuple):
+    """What one attempt is to suffer by the client's own wish."""
+    kind: str               #: status, empty, drop, slow
+    amount: float = 0.0     #: the status; bytes of the body that come; seconds before anything comes
+
+
+_FAULT = re.compile(r"(?P<status>[45][0-9]{2})|(?P<empty>empty)|drop@(?P<drop>[0-9]{1,9})B|slow=(?P<slow>[0-9]{1,4}(?:\.[0-9]{1,3})?)")
+
+
+def read_faults(text: str) -> tuple[Fault, ...]:
+    """The faults of a comma list such as 429,500,drop@200B,empty,slow=20, one for each attempt in turn. Raises GatewayError 400."""
+    found = [_FAULT.fullmatch(word.strip()) for word in text.split(",")]
+    if None in found or len(found) > 50:
+        raise bad_request("x-aicarousel-mock takes a comma list of 400 to 599, empty, drop@<bytes>B and slow=<seconds>, one for each attempt.", code="bad_header")
+    return tuple(Fault(match.lastgroup or "", float(match[match.lastgroup or 0]) if match.lastgroup != "empty" else 0.0) for match in found if match is not None)
+
+
+class FaultyAnswer:
+    """An Answer whose body ends after so many bytes, by a cut; without a real one behind it, one that is made up."""
+
+    read_all, read_start = Answer.read_all, Answer.read_start
+
+    def __init__(self, transport: Transport, n_bytes: int, real: Answer | None = None, status: int = 200, body: bytes = b"") -> None:
+        self._transport, self._real, self._n_left, self._pending = transport, real, n_bytes, body
+        self.status, self.headers = (real.status, real.headers) if real else (status, [])
+        self._reusable = False
+
+    header = Answer.header
+
+    def watch(self, phase: str, within_s: float) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.watch(phase, within_s)
+
+    async def read(self) -> bytes:
+        """The next piece, b"" at the end. Raises UpstreamFailure where it is to be cut."""
+        piece, self._pending = await self._real.read() if self._real else self._pending, b""
+        if piece and not self._n_left:
+            raise transport_failure("cut", "body", "cut by x-aicarousel-mock")
+        piece = piece[:self._n_left]
+        self._n_left -= len(piece)
+        return piece
+
+    def release(self) -> None:
+        """Close the real one, which may not have been read to its end."""
+        self.abort()
+
+    def abort(self) -> None:
+        """As that of Answer."""
+        if self._real is not None:
+            self._real.abort()
+
+
 def _make_inflater(coding: str, max_bytes: int) -> Callable[[bytes], bytes] | None:
     """A function that inflates piece by piece, None for plain bodies; its output is capped, and b"" checks the end."""
     coding = coding.strip().lower()
@@ -14096,6 +14480,18 @@ class Transport:
                 if failure.phase != "stale":
                     raise
         return await self._ask(await self._connect(origin, timeouts.connect_s), message, timeouts)
+
+    async def request_with(self, fault: Fault, origin: Origin, message: bytes, timeouts: Timeouts) -> Answer | FaultyAnswer:
+        """As request(), with a fault in it. Statuses and empty answers are made up: nobody is asked."""
+        if fault.kind == "slow":
+            await self._world.sleep(min(fault.amount, timeouts.first_byte_s))
+            if fault.amount >= timeouts.first_byte_s:
+                raise transport_failure("timeout", "head", "nothing came in time (head)")
+            return await self.request(origin, message, timeouts)
+        if fault.kind == "drop":
+            return FaultyAnswer(self, int(fault.amount), await self.request(origin, message, timeouts))
+        body = b'{"error":{"message":"Made up by x-aicarousel-mock."}}' if fault.kind == "status" else b""
+        return FaultyAnswer(self, len(body), None, int(fault.amount) or 200, body)
 
     def take_back(self, line: _Line, reusable: bool) -> None:
         """A connection whose answer has ended: keep it for the next request to its origin, or close it."""
@@ -14250,8 +14646,13 @@ class Transport:
 
 MAX_TARGET_BYTES = 8 * 1024
 _LINGER_S = 1.0
+_SURPLUS = 16               #: connections over the cap that are still told so
+_ACCEPT_AT_ONCE = 16
+_ACCEPT_PAUSE_S = 1.0
+_COMPLAIN_EVERY_S = 5.0
 _READ_BYTES_CLIENT = 64 * 1024
 _TARGET = re.compile(r"[!\"$-~]+")        # printable ASCII without # (and no space)
+_FIRST_LINE = re.compile(rb"([A-Z]{1,10}) (/[!->@-~]{0,1000})")
 
 
 @dataclass(slots=True)
@@ -14291,7 +14692,7 @@ class Application(Protocol):
     def bounds(self) -> Bounds: ...
 
     def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]: ...
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]: ...
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]: ...
 
 
 class _ClientInbox(asyncio.StreamReader):
@@ -14395,10 +14796,12 @@ class Exchange:
 class _Link:
     """One connection of a client, for its whole life."""
 
-    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
+    __slots__ = ("server", "inbox", "writer", "alarm", "task", "exchange", "surplus", "_request", "_answered", "_buffer", "_peer", "_write_alarm", "_secure")
 
-    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: Server, inbox: _ClientInbox, writer: asyncio.StreamWriter, surplus: bool) -> None:
         self.server, self.inbox, self.writer = server, inbox, writer
+        self.surplus = surplus          # over the cap: here only to be told so
+        self._request: Request | None = None
         self.alarm = Alarm(self._ring)
         self._write_alarm = Alarm(self.close)
         self.task: asyncio.Task[None] | None = None
@@ -14410,6 +14813,11 @@ class _Link:
 
     def write(self, data: bytes) -> None:
         self.writer.write(data)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has come of a next request."""
+        return self.exchange is None and not self._buffer and not self.writer.transport.is_closing()
 
     def close(self) -> None:
         """End the connection at once."""
@@ -14443,29 +14851,34 @@ class _Link:
     async def _serve_one(self) -> bool:
         """Read and answer one request; whether the connection goes on."""
         request: Request | None = None
+        head: bytes | None = None
         try:
             head = await self._read_head()
             if head is None:
                 return False
-            request = self._read_request(head)
+            request = self._request = self._read_request(head)
             framing = request_framing(request.version, request.headers)
             self.exchange = Exchange(self, request, _keeps_alive(request))
+            if self.surplus:
+                self.exchange.keep_alive = False
+                raise GatewayError(f"The gateway has {self.server.max_connections} connections open and takes no more.", 503, "too_many_connections", retry_after_s=1.0)
             handler = self.server.application.admit(request)
             max_bytes = self.server.application.bounds.body_bytes
             if framing.kind == "length" and framing.n_bytes > max_bytes:
                 raise too_large(f"the body is larger than {max_bytes} bytes")
             request.body = await self._read_body(request, framing)
         except BadHttp as error:
-            self._refuse(request, bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
+            self._refuse(request or _glimpse(head or self._buffer), bad_request(f"Bad HTTP request: {error}.", status=error.status), close=True)
             return False
         except GatewayError as error:
-            unread = request is None or _has_body(request)      # what follows is a body nobody will read
+            assert request is not None
+            unread = _has_body(request)                         # what follows is a body nobody will read
             self._refuse(request, error, close=unread)
-            exchange, self.exchange = self.exchange, None
+            exchange, self.exchange, self._request = self.exchange, None, None
             return not unread and exchange is not None and exchange.keep_alive
         self.alarm.rest()
         await handler(request, self.exchange)
-        exchange, self.exchange = self.exchange, None
+        exchange, self.exchange, self._request = self.exchange, None, None
         self.inbox.on_gone = None
         await self.flush()
         return exchange.keep_alive and exchange.finished and self.server.open
@@ -14532,20 +14945,27 @@ class _Link:
         self._buffer = reader.rest
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _refuse(self, request: Request | None, error: GatewayError, *, close: bool) -> None:
+    def _refuse(self, request: Request, error: GatewayError, *, close: bool) -> None:
         """Answer an error that was found before a handler ran."""
-        exchange = self.exchange or Exchange(self, request or Request("GET", "/", "", {}), False)
+        exchange = self.exchange or Exchange(self, request, False)
         if close:
             exchange.keep_alive = False
         headers, body = self.server.application.explain(request, error)
         exchange.respond(error.status, headers, body)
         self._answered = close
 
+    def dismiss(self) -> None:
+        """A drain ends what the client is still sending, or a handler that did not say so itself."""
+        if self.exchange is None or self._request is None or self.exchange.head_sent or not self.exchange.interrupted:
+            return self.close()
+        self._refuse(self._request, GatewayError(f"The request was not finished: {self.exchange.interrupted}.", 503, "shutting_down"), close=True)
+        self.writer.close()
+
     async def apologise(self) -> None:
         """A bug of ours has ended the handler: say so while nothing has gone out, else end so that the answer does not look whole."""
         with contextlib.suppress(ConnectionError):
             if not self._answered and (self.exchange is None or not self.exchange.head_sent):
-                self._refuse(None, GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
+                self._refuse(self._request or _glimpse(self._buffer), GatewayError("The gateway failed at this request; its log says where.", 500, "internal_error"), close=True)
                 await self._linger()
 
     async def _linger(self) -> None:
@@ -14574,10 +14994,16 @@ class _Link:
     def _ring(self) -> None:
         """The client was too slow with its request, or has been idle for long enough."""
         if (self._buffer or self.exchange is not None) and not self._answered:
-            self._refuse(None, GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
+            self._refuse(self._request or _glimpse(self._buffer), GatewayError("The request did not arrive in time.", 408, "request_timeout", "invalid_request_error"), close=True)
             self.writer.close()
         else:
             self.close()
+
+
+def _glimpse(buffer: bytes) -> Request:
+    """As much of a request as its first line tells, so that an error speaks the client's format."""
+    line = _FIRST_LINE.match(buffer)
+    return Request(line[1].decode("ascii"), line[2].decode("ascii"), "", {}) if line else Request("GET", "/", "", {})
 
 
 def _keeps_alive(request: Request) -> bool:
@@ -14592,28 +15018,67 @@ def _has_body(request: Request) -> bool:
 class Server:
     """A listening HTTP server around one application."""
 
-    def __init__(self, application: Application, world: World) -> None:
+    def __init__(self, application: Application, world: World, *, n_fitting: int = 1 << 20) -> None:
+        """n_fitting: connections that descriptors suffice for."""
         self.application = application
         self.clock = world.clock
+        self._n_fitting = n_fitting
         self.open = True
+        self._context: ssl.SSLContext | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._complain_at = float("-inf")
         self._utc = world.utc
         self._date = (0, "")
-        self._links: set[_Link] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._links: dict[_Link, None] = {}         #: the oldest first
+        self._listeners: list[socket.socket] = []
         self._done = asyncio.Event()
+
+    @property
+    def max_connections(self) -> int:
+        """How many clients may be connected."""
+        return min(self.application.bounds.connections, self._n_fitting)
 
     async def listen(self, sockets: Sequence[socket.socket], context: ssl.SSLContext | None = None) -> None:
         """Accept connections on bound sockets; TLS when a context is given."""
-        loop = asyncio.get_running_loop()
-
-        def accept() -> asyncio.StreamReaderProtocol:
-            inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
-            protocol = _ClientProtocol(inbox, self._begin, loop=loop)
-            protocol.inbox = inbox
-            return protocol
-
+        self._context = context
         for listening in sockets:
-            self._listeners.append(await loop.create_server(accept, sock=listening, ssl=context, backlog=1024))
+            listening.listen(1024)
+            self._listeners.append(listening)
+            self._accept_from(listening)
+
+    def _accept_from(self, listening: socket.socket) -> None:
+        if self.open:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take the connections that wait; where the system has no descriptor for one more, leave them waiting for a moment.
+        asyncio's own loop would complain a thousand times a second then."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPT_AT_ONCE):
+            try:
+                peer, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                loop.remove_reader(listening)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listening)
+                if self.clock() >= self._complain_at:
+                    self._complain_at = self.clock() + _COMPLAIN_EVERY_S
+                    logging.getLogger("aicarousel.server").error("accept.failed why=%s connections=%d", error.strerror, len(self._links))
+                return
+            peer.setblocking(False)
+            task = loop.create_task(self._welcome(peer))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    async def _welcome(self, peer: socket.socket) -> None:
+        """Give an accepted connection its transport; a TLS handshake that fails or takes too long is the end of it."""
+        loop = asyncio.get_running_loop()
+        inbox = _ClientInbox(limit=_READ_BYTES_CLIENT, loop=loop)
+        protocol = _ClientProtocol(inbox, self._begin, loop=loop)
+        protocol.inbox = inbox
+        with contextlib.suppress(OSError):
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -14629,8 +15094,10 @@ class Server:
     async def drain(self, within_s: float) -> None:
         """Stop accepting, let answers under way finish, interrupt what is left after `within_s` seconds, close everything."""
         self.open = False
-        for listener in self._listeners:
-            listener.close()
+        for listening in self._listeners:
+            asyncio.get_running_loop().remove_reader(listening)
+            listening.close()
+        self._listeners.clear()
         for link in list(self._links):
             if link.exchange is None:
                 link.writer.close()             # what is still on its way to a slow reader gets there
@@ -14643,6 +15110,10 @@ class Server:
         for link in list(self._links):
             link.close()
 
+    def hasten(self) -> None:
+        """Interrupt at once what a drain still waits for."""
+        self._done.set()
+
     async def _wait_for_links(self, within_s: float) -> None:
         if self._links:
             self._done.clear()
@@ -14654,25 +15125,29 @@ class Server:
     async def _begin(self, inbox: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
-        if len(self._links) >= self.application.bounds.connections or not self.open:
+        n_over = len(self._links) - self.max_connections
+        if n_over >= _SURPLUS or not self.open:
             writer.transport.abort()
             return
-        link = _Link(self, inbox, writer)
+        idle = next((link for link in self._links if link.idle), None) if n_over >= 0 else None
+        if idle is not None:
+            idle.close()                # who says nothing makes room for who may
+        link = _Link(self, inbox, writer, n_over >= 0 and idle is None)
         link.task = asyncio.current_task()
-        self._links.add(link)
+        self._links[link] = None
         peer_socket = writer.get_extra_info("socket")
         if peer_socket is not None and peer_socket.family in (socket.AF_INET, socket.AF_INET6):
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             await link.serve()
         except asyncio.CancelledError:
-            link.close()
+            link.dismiss()
         except Exception:
             logging.getLogger("aicarousel.server").exception("connection.failed")
             await link.apologise()
         finally:
             link.end()
-            self._links.discard(link)
+            del self._links[link]
             if not self._links:
                 self._done.set()
 
@@ -14681,8 +15156,8 @@ class Server:
 # 20. Relay                                                 I/O | uses 1-16, 18
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
-# committed (content went out).  Until commit every failure leads to the next route; after it the client gets its format's
-# error event and nothing is left looking complete.  Relay meets clients only through a Sink.
+# committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
+# have the rest (_go_on), else the client gets its format's error event and nothing is left looking complete.  Relay meets clients only through a Sink.
 # Relay owns the routing state; the pure rules that change it are section 7's.
 # Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
 # first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
@@ -14692,6 +15167,7 @@ _AFTER_END_S = 0.25             #: how long to wait for the end of the body once
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_S = 5.0
 _RETRY_PAUSE_S = 0.2
+_SWEEP_S = 1.0                  #: how often requests whose time is over are looked for
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
@@ -14705,6 +15181,7 @@ _WORTH_SAVING_S = 60.0          #: a cooldown that lasts longer than this should
 _USUAL_OUTPUT = 500.0           #: tokens of an answer until some have been seen
 _LONG_BYTES = 20_000            #: a request of this size may be long for its images, whose bytes are no tokens
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+_RESUME_BYTES = 256 * 1024      #: of a stream that are kept for the case that it breaks off; a longer one is not gone on with
 #: Texts on which Claude Code compacts.
 _COMPACTS = re.compile(r"prompt is too long|exceed context limit")
 #: Payload rules are for requests of a conversation, whose fields a provider's entry knows.
@@ -14753,6 +15230,8 @@ class Job:
     wish: Wish | None = None        #: what it said of its routing
     session: str = ""               #: its x-session-id header
     hold: Any = None                #: what is reserved for it, where its key has limits; the relay only passes it on
+    limit_s: float = float("inf")   #: the longest it may take by its client's wish, over all routes
+    faults: tuple[Fault, ...] = ()  #: what its first attempts are to suffer, one each, by its client's wish
 
 
 @dataclass(slots=True)
@@ -14822,8 +15301,11 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
-        self.running: dict[str, _Run] = {}                   #: by request id, those under way
         self.has_news = False                                #: something was proven that rows() should be saved for
+        self.resuming: frozenset[str] = frozenset()          #: providers that may go on with a stream that broke off
+        self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
+        self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
+        self._sweeper: Alarm | None = None                   # rings every second while there are any
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
         self._allowed: dict[tuple[str, ...], Catalogue] = {}
@@ -14834,6 +15316,7 @@ class Relay:
         self._targets = {}
         self._allowed = {}
         self.state.rules = failure_rules(config.carousel.limits)
+        self.resuming = frozenset(provider.name for provider in config.active if any(way_on(provider, model, config.carousel.resume) for model in provider.models))
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
@@ -14885,6 +15368,21 @@ class Relay:
             routes = [route for route in routes if route.id not in others]
         return routes
 
+    def begin(self, run: _Run, ends_at: float) -> None:
+        """A request is under way: one timer for all of them, as one for each would cost a hundredth of a request."""
+        self.running[run] = ends_at
+        if self._sweeper is None:
+            self._sweeper = Alarm(self._sweep)
+        if self._sweeper.due_at == float("inf"):
+            self._sweeper.set(_SWEEP_S)
+
+    def _sweep(self) -> None:
+        now = self.world.clock()
+        for run in [run for run, ends_at in self.running.items() if ends_at <= now]:
+            run.be_late()
+        if self.running and self._sweeper is not None:
+            self._sweeper.set(_SWEEP_S)
+
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
         now = self.world.clock()
@@ -14909,11 +15407,7 @@ class Relay:
 
     async def run(self, job: Job, sink: Sink) -> None:
         """Answer one request. Raises only CancelledError and ConnectionError: the client has gone."""
-        run = self.running[job.id] = _Run(self, job, sink)
-        try:
-            await run.go()
-        finally:
-            del self.running[job.id]
+        await _Run(self, job, sink).go()
 
     async def count_tokens(self, job: Job) -> tuple[int, bool]:
         """(prompt tokens of a Messages request, whether they are estimated). Raises GatewayError 400 and 404.
@@ -15053,7 +15547,8 @@ class _Run:
 
     __slots__ = ("_relay", "_job", "_sink", "_config", "_catalogue", "_keeper", "_attempts", "_failures", "_committed", "_usage", "_discarded", "_n_content_bytes",
                  "_first_ms", "_outcome", "_status", "_told", "_cooled", "_dropped", "_choice", "_sent_at", "_log",
-                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names")
+                 "_facts", "_plan_seen", "_waited_s", "_hold", "_give_up_at", "_refusal", "_needs", "_passed_over", "_repaired", "_shrink", "_client", "_wire", "_n_asked", "_n_estimated", "_writer", "_spoke", "_carrier", "_passing", "_profile", "_names",
+                 "_sent", "_n_sent", "_seam", "_owed", "_spent", "_is_late", "_is_retrying", "_fault", "_task")
 
     def __init__(self, relay: Relay, job: Job, sink: Sink) -> None:
         self._relay, self._job, self._sink = relay, job, sink
@@ -15093,26 +15588,50 @@ class _Run:
         self._passing = True
         self._profile = _NO_PROFILE
         self._names = EMPTY_NAMES
+        self._sent: list[bytes] | None = None   # what the client has got of a stream that may be gone on with if it breaks off
+        self._n_sent = 0
+        self._seam: Seam | None = None          # where it broke off, while it is gone on with
+        self._owed: UpstreamFailure | None = None   # why it broke off, until the client has been told or the rest has come
+        self._spent: Usage | None = None        # of the attempts before this one, whose answers the client has
+        self._task: asyncio.Task[Any] | None = None
+        self._is_late = False                   # the time of the whole request is over
+        self._is_retrying = False               # this attempt counts against the retry budget
+        self._fault: Fault | None = None        # what this attempt suffers by the client's wish
 
     async def go(self) -> None:
-        """Serve, and settle whatever happens."""
+        """Serve, within the time of the request, and settle whatever happens."""
+        relay, job, self._task = self._relay, self._job, asyncio.current_task()
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_first_s)
+        limit_s = min(job.limit_s, self._config.carousel.limits.request_total_s)
+        relay.begin(self, job.received_at + limit_s)
+        own = None
+        if limit_s == job.limit_s:              # its client may mean less than a second
+            own = Alarm(self.be_late)
+            own.set(max(job.received_at + limit_s - relay.world.clock(), 0.0))
         try:
             await self._serve()
         except GatewayError as error:
             self._refuse(error)
         except asyncio.CancelledError:
             reason = self._sink.interrupted
-            if not reason:
+            if not self._is_late and not reason:
                 self._note_leaving()
                 raise
-            asyncio.current_task().uncancel()       # type: ignore[union-attr]
-            self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
+            self._task.uncancel()               # type: ignore[union-attr]
+            if self._is_late and self._outcome != "ok":
+                self._refuse(GatewayError(f"The request was given up after {limit_s:g} s, the time it had.", 504, "timeout", "server_error",
+                                          attempts=[attempt.public() for attempt in self._attempts]))
+            elif not self._is_late:
+                self._refuse(no_route(f"Interrupted: {reason}.", retry_after_s=5))
         except ConnectionError:
             self._note_leaving()
             raise
         finally:
+            del relay.running[self]
+            self._task = None
+            if own is not None:
+                own.stop()
             if self._keeper is not None:
                 self._keeper.stop()
             self._settle()
@@ -15124,6 +15643,12 @@ class _Run:
         return {"id": job.id, "format": job.client, "model": (job.model or "")[:200], "streamed": job.stream, "for_s": round(now - job.received_at, 1),
                 "route": attempt.route.id if attempt is not None and asking else None, "attempts": len(self._attempts),
                 "state": "answering" if self._committed else "asking" if asking else "in line"}
+
+    def be_late(self) -> None:
+        """The time of the request is over: whatever it is at, connecting, waiting, asking or streaming, ends now."""
+        if not self._is_late and self._task is not None:
+            self._is_late = True
+            self._task.cancel()
 
     def foresee(self) -> Decision:
         """The plan and what does not fit, without an attempt."""
@@ -15150,17 +15675,21 @@ class _Run:
         if job.client == "embeddings":
             self._choice = same_model(self._choice)
         self._facts = self._read_facts()
-        self._give_up_at = self._relay.world.clock() + carousel.max_wait_s
+        self._give_up_at = min(self._relay.world.clock() + carousel.max_wait_s, job.received_at + job.limit_s)
         waiting, retried = deque(self._willing((await self._plan()).routes)), False
+        if self._relay.resuming and job.stream and self._client.take_up is not None and any(route.provider.name in self._relay.resuming for route in waiting):
+            self._sent = []
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
             if self._cooled.intersection(route.keys) or self._has_filled_up(route):
                 continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = misfit(route, self._needs) if self._attempts else ""         # the route that leads a plan fits
+            why = (misfit(route, self._needs) if self._attempts else "") or self._hold_back(route, waiting)     # the route that leads a plan fits
             if why:
                 self._passed_over.append((route, why))
                 continue
             failure = await self._try(route)
+            if self._owed is not None:
+                return await self._go_on(route, waiting)
             if failure is None or self._committed:
                 return
             if not self._repaired or failure.reason != "auth_refreshable":      # a token that had run out says nothing of the login
@@ -15178,11 +15707,61 @@ class _Run:
                 await self._relay.world.sleep(_RETRY_PAUSE_S * (0.5 + self._relay.world.random()))
         if self._shrink is not None and FAILURE_RULES[self._failures[-1].kind].goes_on:
             failure = await self._try(self._shrink[0])
+            if self._owed is not None:
+                return await self._go_on(self._shrink[0], waiting)
             if failure is None or self._committed:
                 return
             self._failures.append(failure)
         failures = sorted(self._failures, key=lambda failure: failure.reason == "content_policy")       # what was said of the request itself counts
         raise self._in_clients_words(answer_for(failures or [self._misfit_failure(route, why) for route, why in self._passed_over], self._attempts))
+
+    async def _go_on(self, broken: Route, waiting: Iterable[Route]) -> None:
+        """A stream that broke off inside its text is gone on with by a route that can, unseen but for a comment; else the client gets its error event."""
+        carousel, failure, n_before = self._config.carousel, self._owed, len(self._attempts) - 1
+        assert failure is not None
+        self._failures.append(failure)
+        for route in (*sorted(waiting, key=lambda route: route.model.id != broken.model.id), broken):
+            how = way_on(route.provider, route.model, carousel.resume)
+            out = failure.reason == "timeout" if route is broken else not self._cooled.isdisjoint(route.keys)
+            if not how or out or self._n_asked >= carousel.max_attempts or misfit(route, self._needs) or self._has_filled_up(route):
+                continue
+            found = self._take_up()
+            if found is None:
+                break
+            if self._hold_back(route, deque()):
+                continue
+            self._seam, self._owed = Seam(*found, how), None
+            self._spend()
+            if await self._try(route) is None:
+                clear(self._relay.state, route)
+                self._log.info("resume.done req=%s route=%s after_chars=%d", self._job.id, route.id, len(found[1]))
+                return
+            failure = self._owed or failure
+        self._refuse(answer_for([failure], self._attempts[n_before:]))
+
+    def _take_up(self) -> tuple[Any, str] | None:
+        """What FORMATS says of the client's stream so far; None where it has no exact continuation."""
+        with contextlib.suppress(UpstreamFailure, GatewayError, ValueError):        # a request that only its own format understands, events that no reader does
+            found = self._client.take_up(b"".join(self._sent), self._asked()) if self._client.take_up is not None and self._sent and not self._carrier.calling else None
+            return found if found is not None and can_go_on(self._needs.hub(), found[1]) else None
+        return None
+
+    def _spend(self) -> None:
+        """What the attempt that broke off has used is counted besides what comes."""
+        used, spent = self._usage, self._spent or Usage(estimated=True)
+        if used is not None or self._n_content_bytes:
+            n_input, n_output = (used.input, used.output) if used is not None else (len(self._job.raw) // _BYTES_PER_TOKEN, 0)
+            self._spent = replace(spent, input=spent.input + n_input, output=spent.output + max(n_output, self._n_content_bytes // _BYTES_PER_TOKEN),
+                                  cached=spent.cached + (used.cached if used is not None else 0), cache_write=spent.cache_write + (used.cache_write if used is not None else 0))
+        self._usage, self._n_content_bytes = None, 0
+
+    def _note_sent(self, out: bytes) -> None:
+        """Keep what goes to the client, as long as it is little."""
+        self._n_sent += len(out)
+        if self._sent is not None:
+            self._sent.append(out)
+            if self._n_sent > _RESUME_BYTES:
+                self._sent = None
 
     def _willing(self, routes: Sequence[Route]) -> Sequence[Route]:
         """The routes of a plan that the client wants tried."""
@@ -15192,6 +15771,30 @@ class _Run:
         """Whether the client wants no provider but the first, whichever that is."""
         wish = self._job.wish
         return wish is not None and not wish.allow_fallbacks and not wish.order
+
+    def _hold_back(self, route: Route, waiting: deque[Route]) -> str:
+        """Why a further attempt is left out, "" where it may go out now.
+
+        A route that nothing is held against is asked by any number at once: when a provider dies, all that it was serving go on to the next. What the
+        budget bounds is further tries of routes known to fail: they help one request in a while, and add up when all fail. A first attempt is free.
+        """
+        relay, limits = self._relay, self._config.carousel.limits
+        state, now = relay.state, relay.world.clock()
+        if not self._failures or not state.cooling or (cooldown := hindrance(state, route, now)) is None:
+            return ""
+        if cooldown.proven and cooldown.until_at > now or any(hindrance(state, other, now) is None for other in waiting):
+            return "out_by_now"
+        if relay.n_retrying >= max(limits.retry_budget_least, limits.retry_budget * len(relay.running)):
+            return "retry_budget"
+        relay.n_retrying += 1
+        self._is_retrying = True
+        return ""
+
+    def _end_retrying(self) -> None:
+        """This attempt has served or failed: another may count against the budget."""
+        if self._is_retrying:
+            self._is_retrying = False
+            self._relay.n_retrying -= 1
 
     def _misfit_failure(self, route: Route, why: str) -> UpstreamFailure:
         """What a route that was passed over would have failed by."""
@@ -15344,16 +15947,20 @@ class _Run:
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
         self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
-        answer: Answer | None = None
+        answer: Answer | FaultyAnswer | None = None
         body, self._repaired = b"", False
+        self._fault = self._job.faults[self._n_asked] if self._n_asked < len(self._job.faults) else None
         try:
             target = await self._sign(route) if route.provider.preset.login else route
             body = self._request_body(target)
             attempt.changed = self._dropped
-            origin, message = relay.message(target, self._job, body, self._wire.path, self._turn_headers() if target is not route else "")
+            origin, message = relay.message(*self._address(target), body, self._wire.path, self._turn_headers() if target is not route else "")
             self._sent_at = relay.world.clock()
             self._n_asked += 1
-            answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            if self._fault is None:
+                answer = await relay.transport.request(origin, message, route.provider.timeouts)
+            else:
+                answer = await relay.transport.request_with(self._fault, origin, message, route.provider.timeouts)
             attempt.status = answer.status
             feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
             if answer.status != 200:
@@ -15366,7 +15973,8 @@ class _Run:
             self._repaired = self._renew(route, failure)
             self._note(attempt, failure)
             self._discard(attempt)
-            self._learn(route, failure, body)
+            if self._fault is None and self._seam is None:
+                self._learn(route, failure, body)
             return failure
         except BaseException:
             if answer is not None:
@@ -15374,7 +15982,7 @@ class _Run:
             end_probe(state, route)
             self._settle_hold()
             attempt.ms = self._ms_since(attempt.started_at)
-            attempt.reason = "" if self._outcome == "ok" else "client_closed"
+            attempt.reason = "" if self._outcome == "ok" else "deadline" if self._is_late else "client_closed"
             raise
         self._settle_hold()
         attempt.ms = self._ms_since(attempt.started_at)
@@ -15418,8 +16026,10 @@ class _Run:
         """Count what the attempt really used; nothing where it never arrived or was refused for its limits."""
         relay, hold = self._relay, self._hold
         assert hold is not None
+        self._end_retrying()
         now, usage = relay.world.clock(), self._usage
-        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect"):
+        made_up = self._fault is not None and self._fault.kind in ("status", "empty")
+        if failure is not None and (failure.kind == "rate" or failure.reason == "request_over_tpm" or failure.phase == "connect" or made_up):
             release(relay.state.ledger, hold, now)
         elif usage is not None and (failure is None or self._committed):
             settle(relay.state.ledger, hold, usage.input, usage.output, now)
@@ -15428,10 +16038,27 @@ class _Run:
             settle(relay.state.ledger, hold, 0 if failure is not None and failure.status >= 400 else hold.n_input, self._n_content_bytes // _BYTES_PER_TOKEN, now)
         relay.wake()
 
+    def _address(self, route: Route) -> tuple[Route, Job]:
+        """What the head of a request is made from: some providers go on with an answer at another address, and none as if it were the same request."""
+        if self._seam is None:
+            return route, self._job
+        elsewhere = route.provider.preset.continue_url if self._seam.how != "told" else ""
+        return replace(route, provider=replace(route.provider, base_url=elsewhere)) if elsewhere else route, replace(self._job, idempotency_key="")
+
+    def _continuation_body(self, route: Route, seam: Seam) -> bytes:
+        """The body that asks a route for the rest of an answer."""
+        hub = recall(self._needs.hub(), self._relay.memo)
+        self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
+        made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
+        self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
+        return dump_json(made)
+
     def _request_body(self, route: Route) -> bytes:
         """The body for one route, in the client's own bytes where they may pass. Raises UpstreamFailure("fit") when the target cannot serve it."""
         job, provider = self._job, route.provider
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
+        if self._seam is not None:
+            return self._continuation_body(route, self._seam)
         self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         edits = self._edits(route)
@@ -15505,7 +16132,8 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
+        if self._fault is None:
+            learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -15514,7 +16142,11 @@ class _Run:
         attempt.status = failure.status or attempt.status
         attempt.ms = self._ms_since(attempt.started_at)
         lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
-        cooldown = None if lacks_endpoint or self._repaired else cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
+        cooldown = None
+        if lacks_endpoint or self._fault is not None:
+            end_probe(relay.state, route)
+        elif not self._repaired:
+            cooldown = cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())
         if cooldown is not None:
             self._cooled.add(cooldown.key)
             relay.has_news = relay.has_news or (cooldown.proven and cooldown.until_at - relay.world.clock() > _WORTH_SAVING_S)
@@ -15558,8 +16190,7 @@ class _Run:
     def _translate_whole(self, deltas: list[Json], route: Route) -> Json:
         """A whole answer in the client's format. Raises UpstreamFailure when its deltas end in an error."""
         if deltas and deltas[-1]["delta"] == "error":
-            last = deltas[-1]
-            raise self._in_answer(route, {"error": {"message": last["message"], "type": last["type"], "code": last["code"]}, "status_code": last["status"]})
+            raise self._in_answer(route, error_of(deltas[-1]))
         made, self._usage, whole = translate_answer(deltas, self._asked(), self._job.client, self._n_prompt_tokens)
         remember(self._relay.memo, fold_deltas(whole))
         return made
@@ -15567,6 +16198,10 @@ class _Run:
     def _make_carrier(self) -> Any:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
+        if self._seam is not None:
+            source = self._source()._replace(profile=replace(self._profile, think_open=False))
+            route = self._attempts[-1].route
+            return Translation(self._wire.reader(source), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
         if self._spoke and self._job.client == "responses":
             self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
@@ -15602,6 +16237,8 @@ class _Run:
                 held += out
             elif out:
                 sink.write(out)
+                if self._sent is not None:
+                    self._note_sent(out)
                 keeper.set(keep_alive_s)
                 await sink.flush()
             self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
@@ -15628,7 +16265,8 @@ class _Run:
         if carrier.error is not None or not carrier.done:
             raise self._in_answer(route, carrier.error) if carrier.error is not None else self._bad_answer(route, "empty_answer", "")
         self._usage, self._n_content_bytes = carrier.usage, carrier.n_content_bytes
-        self._start_stream(answer, attempt)
+        if not self._committed:
+            self._start_stream(answer, attempt)
         self._sink.write(out)
         self._sink.finish()
 
@@ -15648,12 +16286,15 @@ class _Run:
         await answer.read_start(_ERROR_BODY_BYTES, idle_s=_AFTER_END_S)
 
     def _break_off(self, failure: UpstreamFailure, attempt: Attempt) -> None:
-        """Raise `failure`; when content has gone out already, tell the client first."""
+        """Raise `failure`; when content has gone out already, tell the client first, or owe it to it where another route may have the rest."""
         if self._committed:
             failure.detail = redact(failure.detail, self._config.secrets)
             attempt.reason, attempt.detail = failure.reason, failure.detail
             attempt.ms = self._ms_since(attempt.started_at)
-            self._refuse(answer_for([failure], [attempt]))
+            if self._sent is not None and FAILURE_RULES[failure.kind].goes_on:
+                self._owed = failure
+            else:
+                self._refuse(answer_for([failure], [attempt]))
         raise failure
 
     def _in_answer(self, route: Route, error: Any) -> UpstreamFailure:
@@ -15668,6 +16309,7 @@ class _Run:
     def _commit(self, route: Route) -> None:
         """From here on there is no other route; and this one works, whatever was held against it."""
         relay, self._committed = self._relay, True
+        self._end_retrying()
         clear(relay.state, route)
         note_served(relay.state, route, self._facts, (relay.world.clock() - self._sent_at) * 1000.0, relay.world.clock())
         self._first_ms = self._ms_since(self._job.received_at)
@@ -15716,6 +16358,8 @@ class _Run:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
             return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+        if self._seam is not None:
+            return self._seam.writer.error(error)
         if self._committed and self._passing:
             return self._carrier.failed(error)
         self._writer = self._writer or self._client.writer(self._asked())
@@ -15726,7 +16370,10 @@ class _Run:
         if not self._sink.head_sent:
             kind = EVENT_STREAM_HEADERS if self._job.stream else [("content-type", "application/json")]
             self._sink.start(200, [*kind, ("x-aicarousel-request-id", self._job.id)])
-        self._sink.write(self._sign_of_life())
+        sign = self._sign_of_life()
+        self._sink.write(sign)
+        if self._sent is not None:
+            self._note_sent(sign)
         if self._keeper is not None:
             self._keeper.set(self._config.carousel.limits.keep_alive_s)
 
@@ -15734,6 +16381,8 @@ class _Run:
         """A keep-alive in the client's format: by what the answer goes through once it has begun, else by the request's own writer; a blank before JSON."""
         if not self._job.stream:
             return b" "
+        if self._seam is not None:
+            return self._seam.writer.keep_alive()
         if self._committed and self._carrier is not None:
             return self._carrier.keep_alive()
         if self._job.client not in ("messages", "responses"):
@@ -15747,13 +16396,15 @@ class _Run:
     def _settle(self) -> None:
         """One usage row and one log line, for every request that reached a plan."""
         if self._usage is None:
-            served = self._committed
+            served = self._committed and (self._spent is None or self._n_content_bytes > 0)
             self._usage = Usage(len(self._job.raw) // _BYTES_PER_TOKEN if served else 0, self._n_content_bytes // _BYTES_PER_TOKEN if served else 0, estimated=served)
         elif self._outcome != "ok" and self._wire is FORMATS["messages"] and self._carrier is not None and self._carrier.finish is None:
             # Messages tells of one token at its start, and of the others when they have all come.
             n_output = self._n_content_bytes // _BYTES_PER_TOKEN
             if n_output > self._usage.output:
                 self._usage = replace(self._usage, output=n_output, estimated=True)
+        if self._spent is not None:
+            self._usage = Usage(*(getattr(self._usage, name) + getattr(self._spent, name) for name in ("input", "output", "cached", "cache_write", "reasoning")), estimated=True)
         if self._outcome == "ok" and not self._usage.estimated:
             self._relay.calibration.learn(self._profile.model, self._n_estimated, self._usage.input)
             note_cached(self._relay.state, self._facts, self._usage.cached)
@@ -15771,8 +16422,13 @@ def error_headers(error: GatewayError) -> Headers:
 
 
 def log_text(text: str) -> str:
-    """`text` as it may stand in a log line: one line, no control characters, not endless."""
-    return printable(text[:300]) or "-"
+    """`text` as it may stand in a log line: one line, no control characters, nothing like a secret, not endless."""
+    return _known_log_text(text[:300])
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_log_text(text: str) -> str:
+    return redact(printable(text)) or "-"
 
 
 ##############################################################################
@@ -16048,6 +16704,177 @@ def _document(title: str, body: str, script: str, data: Any) -> tuple[Headers, b
             ("cache-control", "no-store"), ("x-frame-options", "DENY")], page.encode()
 
 
+# The API, described once: openapi.json, and the page that reads it and can send a request.
+
+_HELLO: Json = {"role": "user", "content": "Hello"}
+
+
+class _Call(NamedTuple):
+    """One endpoint as it is described; a body that can be sent as it stands, and query parameters with what they do."""
+    summary: str
+    access: Literal["open", "key", "admin"] = "key"
+    sample: Any = None
+    query: Mapping[str, str] = MappingProxyType({})
+    kind: str = "application/json"
+
+
+_API: Mapping[tuple[str, str], _Call] = MappingProxyType({
+    ("post", "/v1/chat/completions"): _Call("OpenAI Chat Completions", sample={"model": "aicarousel", "stream": True, "messages": [_HELLO]}),
+    ("post", "/v1/responses"): _Call("OpenAI Responses", sample={"model": "aicarousel", "stream": True, "input": "Hello"}),
+    ("get", "/v1/responses"): _Call("426: Responses are not served over WebSocket"),
+    ("post", "/v1/messages"): _Call("Anthropic Messages", sample={"model": "aicarousel", "stream": True, "max_tokens": 1000, "messages": [_HELLO]}),
+    ("post", "/v1/messages/count_tokens"): _Call("Tokens of a Messages request, counted or estimated", sample={"model": "aicarousel", "messages": [_HELLO]}),
+    ("post", "/v1/completions"): _Call("OpenAI Completions, what came before Chat", sample={"model": "aicarousel", "prompt": "Once upon a time"}),
+    ("post", "/v1/embeddings"): _Call("OpenAI Embeddings, by the model that is named and no other", sample={"model": "openai/text-embedding-3-small", "input": "Hello"}),
+    ("get", "/v1/models"): _Call("Names a client may use", "open"),
+    ("get", "/v1/models/{id}"): _Call("One of them", "open"),
+    ("post", "/chat"): _Call("A bare list of messages in, text out", sample=[_HELLO], kind="text/plain"),
+    ("get", "/health"): _Call("Alive, and with a key the state of every provider", "open", query={"deep": "1 for the providers; needs a key"}),
+    ("get", "/metrics"): _Call("Counters and gauges for Prometheus", kind="text/plain"),
+    ("get", "/openapi.json"): _Call("This description", "open"),
+    ("get", "/docs"): _Call("This description as a page", "open", kind="text/html"),
+    ("get", "/"): _Call("What this is; for browsers the page", "open", kind="text/plain"),
+    ("get", "/admin/stats"): _Call("What was used and what it cost", "admin", query={
+        "days": "local days, today being the last", "by": "comma list of key, model, provider, day", "provider": "of one provider", "model": "of one model", "heatmap": "1 for requests by weekday and hour"}),
+    ("get", "/admin/explain"): _Call("Why a request went where it went", "admin", query={"id": "its x-aicarousel-request-id; without it the one that ended last"}),
+    ("post", "/admin/explain"): _Call("Where a request would go, asking nobody", "admin", {"model": "aicarousel", "messages": [_HELLO]}, {"format": "chat, responses or messages"}),
+    ("get", "/admin/quota"): _Call("What is used and left of every limit", "admin"),
+    ("get", "/admin/requests"): _Call("Requests under way and those that ended last", "admin"),
+    ("get", "/admin/routes"): _Call("Every route and what keeps it out", "admin"),
+    ("post", "/admin/routes/reset"): _Call("Use routes again, whatever was held against them", "admin", {"route": "groq"}),
+    ("post", "/admin/models/refresh"): _Call("Ask providers for their lists of models anew", "admin", {}),
+})
+
+
+def describe_api() -> Json:
+    """The API as an OpenAPI 3.1 document."""
+    paths: dict[str, Json] = {}
+    for (method, path), call in _API.items():
+        answers: Json = {"200": {"description": "the answer", "content": {call.kind: {}}}, "4XX": {"description": "what is wrong, in the format of the endpoint", "content": {"application/json": {}}}}
+        told: Json = {"summary": call.summary, "operationId": f"{method}{re.sub('[^a-z]+', '_', path).rstrip('_') or '_page'}", "responses": answers, "security": [] if call.access == "open" else [{call.access: []}]}
+        parameters = [{"name": name, "in": "query", "description": about, "schema": {"type": "string"}} for name, about in call.query.items()]
+        parameters += [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)]
+        told |= {"parameters": parameters} if parameters else {}
+        if call.sample is not None:
+            schema = {"type": "array"} if isinstance(call.sample, list) else {"type": "object", "properties": {name: {} for name in call.sample}, "additionalProperties": True}
+            told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema, "example": call.sample}}}
+        paths.setdefault(path, {})[method] = told
+    schemes = {"key": {"type": "http", "scheme": "bearer", "description": "a gateway key"}, "admin": {"type": "http", "scheme": "bearer", "description": "an admin key, from this machine"}}
+    return {"openapi": "3.1.0", "info": {"title": "AICarousel", "version": __version__, "description": "One address for many LLM APIs."}, "servers": [{"url": "/"}], "paths": paths,
+            "components": {"securitySchemes": schemes}}
+
+
+_DOCS_BODY = r"""
+<header>
+<h1>AICarousel API</h1><span id="about" class="soft small"></span><span class="right small"><a href="/">The carousel</a> <a href="/openapi.json">openapi.json</a></span>
+</header>
+<main>
+<form id="ask" autocomplete="off"><input id="key" type="password" aria-label="Gateway key" placeholder="gateway key, sk-..." autocomplete="off" spellcheck="false"><button>Keep in this tab</button></form>
+<div id="calls"></div>
+</main>
+<footer class="soft small">Requests go to this server alone, with the key above.</footer>
+"""
+
+_DOCS_SCRIPT = r"""
+"use strict";
+const at = id => document.getElementById(id), api = JSON.parse(at("data").textContent);
+function make(tag, more, ...inside) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(more || {})) name === "class" ? node.className = value : name.startsWith("on") ? node.addEventListener(name.slice(2), value) : node.setAttribute(name, value);
+  node.append(...inside);
+  return node;
+}
+async function send(method, path, body, out, button) {
+  const key = sessionStorage.getItem("key"), headers = {...(key ? {authorization: "Bearer " + key} : {}), ...(body === null ? {} : {"content-type": "application/json"})};
+  button.disabled = true;
+  try {
+    const answer = await fetch(path, {method, headers, ...(body === null ? {} : {body}), cache: "no-store"});
+    const told = ["content-type", "retry-after"].concat([...answer.headers.keys()].filter(name => name.startsWith("x-"))).filter(name => answer.headers.has(name)).map(name => name + ": " + answer.headers.get(name));
+    out.textContent = answer.status + " " + answer.statusText + "\n" + told.join("\n") + "\n\n";
+    const reader = answer.body.getReader(), decoder = new TextDecoder();
+    for (let read; !(read = await reader.read()).done;) out.append(decoder.decode(read.value, {stream: true}));
+  } catch (error) { out.append(String(error)); }
+  button.disabled = false;
+}
+for (const [path, methods] of Object.entries(api.paths)) for (const [method, call] of Object.entries(methods)) {
+  const sample = call.requestBody && call.requestBody.content["application/json"].example, out = make("pre", {tabindex: "0", "aria-live": "polite"});
+  const where = make("input", {"aria-label": "Path", value: path + (call.parameters || []).filter(one => one.in === "query" && one.example !== undefined).map((one, place) => (place ? "&" : "?") + one.name + "=" + one.example).join("")});
+  const body = sample === undefined ? null : make("textarea", {"aria-label": "Body", spellcheck: "false"}, JSON.stringify(sample, null, 2));
+  const button = make("button", {class: "main", onclick: () => send(method.toUpperCase(), where.value, body && body.value, out, button)}, "Send");
+  at("calls").append(make("details", {class: "card"}, make("summary", {}, make("b", {}, method.toUpperCase() + " " + path), " ", make("span", {class: "soft"}, call.summary)),
+    make("form", {onsubmit: event => { event.preventDefault(); button.click(); }}, where), ...(body ? [body] : []), make("p", {}, button), out));
+}
+at("about").textContent = api.info.version;
+at("key").value = sessionStorage.getItem("key") || "";
+at("ask").addEventListener("submit", event => { event.preventDefault(); sessionStorage.setItem("key", at("key").value.trim()); });
+at("key").addEventListener("change", () => sessionStorage.setItem("key", at("key").value.trim()));
+"""
+
+
+def render_docs() -> tuple[Headers, bytes]:
+    """The page of `/docs`."""
+    return _document("AICarousel API", _DOCS_BODY, _DOCS_SCRIPT, describe_api())
+
+
+# Metrics, in the text format of Prometheus.  Labels hold what configuration and this file name, never what clients send, so that their number is bounded.
+
+_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Tally:
+    """What is counted since the start; `add` is called once for each usage row."""
+
+    __slots__ = ("counts", "first_s", "total_s")
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, ...], float] = defaultdict(float)      #: name and label values -> count
+        self.first_s, self.total_s = ([0.0] * (len(_BUCKETS_S) + 2) for _ in range(2))    #: by bucket; the last but one is what is longer, the last the sum
+
+    def add(self, row: Any, attempts: Iterable[Attempt]) -> None:
+        """Count a UsageRow, and attempts of its request."""
+        counts, provider = self.counts, row.provider
+        counts["requests", row.client_format, row.outcome] += 1.0
+        counts["tokens", provider, "input"] += row.input + row.cached + row.cache_write
+        counts["tokens", provider, "output"] += row.output
+        if row.cost_usd:
+            counts["cost", provider] += row.cost_usd
+        for attempt in attempts:
+            counts["attempts", attempt.route.provider.name, attempt.reason or "served"] += 1.0
+        for spans, ms in ((self.first_s, row.first_ms), (self.total_s, row.total_ms)):
+            if ms is not None:
+                spans[bisect.bisect_left(_BUCKETS_S, ms / 1000.0)] += 1.0
+                spans[-1] += ms / 1000.0
+
+
+#: Name in Tally.counts -> name, labels and help of the metric.
+_COUNTERS: Mapping[str, tuple[str, tuple[str, ...], str]] = MappingProxyType({
+    "requests": ("aicarousel_requests_total", ("format", "outcome"), "Requests that ended, and answers thrown away (outcome discarded)."),
+    "attempts": ("aicarousel_attempts_total", ("provider", "result"), "Attempts, by what came of them."),
+    "tokens": ("aicarousel_tokens_total", ("provider", "kind"), "Tokens, those read from caches among the input."),
+    "cost": ("aicarousel_cost_usd_total", ("provider",), "US dollars, of requests with a known price."),
+})
+
+
+def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tuple[str, str], ...], float]]]) -> str:
+    """All metrics; gauges: name -> (help, labels -> value)."""
+    def label(pairs: Iterable[tuple[str, str]]) -> str:
+        text = ",".join('{}="{}"'.format(name, value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")) for name, value in pairs)
+        return f"{{{text}}}" if text else ""
+
+    lines = []
+    for kind, (name, labels, about) in _COUNTERS.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} counter"]
+        lines += [f"{name}{label(zip(labels, key[1:]))} {count:.10g}" for key, count in sorted(tally.counts.items()) if key[0] == kind]
+    for name, spans, about in (("aicarousel_first_content_seconds", tally.first_s, "Until the first content of an answer."), ("aicarousel_request_seconds", tally.total_s, "Until the end of a request.")):
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        sums = itertools.accumulate(spans[:-1])
+        lines += [f'{name}_bucket{{le="{f"{bound:g}"}"}} {count:.10g}' for bound, count in zip((*_BUCKETS_S, float("inf")), sums)]
+        lines += [f"{name}_sum {spans[-1]:.10g}", f"{name}_count {sum(spans[:-1]):.10g}"]
+    for name, (about, values) in gauges.items():
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} gauge", *(f"{name}{label(pairs)} {value:.10g}" for pairs, value in values.items())]
+    return "\n".join(lines).replace('le="inf"', 'le="+Inf"') + "\n"
+
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
@@ -16260,6 +17087,9 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/admin/routes": _Endpoint({"GET": "admin_routes"}, admin=True),
     "/admin/routes/reset": _Endpoint({"POST": "admin_reset"}, admin=True),
     "/admin/models/refresh": _Endpoint({"POST": "admin_refresh"}, admin=True),
+    "/metrics": _Endpoint({"GET": "metrics"}),
+    "/docs": _Endpoint({"GET": "docs", "HEAD": "docs"}, False),
+    "/openapi.json": _Endpoint({"GET": "openapi", "HEAD": "openapi"}, False),
     "/": _Endpoint({"GET": "front_page", "HEAD": "front_page"}, False),
 }
 
@@ -16282,6 +17112,7 @@ class Gateway:
         self.accounts = Accounts(usage.path, world.clock, world.utc)
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
+        self.tally = Tally()
         self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
@@ -16331,6 +17162,11 @@ class Gateway:
             request.key = self._authenticate_admin(request)
         elif endpoint.needs_key:
             request.key = self._authenticate(request)
+        if "x-aicarousel-mock" in request.headers and endpoint.needs_key:
+            self._authenticate_admin(request)
+            read_faults(request.headers["x-aicarousel-mock"])
+        if "x-aicarousel-timeout" in request.headers:
+            _read_limit_s(request.headers)
         return getattr(self, handler)
 
     def _check_host(self, request: Request) -> None:
@@ -16352,6 +17188,8 @@ class Gateway:
         """Refuse pages of other origins unless --cors-origin lists them."""
         origin = request.headers.get("origin")
         if origin is None:
+            if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") and request.headers.get("sec-fetch-mode") != "navigate":
+                raise forbidden("Pages of other origins may not call this server.")     # an image, a script: a browser names no origin for these
             return
         own = f"{'https' if request.secure else 'http'}://{request.headers.get('host', '')}"
         allowed = self.config.settings.cors_origins
@@ -16399,10 +17237,10 @@ class Gateway:
             raise unauthorized(EXPIRED_KEY)
         return key
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
-        speaks_messages = request is not None and ("/messages" in request.path or request.path.startswith(_MIRROR))
+        speaks_messages = "/messages" in request.path or request.path.startswith(_MIRROR)
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
     # Handlers.
@@ -16417,6 +17255,27 @@ class Gateway:
         if "text/html" in request.headers.get("accept", ""):
             return exchange.respond(200, *render_page(self.recipes))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
+
+    async def docs(self, request: Request, exchange: Exchange) -> None:
+        """GET /docs: the API as a page."""
+        exchange.respond(200, *render_docs())
+
+    async def openapi(self, request: Request, exchange: Exchange) -> None:
+        """GET /openapi.json: the API described."""
+        exchange.respond(200, _JSON, dump_json(describe_api()))
+
+    async def metrics(self, request: Request, exchange: Exchange) -> None:
+        """GET /metrics: for Prometheus."""
+        states: dict[tuple[tuple[str, str], ...], float] = defaultdict(float)
+        for row in describe_routes(self.config.active, self.relay.state, self.world.clock()):
+            states[("provider", row["provider"]), ("state", row["state"])] += 1.0
+        gauges = {
+            "aicarousel_running_requests": ("Requests under way.", {(): float(len(self.relay.running))}),
+            "aicarousel_routes": ("Routes, by whether they can be used.", states),
+            "aicarousel_uptime_seconds": ("Since the start.", {(): self.world.clock() - self._began_at}),
+            "aicarousel_info": ("The version.", {(("version", __version__),): 1.0}),
+        }
+        exchange.respond(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], metrics_text(self.tally, gauges).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
         """GET /health: alive; with ?deep=1 and a key, the state of every provider. Never asks a provider."""
@@ -16462,6 +17321,7 @@ class Gateway:
         row = find_model(self.config, self.lists.of, name)
         if row is None:
             error = unknown_model(f"The model {name[:200]!r} is not known here.")
+            error.redact(self.config.secrets)
             body = messages_error(error) if _wants_anthropic(request) else chat_error(error)
             return exchange.respond(404, _JSON, dump_json(body))
         exchange.respond(200, _JSON, dump_json(as_messages_model(row) if _wants_anthropic(request) else row))
@@ -16529,7 +17389,7 @@ class Gateway:
             file_trouble = error.where == str(self.usage.path)
             headers, body = self.explain(request, no_route("The usage table cannot be read.") if file_trouble else bad_request(str(error)))
             return exchange.respond(503 if file_trouble else 400, headers, body)
-        exchange.respond(200, _JSON, dump_json(stats))
+        exchange.respond(200, _JSON, redact(dump_json(stats).decode("ascii"), self.config.secrets).encode("ascii"))      # a client may name any model
 
     async def admin_explain(self, request: Request, exchange: Exchange) -> None:
         """GET /admin/explain?id=...: why a request of late went where it went; without an id the one that ended last."""
@@ -16568,7 +17428,7 @@ class Gateway:
         last = [{"id": one.id, "at_utc": round(one.at_utc, 3), "format": one.client, "model": one.model, "streamed": one.streamed, "route": one.attempts[-1].route.id if one.attempts else None,
                  "outcome": one.outcome, "status": one.status, "attempts": len(one.attempts), "first_ms": one.first_ms, "total_ms": one.total_ms}
                 for one in itertools.islice(reversed(self.decisions), _SHOWN_MAX)]
-        live = [run.describe(now) for run in self.relay.running.values()]
+        live = [run.describe(now) for run in self.relay.running]
         self._show(exchange, {"version": __version__, "uptime_s": round(now - self._began_at), "requests": self.n_requests, "live": live, "last": last})
 
     async def admin_routes(self, request: Request, exchange: Exchange) -> None:
@@ -16629,6 +17489,7 @@ class Gateway:
         try:
             body = check_chat_request({"messages": parse_body(request.body), "stream": True})
         except GatewayError as error:
+            error.redact(self.config.secrets)
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
@@ -16689,7 +17550,7 @@ class Gateway:
             may_fall_back=told.get("x-aicarousel-no-fallback") not in ("1", "true"), idempotency_key=header_value(told.get("idempotency-key", ""))[:200], client=client,
             betas=header_value(told.get("anthropic-beta", ""))[:2000], version=header_value(told.get("anthropic-version", ""))[:40],
             blanks=told.get("x-aicarousel-keep-alive") in ("1", "true"), models=key.limits.models if key and key.limits else (), wish=wish,
-            session=told.get("x-session-id", "")[:512])
+            session=told.get("x-session-id", "")[:512], limit_s=_read_limit_s(told), faults=read_faults(told["x-aicarousel-mock"]) if "x-aicarousel-mock" in told else ())
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
@@ -16704,6 +17565,7 @@ class Gateway:
                      for number, (attempt, counted) in enumerate(settled.discarded, 1)]
         for row in rows:
             self.usage.put(row)
+            self.tally.add(row, () if row.outcome == "discarded" else settled.attempts)
         unknown_usd = 0.0
         if job.hold is not None:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
@@ -16817,6 +17679,16 @@ class PlainTextSink:
             await self._exchange.flush()
 
 
+def _read_limit_s(headers: Mapping[str, str]) -> float:
+    """The longest that a request may take by its own wish, over all routes. Raises GatewayError 400."""
+    text = headers.get("x-aicarousel-timeout")
+    if text is None:
+        return float("inf")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) or not 0.0 < float(text) <= 86_400:
+        raise bad_request("x-aicarousel-timeout takes seconds, from 0.001 to 86400.", code="bad_header")
+    return float(text)
+
+
 def _wants_anthropic(request: Request) -> bool:
     """Whether a list of models is wanted in Anthropic's shape."""
     return "anthropic-version" in request.headers or request.path.startswith(_MIRROR)
@@ -16848,6 +17720,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError(f"{text[:20]} is beyond every number")
+    return value
+
+
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> Json:
     """An object, unless a key stands in it twice: two readers could disagree about what it says."""
     made = dict(pairs)
@@ -16866,7 +17745,7 @@ def _is_deeper(value: Any, n_levels: int) -> bool:
 
 
 _MAX_DEPTH = 100
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_twins)
 
 
 class Demo:
@@ -16885,7 +17764,7 @@ class Demo:
             raise GatewayError("The demo provider answers POST /v1/chat/completions.", 404)
         return self._answer
 
-    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+    def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """Errors as OpenAI has them."""
         return _JSON, dump_json(chat_error(error))
 
@@ -17775,6 +18654,1353 @@ def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
 
 
 ##############################################################################
+# 24. Clients                                               I/O | uses 1-5, 8-10, 14-15, 17-20, 22-23
+##############################################################################
+# What each client is given and what it says: its files and how they are edited, the configuration that it really takes, its
+# dialogue; the launcher, doctor and selftest.  Facts of the clients were seen on the wire in 2026-11, with the versions in tests/test_clients.py.
+# Files are changed as text and the change is read back: what would come out as anything but the old values and ours is refused.
+# One more client: a row in CLIENTS, a reader in _LAYERS for doctor, its recipe in README.
+
+NEW_KEY = "sk-..."          #: where no key is known yet
+
+
+class ClientFile(NamedTuple):
+    """One file of a client and what is set in it; texts hold {url} and {key}."""
+    variable: str           #: names the folder, "" when nothing does
+    folder: str             #: where it is else
+    names: tuple[str, ...]  #: the first of them that exists, else the last
+    kind: Literal["json", "toml", "yaml", "dotenv"]
+    values: Json
+    begins: Json = {}       #: what is set where nothing stands yet
+    restless: str = ""      #: a name whose values the client changes at every start, in a file that it writes anew
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSetup:
+    """How one client is pointed at a gateway; texts hold {url} and {key}."""
+    title: str
+    program: str = ""                       #: what is run; "" for what is no program of its own
+    format: Format = "chat"
+    files: tuple[ClientFile, ...] = ()
+    recipe: str = ""                        #: what to paste where there is no file
+    then: str = ""                          #: what is typed once the files are there
+    words: tuple[str, ...] = ()             #: what `run` puts behind the program; {file} holds the first file's values
+    environment: Mapping[str, str] = field(default_factory=dict)      #: what `run` sets; {json} is the first file's values
+    unset: tuple[str, ...] = ()             #: what `run` takes away
+
+
+_CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+_CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
+_OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
+_ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key}", "ANTHROPIC_MODEL": "aicarousel"}
+
+CLIENTS: Mapping[str, ClientSetup] = {
+    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.
+    "claude-code": ClientSetup(
+        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",),
+        files=(ClientFile("CLAUDE_CONFIG_DIR", "~/.claude", ("settings.json",), "json", {
+            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel")}}),)),
+    # Its .env goes before the environment, so the variable of `run` is another one.
+    "codex": ClientSetup(
+        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"},
+        words=("-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
+               'env_key="AICAROUSEL_RUN_KEY",wire_api="responses",supports_websockets=false}'),
+        files=(ClientFile("CODEX_HOME", "~/.codex", ("config.toml",), "toml", {
+                   "model": "aicarousel", "model_provider": "aicarousel", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
+               ClientFile("CODEX_HOME", "~/.codex", (".env",), "dotenv", {"AICAROUSEL_KEY": "{key}"}))),
+    "cline": ClientSetup(
+        "Cline", "cline", then="cline; in the editor: provider OpenAI Compatible with the same base URL, key and model",
+        files=(ClientFile("CLINE_DATA_DIR", "~/.cline/data", ("settings/providers.json",), "json", {
+            "lastUsedProvider": "openai-compatible", "providers": {"openai-compatible": {"settings": {
+                "provider": "openai-compatible", "apiKey": "{key}", "model": "aicarousel", "baseUrl": "{url}/v1"}}}},
+            {"version": 1, "modes": {}, "providers": {"openai-compatible": {"updatedAt": "2026-01-01T00:00:00.000Z", "tokenSource": "manual"}}}, "updatedAt"),)),
+    "opencode": ClientSetup(
+        "OpenCode", "opencode", then="opencode", environment={"OPENCODE_CONFIG_CONTENT": "{json}"},
+        files=(ClientFile("XDG_CONFIG_HOME", "~/.config", ("opencode/opencode.jsonc", "opencode/opencode.json"), "json", {
+            "model": "aicarousel/aicarousel",
+            "provider": {"aicarousel": {
+                "npm": "@ai-sdk/openai-compatible", "name": "AICarousel", "options": {"baseURL": "{url}/v1", "apiKey": "{key}"},
+                "models": {"aicarousel": {"limit": {"context": 131072, "output": 32768}}}}}}, {"$schema": "https://opencode.ai/config.json"}),)),
+    "aider": ClientSetup(
+        "aider", "aider", then="aider",
+        environment={"AIDER_MODEL": "openai/aicarousel", "AIDER_OPENAI_API_BASE": "{url}/v1", "AIDER_OPENAI_API_KEY": "{key}"},
+        files=(ClientFile("", "~", (".aider.conf.yml",), "yaml", {"model": "openai/aicarousel", "openai-api-base": "{url}/v1", "openai-api-key": "{key}"}),)),
+    "continue": ClientSetup(
+        "Continue", then="the model AICarousel in the editor",
+        files=(ClientFile("CONTINUE_GLOBAL_DIR", "~/.continue", ("config.yaml",), "yaml", {
+            "models": [{"name": "AICarousel", "provider": "openai", "model": "aicarousel", "apiBase": "{url}/v1", "apiKey": "{key}"}]},
+            {"name": "Local", "version": "1.0.0", "schema": "v1"}),)),
+    "litellm": ClientSetup("LiteLLM", recipe=(
+        "# in the proxy's config.yaml; in Python: litellm.completion(\"openai/aicarousel\", api_base=\"{url}/v1\", api_key=\"{key}\", messages=...)\n"
+        "model_list:\n  - model_name: aicarousel\n    litellm_params:\n      model: openai/aicarousel\n      api_base: {url}/v1\n      api_key: {key}")),
+    "openai-sdk": ClientSetup("openai SDK", recipe=(
+        "from openai import OpenAI\n"
+        "client = OpenAI(base_url=\"{url}/v1\", api_key=\"{key}\")    # or the variables OPENAI_BASE_URL and OPENAI_API_KEY\n"
+        "client.chat.completions.create(model=\"aicarousel\", messages=[{\"role\": \"user\", \"content\": \"Hello\"}])")),
+    "anthropic-sdk": ClientSetup("anthropic SDK", recipe=(
+        "from anthropic import Anthropic\n"
+        "client = Anthropic(base_url=\"{url}\", api_key=\"{key}\")    # or the variables ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY\n"
+        "client.messages.create(model=\"aicarousel\", max_tokens=1000, messages=[{\"role\": \"user\", \"content\": \"Hello\"}])")),
+    "curl": ClientSetup("curl", recipe=(
+        "curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n"
+        "  -d '{\"model\": \"aicarousel\", \"stream\": true, \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")),
+}
+
+
+def fill(value: Any, url: str, key: str) -> Any:
+    """`value` with the address and the key in its texts."""
+    if isinstance(value, str):
+        return value.replace("{url}", url).replace("{key}", key)
+    if isinstance(value, Mapping):
+        return {name: fill(item, url, key) for name, item in value.items()}
+    return [fill(item, url, key) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# Texts of four kinds: read as far as is needed here, and changed.
+
+_COMMENTS = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', re.S)
+_LAST_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
+_YAML_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^\s#"'](?:(?!\s\#).)*?)"""
+_YAML_LINE = re.compile(rf"(?P<indent> *)(?P<dash>-[ ]+)?(?P<name>[\w.-]+)[ \t]*:(?:[ \t]+{_YAML_VALUE})?[ \t]*(?:\#.*)?")
+_TOML_HEADER = re.compile(r"[ \t]*\[[ \t]*([^\[\]#]+?)[ \t]*\][ \t]*(?:#.*)?")
+_TOML_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s#"'\[{]+)"""
+
+
+def _read_jsonc(text: str) -> Json:
+    """JSON with comments and last commas. Raises ValueError."""
+    text = _COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
+    tree = json.loads(_LAST_COMMA.sub(lambda match: match[1] or "", text) if text.strip() else "{}")
+    if not isinstance(tree, dict):
+        raise ValueError("something that is no object")
+    return tree
+
+
+def _read_toml(text: str) -> Json:
+    import tomllib
+    return tomllib.loads(text)
+
+
+def _read_yaml(text: str) -> Json:
+    """Scalars at the top, and lists of flat maps under a name at the top; what lies deeper is passed over. Raises ValueError for other roots."""
+    tree: Json = {}
+    rows: list[Json] | None = None
+    depth = inner = 0
+    if re.search(r"^(?:[{\[]|\.\.\.|%)", text, re.M) or len(re.findall(r"^---", text, re.M)) > 1 or "\t" in text:
+        raise ValueError("YAML in a form that is not edited here")
+    for line in text.splitlines():
+        match = _YAML_LINE.fullmatch(line)
+        if match is None:
+            continue
+        indent, value = len(match["indent"]), match["value"]
+        plain = json.loads(value) if value and value[0] == '"' else value[1:-1].replace("''", "'") if value and value[0] == "'" else value
+        if not indent and not match["dash"]:
+            rows = [] if value is None else None
+            tree[match["name"]] = plain if rows is None else rows
+        elif rows is not None and match["dash"] and (not rows or indent == depth):
+            depth, inner = indent, indent + len(match["dash"])
+            rows.append({match["name"]: plain})
+        elif rows and not match["dash"] and indent == inner:
+            rows[-1][match["name"]] = plain
+    return tree
+
+
+def _merge_json(text: str, tree: Json, path: tuple[str, ...] = ()) -> str:
+    if not text.strip():
+        return json.dumps(tree, indent=2) + "\n"
+    known: Any = _read_jsonc(text)
+    for name in path:
+        known = known[name]
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(known.get(name), dict) and known[name]:
+            text = _merge_json(text, value, (*path, name))
+        elif known.get(name) != value:
+            text = set_json(text, (*path, name), value)
+    return text
+
+
+def _merge_toml(text: str, tree: Json, table: tuple[str, ...] = ()) -> str:
+    """Values of a table go into its own lines, those that are missing behind them; a missing table comes last."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            text = _merge_toml(text, value, (*table, name))
+            continue
+        lines, wanted = text.splitlines(keepends=True), ".".join(table)
+        heads = [(number, match[1].replace('"', "").replace(" ", "")) for number, line in enumerate(lines) if (match := _TOML_HEADER.fullmatch(line.rstrip("\r\n")))]
+        first = 0 if not table else next((number + 1 for number, head in heads if head == wanted), None)
+        if first is None:
+            text += ("" if not text or text.endswith("\n") else "\n") + ("\n" if text else "") + f"[{wanted}]\n{name} = {json.dumps(value)}\n"
+            continue
+        last = next((number for number, _ in heads if number >= first), len(lines))
+        here = re.compile(rf'(?P<before>[ \t]*(?:{re.escape(name)}|"{re.escape(name)}")[ \t]*=[ \t]*){_TOML_VALUE}(?P<after>[ \t]*(?:#.*)?[\r\n]*)')
+        for number in range(first, last):
+            match = here.fullmatch(lines[number])
+            if match:
+                lines[number] = f"{match['before']}{json.dumps(value)}{match['after']}"
+                break
+        else:
+            while last > first and not lines[last - 1].split("#")[0].strip():
+                last -= 1
+            lines[last - 1:last] = [lines[last - 1] + ("" if lines[last - 1].endswith("\n") else "\n")] if last else []
+            lines.insert(last, f"{name} = {json.dumps(value)}\n" + ("\n" if not table and last == 0 and lines else ""))
+        text = "".join(lines)
+    return text
+
+
+def _yaml_scalar(value: str) -> str:
+    """`value` as a plain scalar where it can only be a text, else quoted."""
+    return value if re.fullmatch(r"[A-Za-z][\w./-]*(?::[\w./-]+)*", value, re.ASCII) and value.lower() not in ("yes", "no", "on", "off", "true", "false", "null", "y", "n") else json.dumps(value)
+
+
+def _merge_yaml(text: str, tree: Json) -> str:
+    known = _read_yaml(text)
+    text += "" if not text or text.endswith("\n") else "\n"
+    for name, value in tree.items():
+        if isinstance(value, list):
+            if not isinstance(known.get(name, []), list) and known[name] != "[]":
+                raise ValueError(f"{name} is no list in lines of its own")
+            text = _merge_yaml_row(text, name, value[0])
+        elif name not in known:
+            text += f"{name}: {_yaml_scalar(value)}\n"
+        elif known[name] != value:
+            if re.search(rf"(?m)^{re.escape(name)}[ \t]*:(?:[ \t]*[|>&*!\[{{]|[^\n]*\n(?:[ ]|-[ ]))", text):
+                raise ValueError(f"{name} holds more than a text")
+            text = re.sub(rf"(?m)^({re.escape(name)}[ \t]*:)(?:[ \t]+{_YAML_VALUE})?(?=[ \t]*(?:\#.*)?$)", lambda match: f"{match[1]} {_yaml_scalar(value)}", text, count=1)
+    return text
+
+
+def _merge_yaml_row(text: str, name: str, row: Json) -> str:
+    """The list under `name` with `row` in place of the one that has its name, else as its first."""
+    lines = re.sub(rf"(?m)^{re.escape(name)}:[ ]*\[[ ]*\][ ]*$", f"{name}:", text).splitlines(keepends=True)
+    head = next((number for number, line in enumerate(lines) if re.match(rf"{re.escape(name)}[ ]*:[ ]*(?:#|$)", line)), None)
+    if head is None:
+        head = len(lines)
+        lines.append(f"{name}:\n")
+    dashes = []
+    for number in range(head + 1, len(lines)):
+        match = re.match(r"( *)(-[ ]|)", lines[number])
+        assert match is not None
+        if lines[number].strip() and not match[1] and not match[2] and lines[number][0] != "#":
+            break
+        if match[2] and (not dashes or len(match[1]) == dashes[0][1]):
+            dashes.append((number, len(match[1])))
+    else:
+        number = len(lines)
+    indent = " " * (dashes[0][1] if dashes else 2)
+    made = [f"{indent}{'- ' if first else '  '}{key}: {_yaml_scalar(value)}\n" for first, (key, value) in zip((True, *[False] * len(row)), row.items())]
+    starts = [start for start, _ in dashes] + [number]
+    for start, end in zip(starts, starts[1:]):
+        match = _YAML_LINE.fullmatch(lines[start].rstrip("\r\n"))
+        if match and match["name"] == "name" and _read_yaml("x:\n" + lines[start])["x"][0]["name"] == row["name"]:
+            while not lines[end - 1].split("#")[0].strip():
+                end -= 1
+            return "".join([*lines[:start], *made, *lines[end:]])
+    return "".join([*lines[:head + 1], *made, *lines[head + 1:]])
+
+
+def _merge_dotenv(text: str, tree: Json) -> str:
+    for name, value in tree.items():
+        text = set_dotenv(text, name, value)
+    return text
+
+
+_KINDS: Mapping[str, tuple[Callable[[str], Json], Callable[[str, Json], str]]] = {
+    "json": (_read_jsonc, _merge_json), "toml": (_read_toml, _merge_toml), "yaml": (_read_yaml, _merge_yaml), "dotenv": (parse_dotenv, _merge_dotenv)}
+
+
+def _merged(known: Any, tree: Any) -> Any:
+    """What `known` is to be once it holds `tree`; in a list one row stands for the one of its name."""
+    if isinstance(known, dict) and isinstance(tree, dict):
+        return {**known, **{name: _merged(known.get(name), value) for name, value in tree.items()}}
+    if isinstance(known, list) and isinstance(tree, list):
+        names = [row.get("name") for row in known]
+        return [tree[0] if row.get("name") == tree[0]["name"] else row for row in known] if tree[0]["name"] in names else [*tree, *known]
+    return tree
+
+
+def _lacking(begins: Json, known: Any) -> Json:
+    """What of `begins` is not known yet."""
+    return {name: _lacking(value, known[name]) if name in known else value for name, value in begins.items()
+            if name not in known or isinstance(value, dict) and isinstance(known[name], dict)}
+
+
+def merge_text(kind: str, text: str, tree: Json, where: str, begins: Json = {}) -> str:
+    """`text` with the values of `tree` in it, those of `begins` where it has none, and all else as it was. Raises ConfigError for what cannot be read or be changed so."""
+    read, merge = _KINDS[kind]
+    windows = "\r\n" in text and not re.search(r"(?<!\r)\n", text)
+    plain = text.replace("\r\n", "\n") if windows else text
+    try:
+        known = read(plain)
+        tree = _merged(_lacking(begins, known), tree)
+        made = merge(plain, tree)
+        if read(made) != _merged(known, tree):
+            raise ValueError("a form that cannot be changed safely")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
+        told = redact(f"{error.found}" if isinstance(error, ConfigError) else str(error))
+        raise ConfigError(where, printable(told)[:200], f"{kind.upper()} that can be read and changed; nothing was written, the values can be put in by hand") from error
+    return made.replace("\n", "\r\n") if windows else made
+
+
+# Writing, and taking back.
+
+class Change(NamedTuple):
+    """One file of a client as it is and as it is to be."""
+    path: Path
+    before: bytes | None    #: None: there is none
+    after: bytes
+    restless: str
+
+
+def client_path(file: ClientFile, environment: Mapping[str, str]) -> Path:
+    """Where a file of a client is, its links followed."""
+    folder = Path(environment.get(file.variable) or file.folder).expanduser()
+    return next((path for name in file.names if (path := folder / name).exists()), folder / file.names[-1]).resolve()
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror or str(error), "a file that this user may read") from error
+
+
+def _text_of(path: Path, data: bytes | None) -> str:
+    try:
+        return (data or b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "bytes that are not UTF-8", "a text file") from error
+
+
+def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[Change]:
+    """What writing `client`'s files would change, files that stay as they are left out. Raises ConfigError."""
+    changes = []
+    for file in client.files:
+        path = client_path(file, environment)
+        before = _read_bytes(path)
+        text = _text_of(path, before)
+        after = merge_text(file.kind, text, fill(file.values, url, key), str(path), file.begins).encode()
+        if after != before:
+            changes.append(Change(path, before, after, file.restless))
+    return changes
+
+
+def snippet(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[tuple[str, str]]:
+    """(where, what to put there) of a client; where is "" for what goes into no file."""
+    if not client.files:
+        return [("", fill(client.recipe, url, key))]
+    rows = []
+    for file in client.files:
+        usual = Path(file.folder).expanduser() / file.names[-1]
+        path = client_path(file, environment)
+        rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
+                     merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
+    return rows
+
+
+def known_key(client: ClientSetup, environment: Mapping[str, str], database: Path) -> str:
+    """The key that stands in a client's files, if it is one of this gateway's that is valid; else ""."""
+    for file in client.files:
+        path = client_path(file, environment)
+        try:
+            tree: Any = _KINDS[file.kind][0](_text_of(path, _read_bytes(path)))
+        except (ValueError, ConfigError):
+            continue                                        # whoever writes will complain
+        for key in _shown_keys(file.values, tree):
+            found = find_key(database, key)
+            if found is not None and found.active and (found.expires_at is None or found.expires_at > time.time()):
+                return key
+    return ""
+
+
+def _shown_keys(template: Any, tree: Any) -> list[str]:
+    """The texts that stand in `tree` where `template` has the key."""
+    if template == "{key}":
+        return [tree] if isinstance(tree, str) else []
+    if isinstance(template, Mapping):
+        return [key for name, item in template.items() if isinstance(tree, Mapping) for key in _shown_keys(item, tree.get(name))]
+    if isinstance(template, list) and isinstance(tree, list):
+        return [key for row in tree if isinstance(row, Mapping) and row.get("name") == template[0]["name"] for key in _shown_keys(template[0], row)]
+    return []
+
+
+def _put(path: Path, data: bytes, mode: int) -> None:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data.decode(), mode)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(error.filename or str(path), error.strerror or str(error), "a file and folder that this user may write") from error
+
+
+def write_changes(name: str, changes: Sequence[Change], folder: Path, key_id: int | None) -> None:
+    """Put the changes in place, each whole; what was there before is kept in `folder` for undo_changes first. Raises ConfigError.
+
+    A file that still is as it was last written keeps the copy that was made then: what undo brings back is what stood there before us.
+    """
+    record = folder / f"{name}.json"
+    known = {row["path"]: row for row in _undo_rows(record)}
+    rows = []
+    with _writing(record):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for number, change in enumerate(changes):
+            row = known.pop(str(change.path), None)
+            if row is None or row["after"] != _digest(change.before, change.restless):
+                row = {"path": str(change.path), "copy": "", "restless": change.restless, "mode": 0o600 if change.before is None else change.path.stat().st_mode & 0o777, "key": None}
+                if change.before is not None:
+                    row["copy"] = f"{name}-{number}-{change.path.name}.before"
+                    _put(folder / row["copy"], change.before, 0o600)
+            rows.append({**row, "after": _digest(change.after, change.restless), "key": key_id or row["key"]})
+        _put(record, dump_json({"files": [*known.values(), *rows]}), 0o600)
+        for change, row in zip(changes, rows):
+            _put(change.path, change.after, row["mode"])
+
+
+def undo_changes(name: str, folder: Path) -> tuple[list[str], list[int]]:
+    """Files that are again as they were before write_changes, and the keys made for them. Raises ConfigError when one was changed since."""
+    record = folder / f"{name}.json"
+    rows = _undo_rows(record)
+    if not rows:
+        raise ConfigError(f"config {name} --undo", "nothing that was written", "a client written by --write and not undone yet")
+    for row in rows:
+        if _digest(_read_bytes(Path(row["path"])), row["restless"]) != row["after"]:
+            told = f"; what stood there before is {folder / row['copy']}" if row["copy"] else ""
+            raise ConfigError(row["path"], "a file that was changed since it was written", f"the file as --write left it, so nothing is undone{told}")
+    with _writing(record):
+        for row in rows:
+            if row["copy"]:
+                _put(Path(row["path"]), (folder / row["copy"]).read_bytes(), row["mode"])
+            else:
+                Path(row["path"]).unlink()
+        record.unlink()
+        for row in rows:
+            if row["copy"]:
+                (folder / row["copy"]).unlink()
+    return [row["path"] for row in rows], sorted({row["key"] for row in rows if row["key"]})
+
+
+def _undo_rows(record: Path) -> list[Json]:
+    data = _read_bytes(record)
+    try:
+        return json.loads(data)["files"] if data else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(str(record), "something else", "what --write notes there; it can be deleted, --undo is lost then") from error
+
+
+def _digest(data: bytes | None, restless: str) -> str:
+    """What tells one content of a file from another; of a file that its client rewrites, only what it says counts."""
+    if data is not None and restless:
+        with contextlib.suppress(ValueError):
+            data = json.dumps(_without_name(_read_jsonc(data.decode()), restless), sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest() if data is not None else ""
+
+
+def _without_name(tree: Any, name: str) -> Any:
+    return {key: _without_name(value, name) for key, value in tree.items() if key != name} if isinstance(tree, dict) else tree
+
+
+def difference(changes: Sequence[Change]) -> str:
+    """What the changes would do, as a unified diff without any key."""
+    import difflib
+    lines: list[str] = []
+    for change in changes:
+        texts = [(data or b"").decode("utf-8", "replace").splitlines(keepends=True) for data in (change.before, change.after)]
+        lines += difflib.unified_diff(*texts, "/dev/null" if change.before is None else str(change.path), str(change.path))
+    return redact("".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines))
+
+
+def own_address(settings: Settings) -> str:
+    """Where this home's gateway listens, as a client of this machine calls it."""
+    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") or is_loopback(settings.host) and ":" not in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
+def systemd_unit(program: Sequence[str]) -> str:
+    """A unit for the user's own systemd; nothing is installed by it."""
+    def quoted(word: str) -> str:
+        word = word.replace("%", "%%").replace("$", "$$")
+        return word if re.fullmatch(r"[\w./:=@%$-]+", word) else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return ("# ~/.config/systemd/user/aicarousel.service\n"
+            "# then: systemctl --user daemon-reload && systemctl --user enable --now aicarousel && loginctl enable-linger\n"
+            "[Unit]\nDescription=AICarousel\nAfter=network-online.target\n\n"
+            f"[Service]\nExecStart={' '.join(map(quoted, program))}\nExecReload=/bin/kill -HUP $MAINPID\nRestart=on-failure\n"
+            f"TimeoutStopSec=40\nUMask=0077\nNoNewPrivileges=yes\n\n[Install]\nWantedBy=default.target")
+
+
+# The launcher.
+
+RUN_KEY_S = 7 * 86_400     #: how long the key of a launch lives if the launcher is killed
+_STOP_S = 35.0              #: how long a gateway may take to end; its own drain takes 30
+
+_OTHER = ClientSetup("", environment={**_OPENAI_VARIABLES, **_ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
+
+
+def launch(words: Sequence[str], url: str, key: str) -> int:
+    """Run a client to its end with address and key set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
+
+    SIGTERM and SIGHUP go on to it, SIGINT and SIGQUIT too unless they came from the terminal, which has sent them to it as well.
+    """
+    import subprocess
+    import tempfile
+    client = next((client for client in CLIENTS.values() if client.program == Path(words[0]).stem and (client.words or client.environment)), _OTHER)
+    values = json.dumps(fill(client.files[0].values, url, key)) if client.files else ""
+    with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
+        file = Path(folder) / "settings.json"
+        if "{file}" in client.words:
+            _put(file, values.encode(), 0o600)
+        command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
+        environment = {name: value for name, value in os.environ.items() if name not in client.unset}
+        environment |= {name: fill(value, url, key).replace("{json}", values) for name, value in client.environment.items()}
+        children: list[subprocess.Popen[bytes]] = []
+        early: list[int] = []
+
+        def pass_on(number: int, _frame: Any) -> None:
+            if number in (signal.SIGINT, signal.SIGQUIT) and _at_terminal():
+                return
+            if not children:
+                return early.append(number)
+            children[0].send_signal(number)
+
+        before = [(number, signal.signal(number, pass_on)) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)]
+        try:
+            children.append(subprocess.Popen(command, env=environment))
+            for number in early:
+                children[0].send_signal(number)
+            status = children[0].wait()
+        except OSError as error:
+            raise ConfigError(f"run {printable(words[0])}", error.strerror or str(error), "a program that is installed") from error
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _at_terminal() -> bool:
+    """Whether what a terminal sends for a key goes to this process's group."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def gateway_for(address: str, key: str, home: Sequence[str], log: Path) -> Iterator[str]:
+    """The address of a gateway that takes `key`: the one that runs, else one that is started on a free port and stopped at the end. Raises ConfigError.
+
+    home: the options that name it.  log: where what it logs goes.
+    """
+    import subprocess
+    if ask_gateway(address, "GET", "/health?deep=1", key=key).status == 200:
+        yield address
+        return
+    with open(log, "wb") as errors:
+        process = subprocess.Popen([*own_command(), "serve", "--port", "0", *home], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                                   start_new_session=True, preexec_fn=_end_with_parent)
+    try:
+        assert process.stdout is not None
+        match = re.search(rb"listening on (\S+)", process.stdout.readline())
+        if match is None:
+            process.wait(_STOP_S)
+            lines = log.read_text("utf-8", "replace").splitlines()
+            raise ConfigError("run", printable(redact(lines[-1]))[:300] if lines else "a gateway that does not start", "one that runs (python aicarousel.py serve)")
+        yield match[1].decode()
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it is killed, where the system can (Linux: PR_SET_PDEATHSIG)."""
+    import ctypes
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Reply(NamedTuple):
+    """What a gateway answered; status 0 and the reason as body when nothing did."""
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, {} when it is none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return {}
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of each event of a stream; texts for what is no JSON, such as [DONE]."""
+        data = [event.data for event in EventReader().feed(self.body)]
+        return [json.loads(text) if text.startswith("{") else text for text in data]
+
+
+def ask_gateway(address: str, method: str, path: str, body: Json | None = None, *, key: str = "", headers: Mapping[str, str] = MappingProxyType({}),
+                timeout_s: float = 10.0) -> Reply:
+    """One request and the whole of its answer, streamed or not."""
+    import http.client
+    try:
+        scheme, host, port, _ = split_url(address)
+        connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=timeout_s)
+    except ValueError as error:
+        return Reply(0, {}, str(error).encode())
+    sent = {**({"authorization": f"Bearer {key}"} if key else {}), **({} if body is None else {"content-type": "application/json"}), **headers}
+    try:
+        connection.request(method, path, None if body is None else dump_json(body), sent)
+        answer = connection.getresponse()
+        return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Reply(0, {}, str(error).encode())
+    finally:
+        connection.close()
+
+
+# The built-in providers, and a gateway in front of them.
+
+class Turn(NamedTuple):
+    """One answer of a scripted provider: pieces of a stream, a number among them waits as many seconds; or a status and a body."""
+    pieces: tuple[bytes | float, ...] = ()
+    cut: bool = False       #: break off instead of ending
+    status: int = 200
+    body: Json = {}
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def _chunk(delta: Json, finish: str | None = None, **more: Any) -> bytes:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return write_event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more})
+
+
+def _says(*deltas: Json, finish: str = "stop") -> Turn:
+    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+    return Turn((_chunk({"role": "assistant", "content": ""}), *map(_chunk, deltas), _chunk({}, finish), write_event({**json.loads(_chunk({})[6:]), "choices": [], "usage": usage}), b"data: [DONE]\n\n"))
+
+
+def _calls(name: str, *arguments: str) -> tuple[Json, ...]:
+    first = {"index": 0, "id": "call_a1b2c3d4e5", "type": "function", "function": {"name": name, "arguments": ""}}
+    return ({"tool_calls": [first]}, *({"tool_calls": [{"index": 0, "function": {"arguments": text}}]} for text in arguments))
+
+
+_THINKS: Json = {"reasoning_content": "A file is wanted."}
+_WELL = _says({"content": "All "}, {"content": "well."})
+_LOOKS = _says(_THINKS, {"content": "I look."}, *_calls("look", '{"path": ', '"a.txt"}'), finish="tool_calls")
+_PATCHES = _says(_THINKS, *_calls("apply_patch", '{"input": "*** Begin', ' Patch"}'), finish="tool_calls")
+_BEGINS = (_chunk({"role": "assistant", "content": ""}), _chunk({"content": "Half of "}), _chunk({"content": "this"}))
+_OVERLONG = "This model's maximum context length is 8192 tokens. However, your messages resulted in 20000 tokens. Please reduce the length of the messages."
+
+#: Who answers what: the turn of each built-in provider, and another one once it is told the result of a call.
+_CAST: Mapping[str, tuple[Turn, ...]] = {
+    "well": (_WELL,),
+    "tools": (_LOOKS, _WELL),
+    "patch": (_PATCHES, _WELL),
+    "long": (Turn(status=400, body={"error": {"message": _OVERLONG, "type": "invalid_request_error", "code": "context_length_exceeded"}}),),
+    "slow": (Turn((*_BEGINS, 60.0)),),
+    "limited": (Turn(status=429, body={"error": {"message": "Rate limit reached", "type": "requests"}}, headers=(("retry-after", "30"),)),),
+    "down": (Turn(status=500, body={"error": {"message": "Internal error"}}),),
+    "empty": (Turn((b"data: [DONE]\n\n",)),),
+    "half-call": (Turn((_BEGINS[0], *map(_chunk, _calls("look", '{"path": ')[:2])), cut=True),),
+    **{f"half-{name}": (Turn(_BEGINS, cut=True),) for name in FORMAT_NAMES},      # one each: what broke off is left alone for a while
+    "refusing": (Turn(status=400, body={"error": {"message": "temperature is out of range", "type": "invalid_request_error", "param": "temperature"}}),),
+}
+
+
+class Cast:
+    """The built-in providers: an Application on one loopback port, a provider to each first part of the path. Owner: the stage."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.bounds = Bounds()
+        self.requests: dict[str, list[Json]] = {name: [] for name in _CAST}
+        self.left = threading.Event()       #: a request was given up by its caller
+
+    def admit(self, request: Request) -> Callable[[Request, Exchange], Awaitable[None]]:
+        """Whatever is asked is answered."""
+        return self._play
+
+    def explain(self, request: Request | None, error: GatewayError) -> tuple[Headers, bytes]:
+        """Errors as OpenAI has them."""
+        return [], dump_json(chat_error(error))
+
+    async def _play(self, request: Request, exchange: Exchange) -> None:
+        name = request.path.split("/")[1]
+        body = json.loads(request.body)
+        self.requests[name].append(body)
+        turn = _CAST[name][-1 if any(message["role"] == "tool" for message in body["messages"]) else 0]
+        if turn.status != 200:
+            return exchange.respond(turn.status, [("content-type", "application/json"), *turn.headers], dump_json(turn.body))
+        exchange.cancel_when_gone()
+        exchange.start(200, EVENT_STREAM_HEADERS)
+        try:
+            for piece in turn.pieces:
+                if isinstance(piece, bytes):
+                    exchange.write(piece)
+                else:
+                    await self._world.sleep(piece)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        (exchange.cut if turn.cut else exchange.finish)()
+
+
+class Mismatch(Exception):
+    """An answer that a client could not use: what was wanted, and the frame that was there."""
+
+    def __init__(self, wanted: str, frame: Any = "") -> None:
+        shown = frame if isinstance(frame, str) else compact(frame)
+        super().__init__(f"{wanted}; got {printable(redact(shown))[:300] or 'nothing'}")
+
+
+def _want(true: Any, wanted: str, frame: Any = "") -> None:
+    if not true:
+        raise Mismatch(wanted, frame)
+
+
+class Stage(NamedTuple):
+    """A gateway of this very program whose providers are the built-in ones; nothing else is connected to."""
+    address: str
+    key: str
+    cast: Cast
+    database: Path
+
+    def ask(self, method: str, path: str, body: Json | None = None, *, key: str | None = None, **headers: str) -> Reply:
+        """One request, its header names with _ for -."""
+        return ask_gateway(self.address, method, path, body, key=self.key if key is None else key, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    def leave(self, path: str, body: Json) -> None:
+        """Ask for a stream, read its beginning, and go."""
+        import http.client
+        _, host, port, _ = split_url(self.address)
+        connection = http.client.HTTPConnection(host, port, timeout=10.0)
+        try:
+            connection.request("POST", path, dump_json(body), {"authorization": f"Bearer {self.key}", "content-type": "application/json"})
+            answer = connection.getresponse()
+            _want(answer.status == 200 and answer.read1(1), "the beginning of a stream", str(answer.status))
+        finally:
+            connection.close()
+
+
+def on_stage(play: Callable[[Stage], None]) -> None:
+    """Run `play` in a thread, with a stage that is gone afterwards."""
+    asyncio.run(_set_stage(play))
+
+
+async def _set_stage(play: Callable[[Stage], None]) -> None:
+    import shutil
+    import tempfile
+    world, loop, log = real_world(), asyncio.get_running_loop(), logging.getLogger("aicarousel")
+    folder, level = Path(tempfile.mkdtemp(prefix="aicarousel-")), log.level
+    log.setLevel(logging.CRITICAL + 1)          # what goes wrong here is meant to
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for listening in sockets:
+        listening.setblocking(False)
+    cast = Cast(world)
+    ports = [listening.getsockname()[1] for listening in sockets]
+    models = {name: {"baseUrl": f"http://127.0.0.1:{ports[0]}/{name}/v1", "default": "m", "enableFallback": False, "models": ["m"], "keys": []} for name in _CAST}
+    config = load_config(json.dumps({**models, "carousel": {"fallback": "none", "maxWait": 0}}), models_path="models.json", environment={}, dotenv={}, flags={})
+    database = folder / "aicarousel.db"
+    key, _ = create_key(database, "stage")
+    keys, usage = KeyRing(database, ()), UsageWriter(database)
+    gateway = Gateway(config, keys, usage, world)
+    servers = (Server(cast, world), Server(gateway, world))
+    try:
+        for server, listening in zip(servers, sockets):
+            await server.listen([listening])
+        await loop.run_in_executor(None, play, Stage(f"http://127.0.0.1:{ports[1]}", key, cast, database))
+    finally:
+        for server in servers:
+            await server.drain(0.0)
+        gateway.close()
+        await loop.run_in_executor(None, usage.close)
+        keys.close()
+        log.setLevel(level)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Dialogues: each yields the name of what it does next, so that what fails is known by its name.
+
+_LEFT_S = 2.0               #: how long a provider may be asked on when the client has gone
+_TOOL_SCHEMA: Json = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+_CHAT_TOOL: Json = {"type": "function", "function": {"name": "look", "description": "Reads a file.", "parameters": _TOOL_SCHEMA}}
+_PATCH_TOOL: Json = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}
+
+
+def _of_type(events: Sequence[Any], kind: str) -> list[Json]:
+    return [event for event in events if isinstance(event, dict) and event.get("type") == kind]
+
+
+def _speak_messages(stage: Stage) -> Iterator[str]:
+    """As Claude Code does: tools, thinking that comes back signed, system messages inside the conversation, count_tokens, compaction."""
+    version = {"anthropic_version": "2023-06-01", "anthropic_beta": "claude-code-20250219,interleaved-thinking-2025-05-14"}
+    yield "HEAD /"
+    reply = stage.ask("HEAD", "/", key="")
+    _want(reply.status == 200, "200", str(reply.status))
+    yield "models discovery"
+    reply = stage.ask("GET", "/v1/models?limit=1000", **version)
+    _want(reply.status == 200 and reply.json.get("data") and all(row.get("type") == "model" and row.get("id") for row in reply.json["data"]) and "has_more" in reply.json,
+          "a list of models in Anthropic's shape", reply.json)
+    tool = {"name": "look", "description": "Reads a file.", "input_schema": _TOOL_SCHEMA}
+    system = [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.329.abc;"}, {"type": "text", "text": "You help.", "cache_control": {"type": "ephemeral"}}]
+    user = [{"role": "user", "content": "Look."}, {"role": "system", "content": "The folder is empty."}]
+    body = {"model": "tools/m", "max_tokens": 32000, "stream": True, "system": system, "messages": user, "tools": [tool],
+            "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "medium"}, "metadata": {"user_id": "{}"}}
+    yield "count_tokens"
+    reply = stage.ask("POST", "/v1/messages/count_tokens?beta=true", {name: body[name] for name in ("model", "system", "messages", "tools")}, **version)
+    _want(reply.status == 200 and isinstance(reply.json.get("input_tokens"), int) and reply.json["input_tokens"] > 0, "input_tokens", reply.json)
+    yield "streamed tool turn with thinking"
+    reply = stage.ask("POST", "/v1/messages?beta=true", body, **version)
+    events = reply.events
+    _want(reply.status == 200 and events and events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop", "message_start to message_stop", (events or [reply.body.decode()])[-1])
+    starts, stops = _of_type(events, "content_block_start"), _of_type(events, "content_block_stop")
+    blocks = [start["content_block"] for start in starts]
+    _want([start["index"] for start in starts] == [stop["index"] for stop in stops] == list(range(len(starts))), "each block begun and ended once", starts)
+    _want([block["type"] for block in blocks] == ["thinking", "text", "tool_use"] and blocks[2]["id"] and blocks[2]["name"] == "look", "thinking, text and a call with its id", blocks)
+    deltas = [event["delta"] for event in _of_type(events, "content_block_delta")]
+    joined = {kind: "".join(delta.get(kind, "") for delta in deltas) for kind in ("thinking", "signature", "text", "partial_json")}
+    _want(json.loads(joined["partial_json"] or "{}") == {"path": "a.txt"} and joined["signature"], "whole arguments and a signature", joined)
+    stop = (_of_type(events, "message_delta") or [{}])[-1]
+    _want(stop.get("delta", {}).get("stop_reason") == "tool_use" and stop.get("usage", {}).get("output_tokens"), "stop_reason tool_use with usage", stop)
+    yield "second turn with tool_result"
+    said = [{"type": "thinking", "thinking": joined["thinking"], "signature": joined["signature"]}, {"type": "text", "text": joined["text"]}, {**blocks[2], "input": {"path": "a.txt"}}]
+    result = [{"type": "tool_result", "tool_use_id": blocks[2]["id"], "content": "empty", "cache_control": {"type": "ephemeral"}}]
+    reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "messages": [*user, {"role": "assistant", "content": said}, {"role": "user", "content": result}]}, **version)
+    _want("".join(event["delta"].get("text", "") for event in _of_type(reply.events, "content_block_delta")) == "All well." and reply.events[-1]["type"] == "message_stop",
+          "the model's answer", reply.body.decode()[-300:])
+    told = [message for message in stage.cast.requests["tools"][-1]["messages"] if message["role"] == "tool"]
+    _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
+    yield "a prompt that is too long"
+    reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
+    _want(reply.status == 400 and "prompt is too long" in reply.body.decode(), "400 in the words that begin compaction", reply.body.decode())
+    yield "cancel"
+    stage.cast.left.clear()
+    stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
+    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+
+
+def _speak_responses(stage: Stage) -> Iterator[str]:
+    """As Codex does: a WebSocket first, freeform and namespaced tools, reasoning that comes back encrypted."""
+    yield "WebSocket upgrade"
+    reply = stage.ask("GET", "/v1/responses", connection="Upgrade", upgrade="websocket", sec_websocket_version="13", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==")
+    _want(reply.status == 426, "426, at which Codex goes on by HTTP", str(reply.status))
+    spaced = {"type": "namespace", "name": "clock", "description": "Time.", "tools": [{"type": "function", "name": "now", "description": "Tells it.", "parameters": _TOOL_SCHEMA, "strict": False}]}
+    talk = [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "You help."}]}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Patch."}]}]
+    body = {"model": "patch/m", "stream": True, "store": False, "input": talk, "tools": [_PATCH_TOOL, spaced, {"type": "web_search", "external_web_access": False}], "tool_choice": "auto",
+            "parallel_tool_calls": False, "reasoning": {"effort": "medium", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "doctor", "client_metadata": {}}
+    yield "stream with a custom tool"
+    reply = stage.ask("POST", "/v1/responses", body)
+    events = reply.events
+    _want(reply.status == 200 and events and events[-1].get("type") == "response.completed", "response.completed at the end", (events or [reply.body.decode()])[-1])
+    _want([event.get("sequence_number") for event in events] == list(range(len(events))), "events numbered from 0", events[0])
+    items, done = [event["item"] for event in _of_type(events, "response.output_item.done")], events[-1]["response"]
+    _want(done.get("id") and {"input_tokens", "output_tokens", "total_tokens"} <= set(done.get("usage") or {}), "an id and whole usage", done)
+    _want([item["type"] for item in items] == ["reasoning", "custom_tool_call"] and done["output"] == items, "reasoning and a custom call, the same at the end", items)
+    _want(items[0].get("encrypted_content"), "encrypted reasoning", items[0])
+    _want(items[1].get("call_id") and items[1].get("name") == "apply_patch" and items[1].get("input") == "*** Begin Patch", "the call with its raw input", items[1])
+    yield "second turn with encrypted reasoning"
+    echo = [{**items[0], "content": None}, items[1], {"type": "custom_tool_call_output", "call_id": items[1]["call_id"], "output": "Success"}]
+    reply = stage.ask("POST", "/v1/responses", {**body, "input": [*talk, *echo]})
+    _want([event.get("text") for event in _of_type(reply.events, "response.output_text.done")] == ["All well."] and reply.events[-1].get("type") == "response.completed",
+          "the model's answer", reply.body.decode()[-300:])
+    told = [message for message in stage.cast.requests["patch"][-1]["messages"] if message["role"] == "tool"]
+    _want(len(told) == 1 and "Success" in str(told[0]["content"]), "one result on its way to the provider", told)
+
+
+def _speak_chat(stage: Stage) -> Iterator[str]:
+    """As Cline, OpenCode and aider do: a stream with tools, usage asked for, and the end that they wait for."""
+    user = {"role": "user", "content": "Look."}
+    body = {"model": "tools/m", "stream": True, "stream_options": {"include_usage": True}, "tool_choice": "auto", "max_tokens": 32000, "messages": [{"role": "system", "content": "You help."}, user],
+            "tools": [_CHAT_TOOL]}
+    yield "chat stream with tools"
+    reply = stage.ask("POST", "/v1/chat/completions", body)
+    events = reply.events
+    _want(reply.status == 200 and events and events[-1] == "[DONE]", "a stream that ends with [DONE]", (events or [reply.body.decode()])[-1])
+    choices = [choice for event in events[:-1] for choice in event["choices"]]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls") or []]
+    _want(calls and calls[0].get("id") and calls[0]["function"].get("name") == "look" and all(call.get("index") == 0 for call in calls), "a call with id, name and index", calls)
+    _want(json.loads("".join(call["function"].get("arguments") or "" for call in calls)) == {"path": "a.txt"}, "whole arguments", calls)
+    _want([choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["tool_calls"], "one finish_reason", choices[-1])
+    yield "usage"
+    _want(any((event.get("usage") or {}).get("total_tokens") == 18 for event in events[:-1]), "the usage that was asked for", events[-2])
+    yield "second turn with the result"
+    said = {"role": "assistant", "content": None, "tool_calls": [{"id": calls[0]["id"], "type": "function", "function": {"name": "look", "arguments": '{"path": "a.txt"}'}}]}
+    reply = stage.ask("POST", "/v1/chat/completions", {**body, "messages": [user, said, {"role": "tool", "tool_call_id": calls[0]["id"], "content": "empty"}]})
+    text = "".join(choice["delta"].get("content") or "" for event in reply.events[:-1] for choice in event["choices"])
+    _want(text == "All well." and reply.events[-1] == "[DONE]", "the model's answer", reply.body.decode()[-300:])
+
+
+_DIALOGUES: Mapping[str, tuple[str, Callable[[Stage], Iterator[str]]]] = {
+    "messages": ("Claude Code", _speak_messages), "responses": ("Codex", _speak_responses), "chat": ("Cline, OpenCode, aider", _speak_chat)}
+
+
+# Doctor: what each client would really use, and whether it would work.
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+    subject: str
+    what: str
+    ok: bool | None         #: None: nothing is wrong, and there is something to know
+    told: str
+    fix: str = ""
+    writes: str = ""        #: the client whose files --fix writes
+
+    def line(self) -> str:
+        """This for a terminal, its fix below it."""
+        text = f"{'ok  ' if self.ok else 'note' if self.ok is None else 'FAIL'}  {self.subject}: {self.what}: {self.told}"
+        return printable(text) + (f"\n      fix: {printable(self.fix)}" if self.fix else "")
+
+
+class Layer(NamedTuple):
+    """What one place says of a client's gateway; "" for nothing."""
+    where: str
+    url: str
+    key: str
+
+
+_ENVIRONMENT = "the environment"
+_NEVER_A_GATEWAY_KEY = re.compile(r"sk-ant-|sk-or-|sk-proj-|gsk_|csk-|xai-|nvapi-|hf_|fw_|AIza|AQ\.|gh[opsu]_|github_pat_")
+_CLOCK_OFF_S = 120.0
+
+
+def _tree_of(path: Path, kind: str) -> Any:
+    """What stands in a client's file, {} when there is none. Raises ConfigError."""
+    data = _read_bytes(path)
+    try:
+        return _KINDS[kind][0](_text_of(path, data)) if data else {}
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(str(path), printable(redact(str(error)))[:200], f"{kind.upper()} that can be read") from error
+
+
+def _dig(tree: Any, *path: str) -> Any:
+    """What stands at a path, {} when nothing does."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return {} if tree is None else tree
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _up_to_root(folder: Path) -> list[Path]:
+    """The folder and those above it up to that of its repository, or itself alone where there is none."""
+    above = [folder, *folder.parents]
+    return next((above[:number + 1] for number, place in enumerate(above) if (place / ".git").exists()), [folder])
+
+
+def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """Its settings files go before the environment; a token goes before an API key wherever either stands."""
+    paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
+    rows = [*((str(path), _dig(_tree_of(path, "json"), "env")) for path in paths), (_ENVIRONMENT, environment)]
+    layers = [Layer(where, _text(_dig(dict(row), "ANTHROPIC_BASE_URL")), _text(_dig(dict(row), "ANTHROPIC_AUTH_TOKEN"))) for where, row in rows]
+    return [*layers, *(Layer(where, "", _text(_dig(dict(row), "ANTHROPIC_API_KEY"))) for where, row in rows)]
+
+
+def _codex_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """One file of the user; variables of its .env go before the environment."""
+    path, tree = client_path(client.files[0], environment), _tree_of(client_path(client.files[0], environment), "toml")
+    provider = _dig(tree, "model_providers", _text(tree.get("model_provider")) or "openai")
+    variables = {**environment, **_tree_of(client_path(client.files[1], environment), "dotenv")}
+    key = _text(_dig(provider, "experimental_bearer_token")) or variables.get(_text(_dig(provider, "env_key")) or "OPENAI_API_KEY", "")
+    return [Layer(str(path), _text(_dig(provider, "base_url")) or ("" if provider else _text(tree.get("openai_base_url"))), key)]
+
+
+def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[str]:
+    """What Codex trips over besides address and key."""
+    tree = _tree_of(client_path(client.files[0], environment), "toml")
+    name = _text(tree.get("model_provider"))
+    provider, faults = _dig(tree, "model_providers", name), []
+    if not provider:
+        faults += [f"model_provider is {name!r}, and there is no [model_providers.{name}]"] if name not in ("", "openai") else []
+        faults += ["the built-in provider tries a WebSocket at every start"] if name in ("", "openai") and tree.get("openai_base_url") else []
+    elif provider.get("wire_api", "responses") != "responses":
+        faults.append(f"wire_api is {provider['wire_api']!r}, which Codex no longer takes: it must be responses")
+    elif provider.get("supports_websockets") is True:
+        faults.append("supports_websockets is true, and this gateway speaks HTTP alone")
+    return faults
+
+
+def _cline_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    path = client_path(client.files[0], environment)
+    tree = _tree_of(path, "json")
+    settings = _dig(tree, "providers", _text(tree.get("lastUsedProvider")), "settings")
+    return [Layer(str(path), _text(_dig(settings, "baseUrl")), _text(_dig(settings, "apiKey")))]
+
+
+def _opencode_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """The inline text, the project's files from here upward, the file of OPENCODE_CONFIG, the user's; the provider is that of `model`."""
+    user = Path(environment.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "opencode"
+    paths = [place / name for place in _up_to_root(folder) for name in ("opencode.jsonc", "opencode.json")]
+    paths += [Path(environment["OPENCODE_CONFIG"])] if environment.get("OPENCODE_CONFIG") else []
+    try:
+        trees = [("OPENCODE_CONFIG_CONTENT", _read_jsonc(environment.get("OPENCODE_CONFIG_CONTENT", "")))]
+    except ValueError as error:
+        raise ConfigError("OPENCODE_CONFIG_CONTENT", printable(redact(str(error)))[:200], "JSON that can be read") from error
+    trees += [(str(path), _tree_of(path, "json")) for path in (*paths, user / "opencode.jsonc", user / "opencode.json")]
+    provider = next((_text(tree["model"]) for _, tree in trees if tree.get("model")), "").partition("/")[0]
+    layers = [(where, _dig(tree, "provider", provider, "options")) for where, tree in trees]
+    return [Layer(where, *(re.sub(r"\{env:(\w+)\}", lambda match: environment.get(match[1], ""), _text(_dig(options, name))) for name in ("baseURL", "apiKey"))) for where, options in layers]
+
+
+def _aider_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """Its own variables, its files from here to the repository's folder and the user's, the variables of every client."""
+    paths = [place / ".aider.conf.yml" for place in (folder, _up_to_root(folder)[-1])] + [client_path(client.files[0], environment)]
+    layers = [Layer(_ENVIRONMENT, environment.get("AIDER_OPENAI_API_BASE", ""), environment.get("AIDER_OPENAI_API_KEY", ""))]
+    layers += [Layer(str(path), _text(tree.get("openai-api-base")), _text(tree.get("openai-api-key"))) for path in dict.fromkeys(paths) for tree in (_tree_of(path, "yaml"),)]
+    return [*layers, Layer(_ENVIRONMENT, environment.get("OPENAI_API_BASE", ""), environment.get("OPENAI_API_KEY", ""))]
+
+
+def _continue_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    path = client_path(client.files[0], environment)
+    rows = _tree_of(path, "yaml").get("models") or []
+    return [Layer(str(path), _text(row.get("apiBase")), _text(row.get("apiKey"))) for row in rows if isinstance(row, dict) and row.get("name") == "AICarousel"]
+
+
+_LAYERS: Mapping[str, Callable[[ClientSetup, Mapping[str, str], Path], list[Layer]]] = {
+    "claude-code": _claude_layers, "codex": _codex_layers, "cline": _cline_layers, "opencode": _opencode_layers, "aider": _aider_layers, "continue": _continue_layers}
+
+
+class Surroundings(NamedTuple):
+    """What a client is judged against."""
+    address: str                        #: the gateway's
+    database: Path
+    settings: Settings
+    environment: Mapping[str, str]
+    folder: Path                        #: where the client would be started
+
+
+def is_installed(client: ClientSetup, environment: Mapping[str, str]) -> bool:
+    """Whether its program is on the path, or a file of it is there."""
+    import shutil
+    return bool(client.program and shutil.which(client.program, path=environment.get("PATH"))) or any(client_path(file, environment).exists() for file in client.files[:1])
+
+
+def examine_client(name: str, around: Surroundings) -> list[Check]:
+    """The configuration that a client would really use, judged."""
+    client, write = CLIENTS[name], f"python aicarousel.py config {name} --write"
+    try:
+        layers = _LAYERS[name](client, around.environment, around.folder)
+        faults = _codex_faults(client, around.environment) if name == "codex" else []
+    except ConfigError as error:
+        return [Check(name, "configuration", False, str(error), f"mend {error.where}")]
+    top = next((layer for layer in layers if layer.url), None)
+    checks = [Check(name, "configuration", False, fault, write, name) for fault in faults]
+    if top is None:
+        return checks or [Check(name, "configuration", None, "it is not pointed at a gateway", write)]
+    trouble = _url_trouble(top.url, client, around)
+    hidden = next((layer for layer in layers[layers.index(top) + 1:] if layer.url and not _url_trouble(layer.url, client, around)), None) if trouble else None
+    if hidden is not None:
+        checks.append(Check(name, "address", False, f"{top.url} of {top.where} hides {hidden.url} of {hidden.where}", f"take the address out of {top.where}"))
+    elif trouble:
+        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", f"take it out of {top.where}, then: {write}" if top.where == _ENVIRONMENT else write, name))
+    else:
+        checks.append(Check(name, "address", True, f"{top.url} of {top.where}"))
+        checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around, write))
+    return checks
+
+
+def root_of(url: str) -> str:
+    """The address of a server without the path that a client's base URL has. Raises ValueError."""
+    scheme, host, port, _ = split_url(url)
+    if scheme not in ("http", "https") or not host:
+        raise ValueError("no address")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _url_trouble(url: str, client: ClientSetup, around: Surroundings) -> str:
+    """What is wrong with the base URL of a client, "" when nothing is. No other machine than the gateway's is asked."""
+    try:
+        scheme, host, port, path = split_url(url)
+        root, own = root_of(url), root_of(around.address)
+    except ValueError:
+        return "is no address"
+    same = root == own or is_loopback(host) and is_loopback(split_url(own)[1]) and (scheme, port) == (split_url(own)[0], split_url(own)[2])
+    if not same and not is_loopback(host):
+        return f"is not this gateway, which is at {own}"
+    if not same:
+        answer = ask_gateway(root, "GET", "/health", timeout_s=2.0)
+        if not answer.status:
+            return f"is a port where nothing listens; this gateway's is {split_url(own)[2]}"
+        if answer.json.get("service") != "aicarousel":
+            return f"is some other server; this gateway is at {own}"
+    path = path.rstrip("/")
+    if client.format == "messages":
+        return "" if path in ("", "/api/anthropic") else "must end at the port: the client adds /v1/messages itself"
+    return "" if path.endswith("/v1") else "lacks /v1 at its end"
+
+
+def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings, write: str) -> Check:
+    """The gateway key that a client shows."""
+    if around.settings.no_auth:
+        return Check(name, "key", True, "none is asked for (--no-auth)")
+    if holder is None:
+        return Check(name, "key", False, "it has none", write, name)
+    answer = ask_gateway(root_of(top.url), "GET", "/health?deep=1", key=holder.key, timeout_s=2.0)
+    try:
+        row = find_key(around.database, holder.key)
+    except ConfigError as error:
+        return Check(name, "key", None, f"it cannot be looked up: {error}")
+    where = f"that of {holder.where}"
+    if answer.status == 200 or holder.key in around.settings.api_keys:
+        return Check(name, "key", True, f"{where} is taken" + (f" (id {row.id}, {row.name})" if row else ""))
+    if row is None:
+        told = "is a provider's key, not a gateway key" if _NEVER_A_GATEWAY_KEY.match(holder.key) else "is unknown here: a key of another gateway, or deleted"
+    elif not row.active:
+        told = f"was revoked (id {row.id}, {row.name})"
+    elif row.expires_at is not None and row.expires_at <= time.time():
+        told = f"has expired (id {row.id}, {row.name})"
+    elif answer.status:
+        return Check(name, "key", False, f"{where} is good here, and the server at {top.url} refuses it: it runs with another home", "start the server with this --home")
+    else:
+        return Check(name, "key", True, f"{where} is good (id {row.id}, {row.name})")
+    return Check(name, "key", False, f"{where} {told}", f"take it out of {holder.where}, then: {write}" if holder.where == _ENVIRONMENT else write, name)
+
+
+def examine_home(home: Home, address: str) -> list[Check]:
+    """Files and their modes, configuration, database, authorities, clock, server; no provider is asked."""
+    checks = [_examine_modes(home)]
+    try:
+        config = read_config(home, {})
+        active = ", ".join(f"{provider.name} ({len(provider.credentials)})" for provider in config.active)
+        checks.append(Check("home", "configuration", True, str(home.models_path) if home.models_path.exists() else "no models.json: the built-in providers"))
+        checks += [Check("home", "configuration", None, warning) for warning in config.warnings]
+        checks.append(Check("home", "providers", bool(active) or None, active or "none takes part: no key was found", "" if active else f"put a provider's key into {home.env_path}"))
+    except ConfigError as error:
+        checks.append(Check("home", "configuration", False, str(error), f"mend {error.where}; a running server keeps the last good configuration meanwhile"))
+    checks.append(_examine_database(home.database_path))
+    n_roots = make_client_context().cert_store_stats()["x509_ca"]
+    named = os.environ.get("SSL_CERT_FILE")
+    checks.append(Check("home", "TLS authorities", n_roots > 0, f"{n_roots} are trusted", "" if n_roots else f"SSL_CERT_FILE names {named}, which holds none" if named else "python -m pip install certifi"))
+    answer = ask_gateway(address, "GET", "/health", timeout_s=2.0)
+    if answer.json.get("service") == "aicarousel":
+        checks += [Check("server", "running", True, f"{address}, version {answer.json.get('version')}"), *_judge_clock("server", answer.headers)]
+    else:
+        checks.append(Check("server", "running", None if not answer.status else False, f"nothing answers at {address}" if not answer.status else f"what answers at {address} is no gateway",
+                            "python aicarousel.py serve" if not answer.status else "another port: python aicarousel.py serve --port N, or PORT in .env"))
+    return checks
+
+
+def _judge_clock(subject: str, headers: Mapping[str, str]) -> list[Check]:
+    """This machine's clock against the date of an answer."""
+    try:
+        off_s = time.time() - email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
+    except (ValueError, TypeError):
+        return []
+    wrong = abs(off_s) > _CLOCK_OFF_S
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the date of {subject}" if wrong else f"agrees with {subject}"
+    return [Check("home", "clock", not wrong, told, "set the clock (timedatectl set-ntp true): times of limits and keys go wrong" if wrong else "")]
+
+
+def _examine_modes(home: Home) -> Check:
+    """Whether only the owner may read the secrets and change anything."""
+    wrong = []
+    for path, bits in ((home.folder, 0o022), (home.data, 0o022), (home.env_path, 0o077), (home.models_path, 0o022), (home.database_path, 0o077)):
+        with contextlib.suppress(OSError):
+            mode = path.stat().st_mode & 0o777
+            if mode & bits:
+                wrong.append((path, mode, mode & ~bits))
+    told = ", ".join(f"{path} is open to others ({mode:03o})" for path, mode, _ in wrong)
+    return Check("home", "permissions", not wrong, told or f"{home.folder} is closed to others", " && ".join(f"chmod {mode:03o} {path}" for path, _, mode in wrong))
+
+
+def _examine_database(path: Path) -> Check:
+    """Whether the database can be read and is sound."""
+    if not path.exists():
+        return Check("home", "database", None, "none yet", "python aicarousel.py serve makes it")
+    try:
+        counts = totals(path)
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if sound == "ok":
+                return Check("home", "database", True, f"{path}, {counts['requests']} requests")
+            raise ConfigError(str(path), sound, "a sound database")
+    except (ConfigError, sqlite3.Error) as error:
+        return Check("home", "database", False, str(error), f"stop the server, move {path} away and put the newest aicarousel-backup-*.db in its place")
+
+
+def hear(stage: Stage, name: str) -> Check:
+    """The dialogue of one format on a stage, to its end or to what fails."""
+    speaker, speak = _DIALOGUES[name]
+    step = ""
+    try:
+        for n_steps, step in enumerate(speak(stage), 1):
+            pass
+        return Check("dialogue", speaker, True, f"{n_steps} steps")
+    except (Mismatch, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return Check("dialogue", speaker, False, f"{step}: {error}" if isinstance(error, Mismatch) else f"{step}: an answer of another shape ({type(error).__name__} {error})",
+                     "this is a mistake of AICarousel: please report it with these lines")
+
+
+_LIVE_BODIES: Mapping[str, Json] = {
+    "chat": {"max_tokens": 16, "messages": [{"role": "user", "content": "Say ok."}]}, "messages": {"max_tokens": 16, "messages": [{"role": "user", "content": "Say ok."}]},
+    "responses": {"max_output_tokens": 16, "input": "Say ok."}}
+
+
+def ask_live(name: str, around: Surroundings) -> Check:
+    """One short answer of the real chain, asked as this client is configured to."""
+    client = CLIENTS[name]
+    layers = _LAYERS[name](client, around.environment, around.folder)
+    url, key = (next((getattr(layer, part) for layer in layers if getattr(layer, part)), "") for part in ("url", "key"))
+    reply = ask_gateway(root_of(url), "POST", FORMATS[client.format].path, {"model": "aicarousel", **_LIVE_BODIES[client.format]}, key=key, timeout_s=90.0)
+    told = " ".join(f"{part}={value}" for part in ("provider", "model", "attempts") if (value := reply.headers.get(f"x-aicarousel-{part}")))
+    if reply.status == 200:
+        return Check(name, "live", True, told)
+    message = _dig(reply.json, "error", "message") or reply.body.decode("utf-8", "replace")
+    return Check(name, "live", False, redact(f"{reply.status} {message}")[:300], "python aicarousel.py explain --last" if reply.status else "python aicarousel.py serve")
+
+
+def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[Change], GatewayKey | None]:
+    """Put address and key into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
+
+    The changes that were made, none where all was there already; and the key that was made.
+    """
+    client, row = CLIENTS[name], None
+    key = key or known_key(client, os.environ, home.database_path)
+    plan_changes(client, os.environ, url, key or NEW_KEY)      # what cannot be written is refused before a key is made for it
+    if not key:
+        key, row = create_key(home.database_path, name)
+    changes = plan_changes(client, os.environ, url, key)
+    if changes:
+        write_changes(name, changes, home.data / "clients", row.id if row else None)
+    return changes, row
+
+
+def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check], None], *, fix: bool, live: bool) -> None:
+    """Tell of everything there is to look at; fix: write the files of clients that are wrong; live: ask the real providers, as cheaply as can be."""
+    for check in examine_home(home, address):
+        tell(check)
+    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd())
+    good = []
+    for name in _LAYERS:
+        if not is_installed(CLIENTS[name], os.environ):
+            continue
+        checks = examine_client(name, around)
+        if fix and any(check.writes and check.ok is False for check in checks):
+            try:
+                changes, _ = write_client(name, home, address)
+                tell(Check(name, "fix", None, "wrote " + (", ".join(str(change.path) for change in changes) or "nothing: its files are as they should be"), f"python aicarousel.py config {name} --undo takes it back"))
+                checks = examine_client(name, around)
+            except ConfigError as error:
+                tell(Check(name, "fix", False, str(error)))
+        for check in checks:
+            tell(check)
+        if all(check.ok for check in checks):
+            good.append(name)
+    if h11 is None:
+        tell(Check("dialogue", "h11", False, "the package h11 is not installed", "python -m pip install 'h11>=0.16'"))
+    else:
+        on_stage(lambda stage: [tell(hear(stage, name)) for name in _DIALOGUES])
+    if live:
+        examine_live(home, settings, tell)
+        for name in good:
+            tell(ask_live(name, around))
+
+
+def examine_live(home: Home, settings: Settings, tell: Callable[[Check], None]) -> None:
+    """Each provider key by its provider's own cheapest call, and the clock by the date of a provider's answer."""
+    try:
+        active = read_config(home, {}).active
+    except ConfigError:
+        return                          # told before
+    for row in try_keys(active, settings):
+        ok = {"good": True, "unsure": None}.get(row["state"], False)
+        tell(Check("provider", f"key {row['key']}", ok, row["words"], "" if ok else f"python aicarousel.py login {row['key'].partition('/')[0]}"))
+    for provider in active:
+        with contextlib.suppress(UpstreamFailure):
+            _, headers, _ = run_asking(lambda transport: ask_provider(transport, provider, provider.credentials[0], settings, "GET", "/models"), f"asking {provider.name}")
+            for check in _judge_clock(provider.name, dict(headers)):
+                tell(check)
+            return
+
+
+# Selftest: what the gateway promises, shown.
+
+def _chat_body(*models: str, **more: Any) -> Json:
+    return {"models": [f"{name}/m" for name in models], "stream": True, "messages": [{"role": "user", "content": "Hi"}], **more}
+
+
+def _text_of_chat(reply: Reply) -> str:
+    return "".join(choice["delta"].get("content") or "" for event in reply.events if isinstance(event, dict) for choice in event.get("choices") or ())
+
+
+def _show_failover(stage: Stage) -> str:
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
+    _want(_text_of_chat(reply) == "All well." and reply.headers.get("x-aicarousel-provider") == "well", "the answer of the fourth provider", reply.body.decode())
+    again = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
+    asked = [len(stage.cast.requests[name]) for name in ("limited", "down", "empty")]
+    _want(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
+    return f"429, 500 and an empty answer passed over in {reply.headers['x-aicarousel-attempts']} attempts, then left alone"
+
+
+def _show_held_calls(stage: Stage) -> str:
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("half-call", "tools", tools=[_CHAT_TOOL]))
+    calls = [call for event in reply.events[:-1] for choice in event["choices"] for call in choice["delta"].get("tool_calls") or []]
+    _want(len(stage.cast.requests["half-call"]) == 1 and "".join(call["function"].get("arguments") or "" for call in calls) == '{"path": "a.txt"}', "one whole call", calls)
+    return "a call that broke off was made again by the next provider, unseen"
+
+
+def _show_broken_streams(stage: Stage) -> str:
+    asked = {"messages": {"max_tokens": 99, "messages": [{"role": "user", "content": "Hi"}]}, "responses": {"input": "Hi"}, "chat": {"messages": [{"role": "user", "content": "Hi"}]}}
+    ends = {"messages": (b"event: error", b"message_stop"), "responses": (b"response.failed", b"response.completed"), "chat": (b'"error"', b"[DONE]")}
+    for name, body in asked.items():
+        reply = stage.ask("POST", FORMATS[name].path, {**body, "model": f"half-{name}/m", "stream": True})     # type: ignore[index]
+        error, end = ends[name]
+        _want(b"this" in reply.body and error in reply.body and end not in reply.body, f"text, then the error event of {name}, and no proper end", reply.body.decode()[-300:])
+    return "text that breaks off ends in the error event of each format, never as if whole"
+
+
+def _show_cancel(stage: Stage) -> str:
+    stage.cast.left.clear()
+    stage.leave("/v1/chat/completions", _chat_body("slow"))
+    began = time.monotonic()
+    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+    return f"the provider was let go {1000 * (time.monotonic() - began):.0f} ms after the client left"
+
+
+def _show_limits(stage: Stage) -> str:
+    key, _ = create_key(stage.database, "limited", limits={"rpm": 1})
+    first, second = (stage.ask("POST", "/v1/chat/completions", _chat_body("well"), key=key) for _ in range(2))
+    _want(first.status == 200 and second.status == 429 and second.headers.get("retry-after", "").isdigit(), "200, then 429 with retry-after", second.json)
+    return f"the second request of a key with 1 a minute: 429, retry-after {second.headers['retry-after']}"
+
+
+def _show_errors(stage: Stage) -> str:
+    for name in FORMAT_NAMES:
+        path = FORMATS[name].path      # type: ignore[index]
+        body = {"model": "refusing/m", "max_tokens": 9, "temperature": 9, "messages": [{"role": "user", "content": "Hi"}]} if name != "responses" else {"model": "refusing/m", "input": "Hi"}
+        for wanted, reply in ((401, stage.ask("POST", path, body, key="")), (400, stage.ask("POST", path, {})), (400, stage.ask("POST", path, body))):
+            told = reply.json
+            envelope = told.get("type") == "error" and {"type", "message"} <= set(told["error"]) if name == "messages" else {"message", "type", "param", "code"} <= set(told.get("error") or {})
+            _want(reply.status == wanted and envelope, f"{wanted} in the envelope of {name}", reply.body.decode())
+    return "401 and 400 in the envelope of each format, a provider's refusal in its own words"
+
+
+_SCENES: Mapping[str, Callable[[Stage], str]] = {
+    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
+
+
+def selftest(tell: Callable[[Check], None]) -> None:
+    """Show every promise on a stage, each row told as it is known."""
+    def play(stage: Stage) -> None:
+        for name, show in _SCENES.items():
+            try:
+                tell(Check("selftest", name, True, show(stage)))
+            except (Mismatch, ValueError, KeyError, IndexError, TypeError) as error:
+                tell(Check("selftest", name, False, str(error)))
+    on_stage(play)
+
+
+##############################################################################
 # 25. Bundle                                                I/O | uses 1-2, 23
 ##############################################################################
 # The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
@@ -17841,7 +20067,7 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 26. Set-up                                                I/O | uses 1-4, 17, 23
+# 26. Set-up                                                I/O | uses 1-4, 17, 23-24
 ##############################################################################
 # The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
 # Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
@@ -18005,7 +20231,7 @@ def _take_keys(home: Home, prompt: str) -> None:
         prompt = "One more key (Enter: that is all)"
 
 
-def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+def _go_step_by_step(home: Home) -> None:
     """From nothing to what `serve` needs: a provider's key, and a key for clients."""
     free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
     print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
@@ -18017,7 +20243,8 @@ def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> No
     n_keys = sum(key.active for key in list_keys(home.database_path))
     key = "" if n_keys else create_key(home.database_path, "first")[0]
     print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
-    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "Claude Code, in another terminal:", "  python aicarousel.py run -- claude",
+          f"Other clients: address {own_address(config.settings)}, model aicarousel, the key; `config NAME` tells each one's settings.", sep="\n")
 
 
 def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
@@ -18035,20 +20262,20 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
             return
 
 
-def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
     """The dialogue; its exit status.
 
-    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    run: does a plain command, printing what comes of it; its exit status.
     """
     try:
         print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
         if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
-            _go_step_by_step(home, recipes)
+            _go_step_by_step(home)
             print("", "`setup` shows all that can be set from now on.", sep="\n")
             return 0
         while (choice := _choose(_TOP)) not in (None, "q"):
             if choice in ("1", "6"):
-                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                _go_step_by_step(home) if choice == "1" else run(["status"])
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
@@ -18060,7 +20287,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8-9, 14-23, 25-26
+# 27. Command line                                          I/O | uses 1-5, 8-9, 14-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -18070,8 +20297,9 @@ _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
 _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
 _LOG_BATCH_S = 0.1
+_OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
-_STOP_S = 120.0
+_STOPPING_S = 120.0
 _PATIENT_S = 1.0
 
 
@@ -18091,7 +20319,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     seen = _stamps_of(home)             # before they are read: an edit from here on is noticed
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
-    logging.getLogger("aicarousel").setLevel(config.settings.log_level.upper())
+    _fit_log(config)
     open_database(home.database_path).close()
     keys = KeyRing(home.database_path, config.settings.api_keys)
     _check_exposure(config, keys)
@@ -18102,10 +20330,10 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     gateway = Gateway(config, keys, usage, world)
     gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
-    server = Server(gateway, world)
+    server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
     port = sockets[0].getsockname()[1]
-    wanted = _handle_signals(stop)
+    wanted = _handle_signals(stop, server)
     _announce(home, gateway, port, new_key)
     if ready is not None:
         ready(gateway, port)
@@ -18173,8 +20401,8 @@ def find_servers(home: Home) -> list[Json]:
 
 def _trim_memory() -> None:
     """Give back what compiling this file has left free, some 12 MB, where the C library can."""
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):      # also where there is no descriptor left to load it with
+        import ctypes
         ctypes.CDLL(None).mallopt(-8, 1)
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -18269,11 +20497,34 @@ def client_recipes(address: str, key: str) -> list[str]:
     ]
 
 
-def _handle_signals(stop: asyncio.Event) -> asyncio.Event:
-    """SIGTERM and SIGINT stop; SIGHUP sets the event that is returned, which asks for a reload."""
+def _fitting_connections(most: int) -> int:
+    """How many clients there are descriptors for, two each as one may be needed toward a provider; the limit of open files is raised for `most` of them, as far as it may be."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * most + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (ImportError, OSError, ValueError):      # a system without such limits, or one that forbids to change them
+        return 1 << 20
+    fitting = 1 << 20 if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_FILES) // 2)
+    if fitting < most:
+        logging.getLogger("aicarousel.server").warning("connections are limited to %d, as no more than %d files may be open", fitting, soft)
+    return fitting
+
+
+def _handle_signals(stop: asyncio.Event, server: Server) -> asyncio.Event:
+    """SIGTERM and SIGINT stop, the second time without waiting for answers under way; SIGHUP sets the event that is returned, which asks for a reload."""
     loop, wanted = asyncio.get_running_loop(), asyncio.Event()
+
+    def halt() -> None:
+        if stop.is_set():
+            server.hasten()
+        stop.set()
+
     if threading.current_thread() is threading.main_thread():
-        for name, action in (("SIGTERM", stop.set), ("SIGINT", stop.set), ("SIGHUP", wanted.set)):
+        for name, action in (("SIGTERM", halt), ("SIGINT", halt), ("SIGHUP", wanted.set)):
             loop.add_signal_handler(getattr(signal, name), action)
     return wanted
 
@@ -18290,7 +20541,9 @@ async def _watch(home: Home, flags: Mapping[str, Any], gateway: Gateway, stop: a
             seen = stamps
             wanted.clear()
             try:
-                gateway.reconfigure(await asyncio.to_thread(read_config, home, flags))       # a cmd: reference takes its time
+                config = await asyncio.to_thread(read_config, home, flags)          # a cmd: reference takes its time
+                _fit_log(config)
+                gateway.reconfigure(config)
                 log.info("reloaded providers=%s", ",".join(provider.name for provider in gateway.config.active) or "none")
                 for warning in gateway.config.warnings:
                     log.warning("%s", log_text(warning))
@@ -18338,6 +20591,7 @@ class _QueueLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.secrets: frozenset[str] = frozenset()      #: what no line may hold; what looks like a secret is left out besides
         self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -18362,19 +20616,30 @@ class _QueueLog(logging.Handler):
             while not self._records.empty():
                 batch.append(self._records.get())
             going = None not in batch
-            text = "".join(self.format(record) + "\n" for record in batch if record is not None)
+            text = redact_known("".join(self.format(record) + "\n" for record in batch if record is not None), self.secrets)
+            if any(record is not None and record.levelno != logging.INFO for record in batch):      # others may quote; a line about a request has names, and log_text saw to them
+                text = redact(text)
             with contextlib.suppress(OSError, ValueError):      # stderr is gone or full: the log is not worth a failure
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
 
+def _fit_log(config: Config) -> None:
+    """Log at the level of `config`, without its secrets; those of configurations before stay out, as requests may still be under way with them."""
+    log = logging.getLogger("aicarousel")
+    log.setLevel(config.settings.log_level.upper())
+    for handler in log.handlers:
+        if isinstance(handler, _QueueLog):
+            handler.secrets |= config.secrets
+
+
 def set_up_logging() -> None:
-    """Log lines of this program to stderr, through a thread; `serve` sets the level it is configured for."""
+    """Log lines of this program and of asyncio to stderr, through a thread; `serve` sets the level it is configured for, and what may not be shown."""
     handler = _QueueLog()
     handler.setFormatter(_LineFormatter())
-    root = logging.getLogger("aicarousel")
-    root.handlers[:] = [handler]
-    root.propagate = False
+    for name in ("aicarousel", "asyncio"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).propagate = False
     # The stack walk, thread and process of a record are never shown here: Logging HOWTO, "Optimization".
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
@@ -18583,7 +20848,7 @@ def _setup_command(arguments: Any) -> int:
         except SystemExit:
             return 2                    # argparse has said why
 
-    return run_setup(find_home(arguments.home), run, client_recipes)
+    return run_setup(find_home(arguments.home), run)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -18592,10 +20857,10 @@ def _stats_command(arguments: Any) -> int:
     stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
                        heatmap=arguments.heatmap)
     if arguments.json:
-        print(json.dumps(stats, indent=1))
+        print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(map(printable, [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])))
+    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
     return 0
 
 
@@ -18759,7 +21024,7 @@ def _stop_command(arguments: Any) -> int:
     began_at, told = time.monotonic(), False
     while find_servers(home):
         waited_s = time.monotonic() - began_at
-        if waited_s > _STOP_S:
+        if waited_s > _STOPPING_S:
             raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
         if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
             told = True
@@ -18769,6 +21034,8 @@ def _stop_command(arguments: Any) -> int:
 
 
 def _config_command(arguments: Any) -> int:
+    if arguments.action != "show":
+        return _client_command(arguments)
     config = read_config(find_home(arguments.home), _flags_of(arguments))
     rows = describe_config(config)
     if arguments.json:
@@ -18777,6 +21044,111 @@ def _config_command(arguments: Any) -> int:
     for name, value, origin in rows:
         print(f"{name} = {json.dumps(value, ensure_ascii=False)}" + (f"    # {origin}" if arguments.origin else ""))
     return 0
+
+
+def _client_command(arguments: Any) -> int:
+    """What to set in a client; or to write that, to show what would be written, or to take it back."""
+    name, home = arguments.action, find_home(arguments.home)
+    changing = arguments.write or arguments.dry_run or arguments.undo
+    if name == "systemd" or (changing and not CLIENTS[name].files):
+        if changing:
+            raise ConfigError(f"config {name}", "nothing that could be written", f"what python aicarousel.py config {name} prints, put where it belongs")
+        unit = systemd_unit([*own_command(), "serve", *(["--home", str(home.folder)] if arguments.home else [])])
+        print(json.dumps({"client": name, "files": [{"path": "~/.config/systemd/user/aicarousel.service", "content": unit}]}, indent=1) if arguments.json else unit)
+        return 0
+    if arguments.undo:
+        paths, keys = undo_changes(name, home.data / "clients")
+        for key_id in keys:
+            revoke_key(home.database_path, key_id)
+        print(json.dumps({"client": name, "restored": paths, "revoked": keys}) if arguments.json else
+              "\n".join([f"{path} is as it was" for path in paths] + [f"gateway key {key_id}, made for it, is revoked" for key_id in keys]))
+        return 0
+    url = _address_of(arguments, home)
+    if arguments.dry_run:
+        key = arguments.key or known_key(CLIENTS[name], os.environ, home.database_path) or NEW_KEY
+        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key))
+        print(json.dumps({"client": name, "diff": diff}) if arguments.json else diff or "nothing would change", end="" if diff and not arguments.json else "\n")
+        return 0
+    if arguments.write:
+        changes, row = write_client(name, home, url, arguments.key or "")
+        told = {"client": name, "written": [str(change.path) for change in changes], "key": {"id": row.id, "name": row.name} if row else None}
+        lines = [f"wrote {change.path}" for change in changes] + ([f"made gateway key {row.id}, named {row.name}, for it"] if row else [])
+        print(json.dumps(told) if arguments.json else "\n".join([*(lines or ["all of it is there already"]), f"then: {CLIENTS[name].then}", f"back: python aicarousel.py config {name} --undo"]))
+        return 0
+    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY)
+    if arguments.json:
+        print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
+        return 0
+    print("\n\n".join((f"# {path}\n" if path else "") + text for path, text in places))
+    print(f"# then: {CLIENTS[name].then}\n# --write puts this in, with a gateway key made for it; --undo takes it back" if CLIENTS[name].files else f"# a key: python aicarousel.py key create {name}", file=sys.stderr)
+    return 0
+
+
+def _address_of(arguments: Any, home: Home) -> str:
+    """The address of --server, without a path, else of this home's gateway. Raises ConfigError."""
+    if not arguments.server:
+        return own_address(read_config(home, {}).settings)
+    try:
+        return root_of(arguments.server)
+    except ValueError as error:
+        raise ConfigError("--server", ascii(arguments.server)[:200], "the address of a gateway, such as http://127.0.0.1:7123") from error
+
+
+def _run_command(arguments: Any) -> int:
+    """A client with its environment set, before a gateway that runs or is started for it, with a key that is gone afterwards."""
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    if not words:
+        raise ConfigError("run", "nothing to run", "a client and its arguments, such as: run -- claude")
+    home = find_home(arguments.home)
+    settings = read_config(home, {}).settings
+    key, row = create_key(home.database_path, f"run {Path(words[0]).stem}", limits={"expires_at": int(time.time()) + RUN_KEY_S})
+    try:
+        with gateway_for(own_address(settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
+            return launch(words, address, key)
+    finally:
+        delete_key(home.database_path, row.id)
+
+
+def _doctor_command(arguments: Any) -> int:
+    home = find_home(arguments.home)
+    try:
+        settings = read_config(home, {}).settings
+    except ConfigError:
+        settings = Settings()           # what is wrong is the first thing that is told
+    checks = _Teller(arguments.json)
+    doctor(home, settings, _address_of(arguments, home) if arguments.server else own_address(settings), checks, fix=arguments.fix, live=arguments.live)
+    return checks.end()
+
+
+def _selftest_command(arguments: Any) -> int:
+    trouble = _h11_trouble()
+    if trouble:
+        print(trouble, file=sys.stderr)
+        return 2
+    checks = _Teller(arguments.json)
+    selftest(checks)
+    return checks.end()
+
+
+class _Teller:
+    """Prints each check as it comes, or all of them as JSON at the end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json, self._checks = as_json, []
+
+    def __call__(self, check: Check) -> None:
+        self._checks.append(check)
+        if not self._as_json:
+            print(check.line(), flush=True)
+
+    def end(self) -> int:
+        """The exit status."""
+        failed = [check for check in self._checks if check.ok is False]
+        if self._as_json:
+            print(json.dumps({"ok": not failed, "checks": [{name: value for name, value in check._asdict().items() if name != "writes"} for check in self._checks]}, indent=1))
+        else:
+            print(f"{len(failed)} of {len(self._checks)} failed" if failed else "all is well")
+        return 1 if failed else 0
 
 
 def describe_config(config: Config) -> list[tuple[str, Any, str]]:
@@ -18935,6 +21307,9 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "call": _call_command,
     "db": _database_command,
     "config": _config_command,
+    "run": _run_command,
+    "doctor": _doctor_command,
+    "selftest": _selftest_command,
     "bundle": _bundle_command,
     "version": _version_command,
 }
@@ -19029,6 +21404,26 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
         "route", help="a route's id, a provider's name, or a glob over them")
 
 
+def _add_client_parsers(commands: Any, actions: Any, common: Any, as_json: Any) -> None:
+    """What points clients at the gateway, starts them and looks them over."""
+    first, *others = CLIENTS
+    told = actions.add_parser(first, aliases=[*others, "systemd"], parents=[common, as_json], help="what to set in a client (or the unit of a service): " + ", ".join((first, *others, "systemd")))
+    how = told.add_mutually_exclusive_group()
+    how.add_argument("--write", action="store_true", help="put it into the client's own files, all else there as it was")
+    how.add_argument("--dry-run", action="store_true", help="show what --write would change")
+    how.add_argument("--undo", action="store_true", help="put back what was there before --write")
+    told.add_argument("--key", help="the gateway key to set (default: the good one that is there, else a new one)")
+    told.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    ran = commands.add_parser("run", parents=[common], help="run a client against the gateway, for this once: run -- claude")
+    import argparse
+    ran.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the client and its arguments")
+    looked = commands.add_parser("doctor", parents=[common, as_json], help="look over home, server and clients, and say what to mend")
+    looked.add_argument("--fix", action="store_true", help="write the configuration of clients that are wrong")
+    looked.add_argument("--live", action="store_true", help="also ask the real providers, as cheaply as can be")
+    looked.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    commands.add_parser("selftest", parents=[as_json], help="show what the gateway does when providers fail, with built-in ones")
+
+
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
@@ -19084,6 +21479,7 @@ def make_parser() -> Any:
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
+    _add_client_parsers(commands, actions, common, as_json)
 
     commands.add_parser("bundle", parents=[common, as_json], help="write the copy that needs nothing installed").add_argument(
         "-o", "--output", default="aicarousel.pyz", metavar="FILE", help="where to (default aicarousel.pyz)")

@@ -14,6 +14,8 @@ for folder in (str(HERE), str(HERE.parent)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
+pytest.register_assert_rewrite("faults")
+
 from fakes import Gateway, Provider, Script, ShiftedLoop  # noqa: E402  (after the path is set)
 from house import House, entry  # noqa: E402
 

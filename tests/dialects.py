@@ -17,6 +17,11 @@ PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}
 
 
+def without_found(deltas: list[Json]) -> list[Json]:
+    """Hub deltas without the provider's own error object, which is there to be judged."""
+    return [{name: value for name, value in delta.items() if name != "found"} for delta in deltas]
+
+
 def ask(client: str, model: str, text: str = "Add one and two.", **fields: Any) -> Json:
     """A streamed request with one tool, `add`, as a client of that format sends it."""
     user = {"role": "user", "content": text}

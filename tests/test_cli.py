@@ -109,6 +109,11 @@ ASKED_WRONGLY = [
     (["db", "drop"], "invalid choice"),
     (["config"], "ACTION"),
     (["config", "show", "--all"], "unrecognized arguments"),
+    (["config", "cursor"], "invalid choice"),
+    (["config", "codex", "--write", "--undo"], "not allowed with"),
+    (["config", "codex", "--dry-run", "--write"], "not allowed with"),
+    (["doctor", "everything"], "unrecognized arguments"),
+    (["selftest", "--live"], "unrecognized arguments"),
 ]
 
 
@@ -181,7 +186,8 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
 
 
 COMMANDS = ["setup", "stop", "info", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
-            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set"]
+            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
+            "run", "doctor", "selftest"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -729,7 +735,7 @@ def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.
     killed: list[Any] = []
     monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
     monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
-    monkeypatch.setattr(aicarousel, "_STOP_S", 0.1)
+    monkeypatch.setattr(aicarousel, "_STOPPING_S", 0.1)
     monkeypatch.setattr(aicarousel, "_PATIENT_S", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]

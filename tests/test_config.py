@@ -1,4 +1,5 @@
 """Section 4: models.json, variables and flags become one Config, or one complaint that says where, found, expected."""
+import base64
 import json
 import re
 
@@ -214,6 +215,7 @@ REFUSED = [
     ({**SEED, "carousel": {"unknownModel": "404"}}, "carousel.unknownModel", 'string "404"', "one of: carousel, reject"),
     ({**SEED, "carousel": {"contentFallback": 1}}, "carousel.contentFallback", "number 1", "true or false"),
     ({**SEED, "carousel": {"echoModel": "yes"}}, "carousel.echoModel", 'string "yes"', "true or false"),
+    ({**SEED, "carousel": {"resume": "on"}}, "carousel.resume", 'string "on"', "one of: off, safe, force"),
     ({**SEED, "carousel": {"limits": 5}}, "carousel.limits", "number 5", "an object"),
     ({**SEED, "carousel": {"limits": {"drian": 5}}}, "carousel.limits.drian", "unknown", 'did you mean "drain"?'),
     ({**SEED, "carousel": {"limits": {"client_idle_s": 5}}}, "carousel.limits.client_idle_s", "unknown", 'did you mean "clientIdle"?'),
@@ -443,7 +445,14 @@ def test_nothing_secret_stands_in_the_representation():
 def test_passwords_of_proxies_and_telling_headers_are_known_as_secrets():
     config = load(entry(proxy="http://u:pass%40word@h:1", headers={"X-Title": "plain-title", "X-Auth-Thing": "header-secret"}),
                   {"http_proxy": "http://u:other-password@h:1"})
-    assert config.secrets == {"pass@word", "header-secret", "other-password"}
+    assert config.secrets == {"pass@word", "header-secret", "other-password", *(base64.b64encode(login).decode() for login in (b"u:pass@word", b"u:other-password"))}
+
+
+def test_what_else_is_known_as_a_secret() -> None:
+    """Opaque header values under any name, and what .env calls a secret, used or not."""
+    config = aicarousel.load_config(json.dumps(entry(headers={"X-Title": "a-plain-title-in-4-words", "X-Org": "9f8e7d6c5b4a39281706f5e4d", "Referer": "https://example.test/a1b2c3d4e5"})),
+                                    models_path="models.json", environment={}, dotenv={"SOME_PASSWORD": "hunter2hunter2", "OTHER_TOKEN": "short", "PLAIN": "not-a-secret-at-all"}, flags={})
+    assert config.secrets == {"9f8e7d6c5b4a39281706f5e4d", "hunter2hunter2"}
 
 
 # Addresses.

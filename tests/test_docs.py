@@ -146,14 +146,19 @@ def test_the_models_json_of_readme_and_the_one_that_comes_along_load() -> None:
     assert json.loads(texts[1]) == json.loads(json.dumps(dict(aicarousel.DEFAULT_MODELS)))
 
 
-def test_json_and_toml_blocks_are_whole() -> None:
-    import tomllib
+def test_json_blocks_are_whole() -> None:
     for kind, block in BLOCKS:
         assert kind in ("sh", "json", "toml", "yaml", "text"), kind
         if kind == "json":
             assert json.loads(block)
-        if kind == "toml":
-            assert tomllib.loads(block)["model_providers"]["aicarousel"]["wire_api"] == "responses"
+
+
+@pytest.mark.parametrize("name", [*aicarousel.CLIENTS])
+def test_what_config_prints_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for variable, value in (("HOME", str(tmp_path)), ("AICAROUSEL_HOME", str(tmp_path)), ("PORT", "7123"), *((file.variable, "") for client in aicarousel.CLIENTS.values() for file in client.files if file.variable)):
+        monkeypatch.setenv(variable, value)
+    assert aicarousel.main(["config", name]) == 0
+    assert ("text", capsys.readouterr().out) in BLOCKS
 
 
 def test_the_banner_says_the_same_as_readme() -> None:
@@ -218,6 +223,11 @@ def test_timeouts_and_defaults_are_those_of_the_module() -> None:
     carousel = aicarousel.Carousel()
     assert f"one request ({carousel.max_attempts})" in text and f"route is out ({carousel.max_wait_s:g})" in text
     assert f"silent for {carousel.limits.keep_alive_first_s} seconds" in README and f"every {carousel.limits.keep_alive_s:g} seconds" in README
+
+
+def test_providers_that_write_on_are_told() -> None:
+    [names] = re.findall(r"Some providers can write on from exactly where an answer ends: (.*?), and anthropic's", README, re.S)
+    assert set(re.findall(r"\w+", names)) == {name for name, profile in aicarousel.PROFILES.items() if profile.continues}
 
 
 def test_every_limit_stands_in_readme_as_the_module_has_it() -> None:
@@ -343,7 +353,7 @@ def words_wanted(group: str, name: str) -> list[str]:
     return raised.value.expected.partition("one of: ")[2].split(", ")
 
 
-@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel"))])
+@pytest.mark.parametrize("group,name", [("provider", "format"), *(("carousel", name) for name in ("strategy", "affinity", "fallback", "toolStream", "unknownModel", "resume"))])
 def test_words_of_a_field_are_told(group: str, name: str) -> None:
     [row] = [line for line in chapter("models.json").splitlines() if line.startswith(f"| `{name}` |")]
     assert set(words_wanted(group, name)) <= set(re.findall(r"`([a-z-]+)`", row))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 import aicarousel
 from fakes import FAKE_KEY, ROLE, Pause, Provider, Reply, answer, chat_body, content, healthy, stream
@@ -98,3 +101,102 @@ def test_what_clients_call_their_models_is_shown_as_one_line_without_secrets(bui
     house.settle()
     [row] = admin(house, "/admin/requests")["last"]
     assert FAKE_KEY not in row["model"] and row["model"].isprintable() and "<b>" in row["model"]
+
+
+# ---------------------------------------------------------------- the API described
+
+def test_the_description_is_of_every_endpoint_and_is_valid(build: Build) -> None:
+    validator = pytest.importorskip("openapi_spec_validator")
+    house = build(a=healthy())
+    reply = house.get("/openapi.json", key="")
+    assert reply.status == 200 and reply.headers["content-type"] == "application/json"
+    validator.validate(reply.json)
+    told = {(method.upper(), path, "admin" if {"admin": []} in call["security"] else "key" if {"key": []} in call["security"] else "open")
+            for path, methods in reply.json["paths"].items() for method, call in methods.items()}
+    there = {(method, f"{path}{{id}}" if path.endswith("/models/") else path, "admin" if row.admin else "key" if row.needs_key else "open")
+             for path, row in aicarousel._ENDPOINTS.items() for method in row.handlers if method != "HEAD"}
+    assert told == there
+
+
+def test_every_sample_can_be_sent_as_it_stands(build: Build) -> None:
+    house = build(a=healthy())
+    key, _ = aicarousel.create_key(house.database, "admin", limits={"admin": True})
+    for path, methods in house.get("/openapi.json", key="").json["paths"].items():
+        for method, call in methods.items():
+            body = call.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+            reply = house.request(method.upper(), path.replace("{id}", "aicarousel"), body, key=key)
+            expected = {("post", "/v1/embeddings"): 404, ("get", "/v1/responses"): 426}.get((method, path), 200)       # no provider here has embeddings
+            assert reply.status == expected, (path, reply.raw)
+
+
+def test_the_docs_page_carries_the_description(build: Build) -> None:
+    house = build(a=healthy())
+    reply = house.get("/docs", headers={"accept": "text/html"}, key="")
+    [written] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', reply.body.decode())
+    assert json.loads(written) == house.get("/openapi.json", key="").json
+    assert "script-src 'sha256-" in reply.headers["content-security-policy"]
+
+
+# ---------------------------------------------------------------- metrics
+
+LINE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\})? (-?[0-9.e+]+|\+Inf)')
+
+
+def metrics(house: House) -> dict[str, float]:
+    """Each sample of /metrics by name and labels; every line is a sample or a comment that announces one."""
+    reply = house.get("/metrics")
+    assert reply.status == 200 and reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    for line in reply.body.decode().splitlines():
+        if line.startswith("# "):
+            _, word, name, rest = line.split(" ", 3)
+            if word == "TYPE":
+                assert name not in kinds
+                kinds[name] = rest
+            continue
+        match = LINE.fullmatch(line)
+        assert match, line
+        assert match[1] in kinds or re.sub("_(bucket|sum|count)$", "", match[1]) in kinds, line
+        assert line.rpartition(" ")[0] not in samples
+        samples[line.rpartition(" ")[0]] = float(match[3])
+    return samples
+
+
+def test_metrics_count_what_happened(build: Build) -> None:
+    house = build(a=SLOW_DOWN, b=healthy(), carousel={"strategy": "priority"})
+    assert house.get("/metrics", key="").status == 401
+    for _ in range(3):
+        assert house.chat("aicarousel").status == 200
+    assert house.post("/v1/messages", {"model": "nobody/knows", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}).status == 200
+    house.settle()
+    rows = house.wait_rows(4)
+    told = metrics(house)
+    assert told['aicarousel_requests_total{format="chat",outcome="ok"}'] == 3 and told['aicarousel_requests_total{format="messages",outcome="ok"}'] == 1
+    assert told['aicarousel_attempts_total{provider="b",result="served"}'] == 4
+    assert sum(value for name, value in told.items() if name.startswith('aicarousel_attempts_total{provider="a"')) == 1
+    assert told['aicarousel_tokens_total{provider="b",kind="input"}'] == sum(row["input"] + row["cached"] + row["cache_write"] for row in rows)
+    assert told['aicarousel_tokens_total{provider="b",kind="output"}'] == sum(row["output"] for row in rows)
+    assert told["aicarousel_request_seconds_count"] == 4 == told['aicarousel_request_seconds_bucket{le="+Inf"}']
+    counts = [value for name, value in told.items() if name.startswith("aicarousel_request_seconds_bucket")]
+    assert counts == sorted(counts)
+    assert told['aicarousel_routes{provider="a",state="cooling"}'] == 1 and told['aicarousel_routes{provider="b",state="free"}'] == 1
+    assert told["aicarousel_running_requests"] == 0 and told[f'aicarousel_info{{version="{aicarousel.__version__}"}}'] == 1
+
+
+def test_the_number_of_labels_does_not_grow_with_what_clients_send(build: Build) -> None:
+    house = build(a=healthy())
+    house.chat("aicarousel")
+    house.settle()
+    before = len(metrics(house))
+    for number in range(30):
+        house.post("/v1/chat/completions", chat_body(f"a/name-{number}"), headers={"x-session-id": f"s{number}"})
+    house.settle()
+    assert len(metrics(house)) == before
+
+
+def test_odd_names_are_written_as_the_format_wants() -> None:
+    tally = aicarousel.Tally()
+    tally.counts["cost", 'a"b\\c\nd'] += 0.5
+    text = aicarousel.metrics_text(tally, {})
+    assert 'aicarousel_cost_usd_total{provider="a\\"b\\\\c\\nd"} 0.5\n' in text

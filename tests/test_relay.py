@@ -369,6 +369,29 @@ def test_client_gone_while_waiting_for_a_cooldown(build: Build, provider: Provid
     assert len(provider.calls("a")) == 1 and not house.gateway.relay.lines
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("client", FORMATS)
+def test_client_gone_while_waiting_in_line(build: Build, provider: Provider, client: str, streamed: bool) -> None:
+    """Nobody is asked for who has left, and those behind move up at once."""
+    house = build(a=in_turn([Pause("there"), *answer(chat_answer(OTHER_TEXT))], healthy(OTHER_TEXT)), entries={"a": {"maxConcurrent": 1}})
+    def n_waiting() -> int:
+        return sum(len(mates) for line in house.gateway.relay.lines.values() for mates in line.values())
+
+    first = house.start_chat("a/m", stream=False)
+    provider.wait_paused("there")
+    with house.connect() as waiting:
+        waiting.send(house.request_bytes("POST", PATHS[client], {**ask(client, "a/m"), "stream": streamed}))
+        house.wait(lambda: n_waiting() == 1)
+        behind = house.start_chat("a/m", stream=False)
+        house.wait(lambda: n_waiting() == 2)
+    house.wait(lambda: n_waiting() == 1)
+    provider.release("there")
+    for other in (first, behind):
+        check_answered(other.read_all(), OTHER_TEXT)
+    assert len(provider.calls("a")) == 2
+    assert sorted((row["outcome"], row["attempts"]) for row in house.wait_rows(3)) == [("client_closed", 0), ("ok", 1), ("ok", 1)]
+
+
 def test_usage_that_came_before_the_client_went(build: Build, provider: Provider) -> None:
     house = build(a=opened(ROLE, frame(chat_chunk({"content": "one"}, usage={"prompt_tokens": 100, "completion_tokens": 3})), Pause("there"), Silence()))
     client = house.start_chat("aicarousel")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import aicarousel as a
+from dialects import without_found
 
 Json = dict[str, Any]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -585,7 +586,7 @@ def read_bytes(pieces: list[bytes], profile: a.Profile = CEREBRAS, names: a.Name
     deltas += [delta for event in events.close() for delta in reader.feed(event)]
     deltas += reader.close()
     assert reader.done and a.check_deltas(deltas) == []
-    return deltas
+    return without_found(deltas)
 
 
 def stop(reason: str, **more: Any) -> Json:
@@ -871,7 +872,7 @@ def test_only_the_same_event_with_another_text_is_read_in_short(tail: str, end: 
     plain = a.Event("", head + 'a"},"finish_reason":null}]}', b"")
     reader = a.ChatStreamReader(a.Source(CEREBRAS))
     assert reader.feed(plain) == [START, a.text_delta("a")] and reader.feed(plain) == [a.text_delta("a")]
-    assert [*reader.feed(a.Event("", head + "b" + tail, b"")), *reader.close()][-1] == end
+    assert without_found([*reader.feed(a.Event("", head + "b" + tail, b"")), *reader.close()])[-1] == end
 
 
 # ------------------------------------------------------------------ answers that are not streamed
@@ -911,7 +912,7 @@ ANSWERS: list[tuple[str, Any, list[Json]]] = [
 def test_an_answer_is_read(body: Any, expected: list[Json]) -> None:
     before = copy.deepcopy(body)
     deltas = a.chat_read_answer(body, a.Source(CEREBRAS))
-    assert deltas == expected
+    assert without_found(deltas) == expected
     assert body == before and a.check_deltas(deltas) == []
 
 

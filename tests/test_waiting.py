@@ -88,6 +88,15 @@ def test_last_resorts_and_routes_beyond_a_free_plan_must_fit_too() -> None:
         assert " ".join(route.provider.name for route in found.routes) == expected and {route.provider.name for route, why in found.skipped if why == "too_small"} == set(unfit)
 
 
+def test_a_named_time_is_tested_only_by_what_fits() -> None:
+    pool = Pool({"a": entry("m"), "b": entry("m"), "c": entry("m")})
+    cool_down(pool, "a", "rate", proven=True, cool_s=4000.0)
+    cool_down(pool, "b", "rate", proven=True, cool_s=8000.0)
+    for unfit, expected in (("c", "a"), ("ca", "b"), ("cab", "")):
+        found = plan_of(pool, unfit, now=2500.0, give_up_at=2530.0)
+        assert "".join(route.provider.name for route in found.routes) == expected and {route.provider.name for route, why in found.skipped if why == "too_small"} == set(unfit)
+
+
 def test_a_request_too_large_for_a_route_that_cools_waits_for_no_end_of_days(build: Build) -> None:
     house = build(a=in_turn(answer({"error": {"message": "Slow down."}}, 429), healthy()), entries={"a": {"limits": {"tpm": 300}}}, carousel={"maxWait": 0})
     assert house.post("/v1/chat/completions", chat_body(None, "few words", max_tokens=1)).status == 429
