@@ -735,7 +735,7 @@ def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.
     killed: list[Any] = []
     monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
     monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
-    monkeypatch.setattr(aicarousel, "_STOPPING_S", 0.1)
+    monkeypatch.setattr(aicarousel, "_STOPPED_S", 0.1)
     monkeypatch.setattr(aicarousel, "_PATIENT_S", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]
@@ -769,7 +769,7 @@ def test_db_migrate_and_rollback(place: Place) -> None:
 def test_a_database_that_is_none(place: Place) -> None:
     (place.home / "data").mkdir(parents=True)
     (place.home / "data" / "aicarousel.db").write_text("no database at all, but long enough to be taken for one" * 20)
-    for words in (["serve", "--port", "0"], ["key", "create"], ["key", "list"], ["db", "migrate"], ["db", "rollback"], ["status"]):
+    for words in (["key", "create"], ["key", "list"], ["db", "migrate"], ["db", "rollback"], ["status"]):
         ran = place.run(*words)
         assert ran.returncode == 2 and ONE_LINE.fullmatch(ran.stderr) and "aicarousel.db" in ran.stderr, (words, ran.stderr)
 

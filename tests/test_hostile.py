@@ -631,7 +631,9 @@ class Tally:
         self.others: list[str] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        group = report.nodeid.partition("::test_")[2].split("[")[0].split("_")[0]
+        file, _, name = report.nodeid.partition("::test_")
+        words = name.split("[")[0].split("_")
+        group = ("clock" if "clock" in words else "storage") if file.endswith("test_storage.py") else words[0]
         self.seconds[group] += report.duration
         if report.when == "call" or report.outcome != "passed":
             self.cases[group] += report.when == "call" or report.outcome == "skipped"
