@@ -20376,7 +20376,7 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 26. Set-up                                                I/O | uses 1-4, 17, 23
+# 26. Set-up                                                I/O | uses 1-4, 17, 23-24
 ##############################################################################
 # The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
 # Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
@@ -20540,7 +20540,7 @@ def _take_keys(home: Home, prompt: str) -> None:
         prompt = "One more key (Enter: that is all)"
 
 
-def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+def _go_step_by_step(home: Home) -> None:
     """From nothing to what `serve` needs: a provider's key, and a key for clients."""
     free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
     print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
@@ -20552,7 +20552,8 @@ def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> No
     n_keys = sum(key.active for key in list_keys(home.database_path))
     key = "" if n_keys else create_key(home.database_path, "first")[0]
     print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
-    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "Claude Code, in another terminal:", "  python aicarousel.py run -- claude",
+          f"Other clients: address {own_address(config.settings)}, model aicarousel, the key; `config NAME` tells each one's settings.", sep="\n")
 
 
 def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
@@ -20570,20 +20571,20 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
             return
 
 
-def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
     """The dialogue; its exit status.
 
-    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    run: does a plain command, printing what comes of it; its exit status.
     """
     try:
         print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
         if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
-            _go_step_by_step(home, recipes)
+            _go_step_by_step(home)
             print("", "`setup` shows all that can be set from now on.", sep="\n")
             return 0
         while (choice := _choose(_TOP)) not in (None, "q"):
             if choice in ("1", "6"):
-                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                _go_step_by_step(home) if choice == "1" else run(["status"])
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
@@ -21174,7 +21175,7 @@ def _setup_command(arguments: Any) -> int:
         except SystemExit:
             return 2                    # argparse has said why
 
-    return run_setup(find_home(arguments.home), run, client_recipes)
+    return run_setup(find_home(arguments.home), run)
 
 
 def _stats_command(arguments: Any) -> int:

@@ -735,7 +735,7 @@ def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.
     killed: list[Any] = []
     monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
     monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
-    monkeypatch.setattr(aicarousel, "_STOP_S", 0.1)
+    monkeypatch.setattr(aicarousel, "_STOPPED_S", 0.1)
     monkeypatch.setattr(aicarousel, "_PATIENT_S", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]
