@@ -18436,6 +18436,27 @@ class Home(NamedTuple):
         return self.data / "aicarousel.db"
 
 
+def read_contexts(home: Home) -> Json:
+    """Gateways elsewhere that commands may ask: {"current": name or "", "contexts": {name: {"server", "key"}}}. Raises ConfigError."""
+    path = home.folder / "contexts.json"
+    text = _read_text(path)
+    try:
+        told = json.loads(text) if text is not None else {"current": "", "contexts": {}}
+        if not all(isinstance(row["server"], str) and isinstance(row["key"], str) for row in told["contexts"].values()) or not isinstance(told["current"], str):
+            raise TypeError
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(str(path), "no list of contexts", "what `context add` writes") from error
+    return told
+
+
+def change_contexts(home: Home, change: Callable[[Json], None]) -> None:
+    """Change what read_contexts() gives, for this user's eyes alone. Raises ConfigError, and what `change` raises."""
+    with _locked(home):
+        told = read_contexts(home)
+        change(told)
+        replace_file(home.folder / "contexts.json", json.dumps(told, indent=1) + "\n", 0o600)
+
+
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
@@ -21508,10 +21529,14 @@ def _setup_command(arguments: Any) -> int:
 
 
 def _stats_command(arguments: Any) -> int:
-    """What was used, from the usage table; a running server writes it within a moment of each request's end."""
-    path = find_home(arguments.home).database_path
-    stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
-                       heatmap=arguments.heatmap)
+    """What was used, from the usage table; a running server writes it within a moment of each request's end. A gateway elsewhere is asked."""
+    since_utc_s, by = stats_since(arguments.days, time.time()), stats_groups(arguments.by)
+    if arguments.server:
+        from urllib.parse import urlencode
+        asked = {"days": arguments.days, "by": arguments.by, "provider": arguments.provider, "model": arguments.model, "heatmap": "1" if arguments.heatmap else None}
+        stats = _ask_admin(arguments, "GET", "/admin/stats?" + urlencode({name: value for name, value in asked.items() if value is not None}))
+    else:
+        stats = read_stats(find_home(arguments.home).database_path, since_utc_s=since_utc_s, by=by, provider=arguments.provider, model=arguments.model, heatmap=arguments.heatmap)
     if arguments.json:
         print(redact(json.dumps(stats, indent=1)))
         return 0
@@ -21528,26 +21553,37 @@ def _server_of(home: Home, settings: Settings) -> str:
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
     """What the running gateway answers to an admin request, by a key made for it that is gone afterwards. Raises ConfigError."""
     home = find_home(arguments.home)
-    settings = read_config(home, {}).settings
-    address = arguments.server or _server_of(home, settings)
+    address = arguments.server or _server_of(home, read_config(home, {}).settings)
+    known = getattr(arguments, "key", None)
+    fitting = "an https address, or a gateway on this machine" if known else _OWN_GATEWAY
     try:
         scheme, host, port, _ = split_url(address)
     except ValueError as error:
-        raise ConfigError("--server", str(error), _OWN_GATEWAY) from error
-    if scheme not in ("http", "https") or not is_loopback(host):        # the key below is for no one else to see
-        raise ConfigError("--server", address, _OWN_GATEWAY)
+        raise ConfigError("--server", str(error), fitting) from error
+    if scheme not in (("https",) if known and not is_loopback(host) else ("http", "https")) or not (known or is_loopback(host)):     # a key made here is for no one else to see
+        raise ConfigError("--server", address, fitting)
+    if known:
+        return _read_told(host, port, *_ask_with(known, scheme, host, port, method, path, body))
     if not home.database_path.exists():
         raise ConfigError(str(home.database_path), "no database", "one that a gateway has made (python aicarousel.py serve)")
     key, row = create_key(home.database_path, f"command {arguments.command}", limits={"admin": True, "expires_at": int(time.time()) + _ADMIN_KEY_S})
     try:
-        raw = None if body is None else body if isinstance(body, bytes) else dump_json(body)
-        status, answer = _ask_http(scheme, host, port, method, path, raw, {"authorization": f"Bearer {key}", **({} if raw is None else {"content-type": "application/json"})}, 10.0)
+        return _read_told(host, port, *_ask_with(key, scheme, host, port, method, path, body))
     finally:
         delete_key(home.database_path, row.id)
+
+
+def _ask_with(key: str, scheme: str, host: str, port: int, method: str, path: str, body: Any) -> tuple[int, bytes]:
+    raw = None if body is None else body if isinstance(body, bytes) else dump_json(body)
+    return _ask_http(scheme, host, port, method, path, raw, {"authorization": f"Bearer {key}", **({} if raw is None else {"content-type": "application/json"})}, 10.0)
+
+
+def _read_told(host: str, port: int, status: int, answer: bytes) -> Json:
+    """The JSON of a gateway's answer. Raises ConfigError for what is none."""
     try:
         told = json.loads(answer)
     except (ValueError, RecursionError):
-        raise ConfigError(f"gateway at {host}:{port}", "no answer", "one that runs with this home (python aicarousel.py serve)") from None
+        raise ConfigError(f"gateway at {host}:{port}", "no answer", "one that runs (python aicarousel.py serve)") from None
     if status != 200:
         message = told["error"]["message"] if isinstance(told, dict) and isinstance(told.get("error"), dict) else f"status {status}"
         raise ConfigError(f"gateway at {host}:{port}", f"{status}: {message}", "an answer")
@@ -21594,6 +21630,65 @@ def _explain_command(arguments: Any) -> int:
             raise ConfigError("--dry", f"{arguments.dry}: {error.strerror}", "a file with the body of a request") from error
         told = _ask_admin(arguments, "POST", f"/admin/explain?format={arguments.format}", body)
     return _print_told(arguments, told, told["lines"])
+
+
+def _read_typed_key(from_stdin: bool) -> str:
+    """A gateway key, typed unseen or from standard input; "" for none. Raises Refused."""
+    import getpass
+    try:
+        typed = sys.stdin.isatty() and not from_stdin
+        key = (getpass.getpass("Its gateway key, an admin key for stats and the like (it is not shown; Enter for none): ") if typed else sys.stdin.readline()).strip()
+    except (UnicodeDecodeError, EOFError) as error:
+        raise Refused("that is no key") from error
+    if key and not (len(key) <= 512 and key.isascii() and key.isprintable() and " " not in key):
+        raise Refused("that is no key")
+    return key
+
+
+def _context_command(arguments: Any) -> int:
+    """Gateways elsewhere, remembered: the one in use answers every command that takes --server."""
+    home = find_home(arguments.home)
+
+    def known(told: Json, name: str) -> None:
+        if name not in told["contexts"]:
+            raise Refused(f"there is no context {ascii(name)[1:-1][:80]}; " + (f"there are: {', '.join(told['contexts'])}" if told["contexts"] else "none was added yet"))
+
+    def change(told: Json) -> None:
+        if arguments.action == "add":
+            told["contexts"][arguments.name] = {"server": server, "key": key}
+        elif arguments.action == "use":
+            if arguments.name != "none":
+                known(told, arguments.name)
+            told["current"] = "" if arguments.name == "none" else arguments.name
+        else:
+            known(told, arguments.name)
+            del told["contexts"][arguments.name]
+            told["current"] = "" if told["current"] == arguments.name else told["current"]
+
+    if arguments.action == "add":
+        if not arguments.name.isprintable() or arguments.name in ("", "none"):
+            raise ConfigError("context", ascii(arguments.name), "a name")
+        server, key = _address_of(arguments, home), _read_typed_key(arguments.stdin)
+    if arguments.action != "list":
+        change_contexts(home, change)
+    told = read_contexts(home)
+    rows = [{"name": name, "server": row["server"], "key": f"...{row['key'][-4:]}" if row["key"] else None, "current": name == told["current"]} for name, row in told["contexts"].items()]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_lines(align_columns([["", "name", "server", "key"], *(["*" if row["current"] else "", row["name"], row["server"], row["key"] or "-"] for row in rows)], 4) if rows else ["no context: commands ask the gateway of this home"])
+    return 0
+
+
+def _apply_context(arguments: Any) -> None:
+    """Where no server is named, the context in use says which and with what key."""
+    if not hasattr(arguments, "server") or arguments.server or arguments.command == "context":
+        return
+    told = read_contexts(find_home(arguments.home))
+    row = told["contexts"].get(told["current"])
+    if row is not None:
+        arguments.server = row["server"]
+        arguments.key = getattr(arguments, "key", None) or row["key"] or None
 
 
 def _quota_command(arguments: Any) -> int:
@@ -22014,6 +22109,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "run": _run_command,
     "doctor": _doctor_command,
     "selftest": _selftest_command,
+    "context": _context_command,
     "bundle": _bundle_command,
     "version": _version_command,
 }
@@ -22094,7 +22190,8 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that ask a running gateway about itself."""
     import argparse
     server = argparse.ArgumentParser(add_help=False)
-    server.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    server.add_argument("--server", metavar="URL", help="address of the gateway (default: that of the context in use, else this machine)")
+    server.add_argument("-k", "--key", help="an admin key of that gateway (default: one made for this, on this machine)")
     told = commands.add_parser("explain", parents=[common, as_json, server], help="why a request went where it went")
     asked = told.add_mutually_exclusive_group(required=True)
     asked.add_argument("id", nargs="?", help="its x-aicarousel-request-id")
@@ -22142,6 +22239,18 @@ def _add_serve_parser(commands: Any, common: Any) -> None:
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
 
+def _add_context_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """Gateways elsewhere."""
+    actions = commands.add_parser("context", help="gateways elsewhere, remembered").add_subparsers(dest="action", required=True, metavar="ACTION")
+    added = actions.add_parser("add", parents=[common, as_json], help="remember one; its key is asked for")
+    added.add_argument("name")
+    added.add_argument("--server", metavar="URL", required=True, help="its address")
+    added.add_argument("--stdin", action="store_true", help="read its key from standard input")
+    actions.add_parser("list", parents=[common, as_json], help="show all")
+    actions.add_parser("use", parents=[common, as_json], help="ask this one from now on (none: the gateway of this home)").add_argument("name")
+    actions.add_parser("remove", parents=[common, as_json], help="forget one").add_argument("name")
+
+
 def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that tell what was used, and that use it."""
     counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
@@ -22150,6 +22259,8 @@ def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
     counted.add_argument("--provider", metavar="P", help="of one provider alone")
     counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
     counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
+    counted.add_argument("--server", metavar="URL", help="ask this gateway (default: that of the context in use, else the usage table of this home)")
+    counted.add_argument("-k", "--key", help="an admin key of that gateway")
 
     called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
     called.add_argument("prompt")
@@ -22183,6 +22294,7 @@ def make_parser() -> Any:
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
     _add_use_parsers(commands, common, as_json)
+    _add_context_parsers(commands, common, as_json)
     _add_why_parsers(commands, common, as_json)
 
     actions = commands.add_parser("db", help="the state database").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -22208,6 +22320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     arguments = make_parser().parse_args(argv)
     try:
+        _apply_context(arguments)
         return _COMMANDS[arguments.command](arguments)
     except Refused as refused:
         return _say_done(arguments, str(refused), False)
