@@ -20396,6 +20396,7 @@ class _Question(NamedTuple):
     """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
     prompt: str
     read: Callable[[Home, str, Sequence[str]], list[str]]
+    shown: tuple[str, ...] = ()         #: the command that shows what can be answered; the last word so far goes with it
 
 
 class _Action(NamedTuple):
@@ -20466,7 +20467,7 @@ def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
 
 
 _PROVIDER = _Question("Provider (number or name)", _read_provider)
-_MODEL = _Question("Model (number or name)", _read_known_model)
+_MODEL = _Question("Model (number or name)", _read_known_model, ("model", "list"))
 _KEY_ID = _Question("Id of the key", _read_count)
 
 _MENUS: Mapping[str, _Menu] = {
@@ -20489,10 +20490,10 @@ _MENUS: Mapping[str, _Menu] = {
                                                  _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
         _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
     )),
-    "5": _Menu("models", ("model", "list"), (
+    "5": _Menu("models", ("provider", "list"), (
         _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
         _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
-        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word, ("model", "list")))),
         _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
         _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
         _Action("ask the providers what they list now", ("model", "refresh")),
@@ -20513,14 +20514,14 @@ def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
             print(f"  {printable(str(refused))}")
 
 
-def _choose(choices: Mapping[str, str]) -> str | None:
+def _choose(choices: Mapping[str, str], title: str = "") -> str | None:
     """The key of the choice that was made, None for a mere Enter."""
     def read(text: str) -> str:
         if text.lower() not in choices:
             raise Refused(f"one of {', '.join(choices)}")
         return text.lower()
 
-    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    print("", *([title] if title else []), *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
     return _ask("Number", read)
 
 
@@ -20576,6 +20577,8 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
     while True:
         words = list(action.words)
         for question in action.questions:
+            if question.shown:
+                run([*question.shown, words[-1]])
             answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
             if answer is None:
                 return
@@ -20601,7 +20604,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
-            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"}, "What shall be done?")) not in (None, "q"):
                 _do(home, menu.actions[int(number) - 1], run)
     except (EOFError, KeyboardInterrupt):
         print()
@@ -21076,6 +21079,9 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
              "limits": _plain(key.limits or KeyLimits())} for key in keys]
     if as_json:
         print(json.dumps(rows, indent=1))
+        return 0
+    if not rows:
+        print("there are no gateway keys")
         return 0
     fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
     for row in rows:
