@@ -1168,12 +1168,12 @@ def _want_key(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, keyring:service/name or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s]|keyring:[^\s/]+/(?=[^\s]))[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
         return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path", "keyring:service/name" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1459,7 +1459,7 @@ class _Load:
     may_run: bool = False
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        """(value, origin) of a variable or of what another reference leads to; two empty strings, and a warning, when that cannot be had."""
         kind, found, target = reference.partition(":")
         if not found:
             return self.look(reference)
@@ -1816,7 +1816,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
-    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
+    read_secret: gives what a file:/path, keyring:service/name or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
     load = _Load(environment, dotenv, read_secret=read_secret)
@@ -18477,10 +18477,17 @@ def _load_home(home: Home, models_text: str | None, env_text: str | None, flags:
 
 
 def read_secret(reference: str) -> str:
-    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    """What a file:/path holds, the system's keyring for keyring:service/name, or what the program of cmd:words prints. Raises ConfigError, which repeats none of it."""
     import shlex
+    import shutil
     import subprocess
     kind, _, target = reference.partition(":")
+    if kind == "keyring":
+        service, _, name = target.partition("/")
+        tools = (["secret-tool", "lookup", "service", service, "username", name], ["security", "find-generic-password", "-s", service, "-a", name, "-w"])
+        target = next((shlex.join(words) for words in tools if shutil.which(words[0])), "")
+        if not target:
+            raise ConfigError(redact(reference), "neither secret-tool (Linux) nor security (macOS)", "one of these programs")
     try:
         if kind == "file":
             with open(target, encoding="utf-8") as file:
