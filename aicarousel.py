@@ -18810,6 +18810,15 @@ def store_key(home: Home, name: str, key: str) -> KeyPlace:
     return place
 
 
+def set_variable(home: Home, name: str, value: str) -> Config:
+    """Set a variable in .env; the configuration then, which it must make. Raises ConfigError."""
+    with _locked(home):
+        env_text = set_dotenv(_read_text(home.env_path) or "", name, value)
+        config = _load_home(home, _read_text(home.models_path), env_text)
+        replace_file(home.env_path, env_text, 0o600)
+    return config
+
+
 def forget_keys(home: Home, name: str) -> str:
     """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
     only, name = name if "/" in name else "", name.partition("/")[0]
@@ -20857,7 +20866,20 @@ def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
         print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
         own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
         name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
-    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+    if not key.strip() or not (name or form):
+        return None
+    told, _, place = take_key(home, key, name)
+    for variable in place.provider.preset.needs if place.provider.why_out.startswith("no account") else ():
+        def fill_in(text: str) -> str:
+            try:
+                set_variable(home, variable, text)
+            except ConfigError as error:
+                raise Refused(str(error)) from error
+            return f"{told.partition(';')[0]}; {variable} is kept too"
+
+        print(f"  {printable(told)}")
+        told = _ask(f"{variable} (Enter: later)", fill_in) or told
+    return told
 
 
 def _take_keys(home: Home, prompt: str) -> None:
