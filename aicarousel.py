@@ -16575,7 +16575,7 @@ class _Run:
         """What configuration, earlier refusals and the client's own wish change in requests to a route."""
         provider, wish, state = route.provider, self._job.wish, self._relay.state
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
-        if self._shrink is not None and self._shrink[0] is route:
+        if self._shrink is not None and self._shrink[0].id == route.id:
             repairs += self._shrink[1],
         elif state.windows and (room := self._needs.room(route)) is not None:
             repairs += shorten(room)
@@ -19039,11 +19039,11 @@ def _github_urls(host: str) -> tuple[str, str]:
 
 def _trusted_api(url: Any, host: str) -> str:
     """An address for a login's requests, "" for one that is none of GitHub's."""
-    try:
-        scheme, name, _, _ = split_url(url) if isinstance(url, str) and re.fullmatch(r"https?://[\w.:/-]+", url, re.ASCII) else ("", "", 0, "")
-    except ValueError:
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[\w.-]+(?::[0-9]{1,5})?(?:/[\w./-]*)?", url, re.ASCII):
         return ""
-    own = is_loopback(name) if "://" in host else scheme == "https" and (name == "githubcopilot.com" or name.endswith((".githubcopilot.com", f".{host}") if host != "github.com" else ".githubcopilot.com"))
+    scheme, name = split_url(url)[:2]
+    homes = ("githubcopilot.com", *((host,) if host != "github.com" else ()))
+    own = is_loopback(name) if "://" in host else scheme == "https" and any(name == home or name.endswith(f".{home}") for home in homes)
     return url.rstrip("/") if own else ""
 
 
@@ -19189,10 +19189,16 @@ async def copilot_login(world: World, transport: Transport, provider: Provider, 
         raise Refused("GitHub's answer holds no code, or an address that is not its own")
     tell(address, shown)
     interval_s, within_s = (float(value) if isinstance(value := begun.get(name), (int, float)) and 0 < value < 7200 else usual for name, usual in (("interval", _POLL_S), ("expires_in", 900.0)))
-    ends_at = world.clock() + within_s
+    ends_at, told, n_failed = world.clock() + within_s, {}, 0
     while world.clock() < ends_at:
         await world.sleep(interval_s)
-        told = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code")
+        try:
+            told, n_failed = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code"), 0
+        except UpstreamFailure:
+            n_failed += 1               # a network that is gone for a moment does not cost the code
+            if n_failed >= 3:
+                raise
+            continue
         if isinstance(told.get("access_token"), str):
             return told["access_token"]
         if told.get("error") == "slow_down":

@@ -418,8 +418,8 @@ def test_slow_down_is_obeyed(github: GitHub) -> None:
             transport.close()
 
     github.begin["interval"] = 5
-    github.polls = [{"error": "authorization_pending"}, {"error": "slow_down"}, {"error": "slow_down", "interval": 30}, {"access_token": LOGIN}]
-    assert asyncio.run(log_in()) == LOGIN and waits == [5.0, 5.0, 10.0, 30.0]
+    github.polls = [{"error": "authorization_pending"}, {"error": "slow_down"}, [], [], {"error": "slow_down", "interval": 30}, {"access_token": LOGIN}]
+    assert asyncio.run(log_in()) == LOGIN and waits == [5.0, 5.0, 10.0, 10.0, 10.0, 30.0], "two answers that are none do not end it"
 
 
 def test_a_login_can_be_brought_along(place: Place, github: GitHub) -> None:
