@@ -1168,12 +1168,12 @@ def _want_key(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, keyring:service/name or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s]|keyring:[^\s/]+/(?=[^\s]))[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
         return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path", "keyring:service/name" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1459,7 +1459,7 @@ class _Load:
     may_run: bool = False
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        """(value, origin) of a variable or of what another reference leads to; two empty strings, and a warning, when that cannot be had."""
         kind, found, target = reference.partition(":")
         if not found:
             return self.look(reference)
@@ -1816,7 +1816,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
-    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
+    read_secret: gives what a file:/path, keyring:service/name or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
     load = _Load(environment, dotenv, read_secret=read_secret)
@@ -16575,7 +16575,7 @@ class _Run:
         """What configuration, earlier refusals and the client's own wish change in requests to a route."""
         provider, wish, state = route.provider, self._job.wish, self._relay.state
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
-        if self._shrink is not None and self._shrink[0] is route:
+        if self._shrink is not None and self._shrink[0].id == route.id:
             repairs += self._shrink[1],
         elif state.windows and (room := self._needs.room(route)) is not None:
             repairs += shorten(room)
@@ -18498,10 +18498,17 @@ def _load_home(home: Home, models_text: str | None, env_text: str | None, flags:
 
 
 def read_secret(reference: str) -> str:
-    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    """What a file:/path holds, the system's keyring for keyring:service/name, or what the program of cmd:words prints. Raises ConfigError, which repeats none of it."""
     import shlex
+    import shutil
     import subprocess
     kind, _, target = reference.partition(":")
+    if kind == "keyring":
+        service, _, name = target.partition("/")
+        tools = (["secret-tool", "lookup", "service", service, "username", name], ["security", "find-generic-password", "-s", service, "-a", name, "-w"])
+        target = next((shlex.join(words) for words in tools if shutil.which(words[0])), "")
+        if not target:
+            raise ConfigError(redact(reference), "neither secret-tool (Linux) nor security (macOS)", "one of these programs")
     try:
         if kind == "file":
             with open(target, encoding="utf-8") as file:
@@ -18824,6 +18831,15 @@ def store_key(home: Home, name: str, key: str) -> KeyPlace:
     return place
 
 
+def set_variable(home: Home, name: str, value: str) -> Config:
+    """Set a variable in .env; the configuration then, which it must make. Raises ConfigError."""
+    with _locked(home):
+        env_text = set_dotenv(_read_text(home.env_path) or "", name, value)
+        config = _load_home(home, _read_text(home.models_path), env_text)
+        replace_file(home.env_path, env_text, 0o600)
+    return config
+
+
 def forget_keys(home: Home, name: str) -> str:
     """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
     only, name = name if "/" in name else "", name.partition("/")[0]
@@ -19044,11 +19060,11 @@ def _github_urls(host: str) -> tuple[str, str]:
 
 def _trusted_api(url: Any, host: str) -> str:
     """An address for a login's requests, "" for one that is none of GitHub's."""
-    try:
-        scheme, name, _, _ = split_url(url) if isinstance(url, str) and re.fullmatch(r"https?://[\w.:/-]+", url, re.ASCII) else ("", "", 0, "")
-    except ValueError:
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[\w.-]+(?::[0-9]{1,5})?(?:/[\w./-]*)?", url, re.ASCII):
         return ""
-    own = is_loopback(name) if "://" in host else scheme == "https" and (name == "githubcopilot.com" or name.endswith((".githubcopilot.com", f".{host}") if host != "github.com" else ".githubcopilot.com"))
+    scheme, name = split_url(url)[:2]
+    homes = ("githubcopilot.com", *((host,) if host != "github.com" else ()))
+    own = is_loopback(name) if "://" in host else scheme == "https" and any(name == home or name.endswith(f".{home}") for home in homes)
     return url.rstrip("/") if own else ""
 
 
@@ -19194,10 +19210,16 @@ async def copilot_login(world: World, transport: Transport, provider: Provider, 
         raise Refused("GitHub's answer holds no code, or an address that is not its own")
     tell(address, shown)
     interval_s, within_s = (float(value) if isinstance(value := begun.get(name), (int, float)) and 0 < value < 7200 else usual for name, usual in (("interval", _POLL_S), ("expires_in", 900.0)))
-    ends_at = world.clock() + within_s
+    ends_at, told, n_failed = world.clock() + within_s, {}, 0
     while world.clock() < ends_at:
         await world.sleep(interval_s)
-        told = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code")
+        try:
+            told, n_failed = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code"), 0
+        except UpstreamFailure:
+            n_failed += 1               # a network that is gone for a moment does not cost the code
+            if n_failed >= 3:
+                raise
+            continue
         if isinstance(told.get("access_token"), str):
             return told["access_token"]
         if told.get("error") == "slow_down":
@@ -20729,6 +20751,7 @@ class _Question(NamedTuple):
     """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
     prompt: str
     read: Callable[[Home, str, Sequence[str]], list[str]]
+    shown: tuple[str, ...] = ()         #: the command that shows what can be answered; the last word so far goes with it
 
 
 class _Action(NamedTuple):
@@ -20799,7 +20822,7 @@ def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
 
 
 _PROVIDER = _Question("Provider (number or name)", _read_provider)
-_MODEL = _Question("Model (number or name)", _read_known_model)
+_MODEL = _Question("Model (number or name)", _read_known_model, ("model", "list"))
 _KEY_ID = _Question("Id of the key", _read_count)
 
 _MENUS: Mapping[str, _Menu] = {
@@ -20822,10 +20845,10 @@ _MENUS: Mapping[str, _Menu] = {
                                                  _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
         _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
     )),
-    "5": _Menu("models", ("model", "list"), (
+    "5": _Menu("models", ("provider", "list"), (
         _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
         _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
-        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word, ("model", "list")))),
         _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
         _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
         _Action("ask the providers what they list now", ("model", "refresh")),
@@ -20846,14 +20869,14 @@ def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
             print(f"  {printable(str(refused))}")
 
 
-def _choose(choices: Mapping[str, str]) -> str | None:
+def _choose(choices: Mapping[str, str], title: str = "") -> str | None:
     """The key of the choice that was made, None for a mere Enter."""
     def read(text: str) -> str:
         if text.lower() not in choices:
             raise Refused(f"one of {', '.join(choices)}")
         return text.lower()
 
-    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    print("", *([title] if title else []), *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
     return _ask("Number", read)
 
 
@@ -20870,7 +20893,20 @@ def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
         print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
         own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
         name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
-    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+    if not key.strip() or not (name or form):
+        return None
+    told, _, place = take_key(home, key, name)
+    for variable in place.provider.preset.needs if place.provider.why_out.startswith("no account") else ():
+        def fill_in(text: str) -> str:
+            try:
+                set_variable(home, variable, text)
+            except ConfigError as error:
+                raise Refused(str(error)) from error
+            return f"{told.partition(';')[0]}; {variable} is kept too"
+
+        print(f"  {printable(told)}")
+        told = _ask(f"{variable} (Enter: later)", fill_in) or told
+    return told
 
 
 def _take_keys(home: Home, prompt: str) -> None:
@@ -20909,6 +20945,8 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
     while True:
         words = list(action.words)
         for question in action.questions:
+            if question.shown:
+                run([*question.shown, words[-1]])
             answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
             if answer is None:
                 return
@@ -20934,7 +20972,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
-            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"}, "What shall be done?")) not in (None, "q"):
                 _do(home, menu.actions[int(number) - 1], run)
     except (EOFError, KeyboardInterrupt):
         print()
@@ -21409,6 +21447,9 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
              "limits": _plain(key.limits or KeyLimits())} for key in keys]
     if as_json:
         print(json.dumps(rows, indent=1))
+        return 0
+    if not rows:
+        print("there are no gateway keys")
         return 0
     fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
     for row in rows:
