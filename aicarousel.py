@@ -20577,6 +20577,15 @@ def _show_broken_streams(stage: Stage) -> str:
     return "text that breaks off ends in the error event of each format, never as if whole"
 
 
+def _show_made_up_faults(stage: Stage) -> str:
+    key, _ = create_key(stage.database, "admin", limits={"admin": True})
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("well", "tools"), key=key, x_aicarousel_mock="500")
+    _want(reply.status == 200 and reply.headers.get("x-aicarousel-provider") == "tools" and reply.headers.get("x-aicarousel-attempts") == "2", "the second provider's answer", reply.body.decode())
+    refused = stage.ask("POST", "/v1/chat/completions", _chat_body("well"), x_aicarousel_mock="500")
+    _want(refused.status == 403, "403 without an admin key", str(refused.status))
+    return "x-aicarousel-mock: 500 by an admin key sent the next request to the next provider; try it on your own"
+
+
 def _show_cancel(stage: Stage) -> str:
     stage.cast.left.clear()
     stage.leave("/v1/chat/completions", _chat_body("slow"))
@@ -20604,7 +20613,8 @@ def _show_errors(stage: Stage) -> str:
 
 
 _SCENES: Mapping[str, Callable[[Stage], str]] = {
-    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
+    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "made-up faults": _show_made_up_faults,
+    "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
 
 
 def selftest(tell: Callable[[Check], None]) -> None:
@@ -21130,6 +21140,7 @@ def client_recipes(address: str, key: str) -> list[str]:
         "curl:",
         f"  curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\",
         '    -d \'{"model": "aicarousel", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'',
+        f"Into a client's own files, by itself: python aicarousel.py config NAME --write, NAME being {', '.join(name for name, client in CLIENTS.items() if client.files)}",
     ]
 
 

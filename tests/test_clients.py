@@ -810,18 +810,19 @@ def test_a_gateway_that_does_not_let_go_is_found(heard: Any, monkeypatch: pytest
 def test_selftest_shows_everything(place: Place) -> None:
     began = time.monotonic()
     status, told = place.read("selftest")
-    assert status == 0 and told["ok"] and [check["what"] for check in told["checks"]] == ["failover", "held tool calls", "broken streams", "cancel", "limits", "error shapes"]
+    assert status == 0 and told["ok"] and [check["what"] for check in told["checks"]] == ["failover", "held tool calls", "broken streams", "made-up faults", "cancel", "limits", "error shapes"]
     assert time.monotonic() - began < 30 and not place.home.exists()
     status, out, _ = place.run("selftest")
-    assert status == 0 and out.count("\nok  ") == 5 and out.endswith("all is well\n")
+    assert status == 0 and out.count("\nok  ") == 6 and out.endswith("all is well\n")
 
 
 WORSE = {
     "failover": ("_CAST", {"limited": a._CAST["half-chat"]}),
     "held tool calls": ("_CAST", {"tools": a._CAST["well"]}),
     "broken streams": ("_CAST", {"half-messages": a._CAST["well"]}),
+    "made-up faults": ("create_key", lambda path, name, real=a.create_key, **more: real(path, name, **more if name != "admin" else {})),
     "cancel": ("_CAST", {"slow": a._CAST["down"]}),
-    "limits": ("create_key", lambda path, name, real=a.create_key, **_: real(path, name)),
+    "limits": ("create_key", lambda path, name, real=a.create_key, **more: real(path, name, **more if name != "limited" else {})),
     "error shapes": ("_CAST", {"refusing": a._CAST["down"]}),
 }
 
