@@ -20082,7 +20082,7 @@ def _speak_messages(stage: Stage) -> Iterator[str]:
     _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
     yield "a prompt that is too long"
     reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
-    _want(reply.status == 400 and "prompt is too long" in reply.body.decode(), "400 in the words that begin compaction", reply.body.decode())
+    _want(reply.status == 400 and "prompt is too long" in _text(_dig(reply.json, "error", "message")), "400 in the words that begin compaction", reply.body.decode())
     yield "cancel"
     stage.cast.left.clear()
     stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
