@@ -400,6 +400,11 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
 
 
+def looks_secret(word: str) -> bool:
+    """Whether one word begins like a secret; much cheaper than to redact it."""
+    return word.startswith(_SECRET_HINTS)
+
+
 def redact_known(text: str, secrets: Iterable[str]) -> str:
     """`text` without any of `secrets`."""
     found = [secret for secret in secrets if len(secret) >= 6 and secret in text]
@@ -15679,7 +15684,8 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
-_LIMIT_VALUE = re.compile(r"-?[0-9][0-9A-Za-z.,:;=+ \-]{0,39}|[a-z]{0,12}")        #: numbers, spans and instants: no place for a secret
+_LIMIT_VALUE = re.compile(r"-?[0-9][0-9., A-Za-z:;=+\-]{0,63}|[a-z]{0,12}")       #: numbers, spans and instants: no place for a secret
+_ID_VALUE = re.compile(r"[A-Za-z0-9_.:\-]{1,80}")
 
 
 @functools.lru_cache(256)
@@ -16823,11 +16829,8 @@ class _Run:
             headers.append(("x-aicarousel-estimated", "1"))
         relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
         for name, value in answer.headers:
-            if relayed(name):
-                if name in _RELAYED_HEADERS:
-                    headers.append((name, redact(value, self._config.secrets)))
-                elif _LIMIT_VALUE.fullmatch(value) and value not in self._config.secrets:
-                    headers.append((name, value))
+            if relayed(name) and value not in self._config.secrets and (_LIMIT_VALUE.fullmatch(value) or name in _RELAYED_HEADERS and _ID_VALUE.fullmatch(value) and not looks_secret(value)):
+                headers.append((name, value))
         return headers
 
     def _refuse(self, error: GatewayError) -> None:
@@ -18897,20 +18900,30 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
     return [model.id for model in found]
 
 
+@contextlib.contextmanager
+def told_while(words: str) -> Iterator[None]:
+    """After a second in here a terminal is told what is waited for."""
+    timer = threading.Timer(_PATIENCE_S, lambda: print(f"{words} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
-    """Run something that asks providers; after a second a terminal is told what is waited for."""
+    """Run something that asks providers."""
     async def run() -> Any:
         transport = Transport(real_world())
         try:
-            task = asyncio.ensure_future(asking(transport))
-            await asyncio.wait([task], timeout=_PATIENCE_S)
-            if not task.done() and sys.stderr.isatty():
-                print(f"{words} ...", file=sys.stderr, flush=True)
-            return await task
+            return await asking(transport)
         finally:
             transport.close()
 
-    return asyncio.run(run())
+    with told_while(words):
+        return asyncio.run(run())
 
 
 def take_key(home: Home, text: str, name: str | None = None) -> tuple[str, str, KeyPlace]:
@@ -20928,7 +20941,6 @@ _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
 _STOPPED_S = 120.0
-_PATIENT_S = 1.0
 
 
 # Serving.
@@ -21388,8 +21400,10 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
     fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
     for row in rows:
         row["limits"] = " ".join(f"{name}={','.join(value) if isinstance(value, list) else f'{value:g}'}" for name, value in row["limits"].items() if value)
-    cells = [fields, *(tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows)]
-    print("\n".join(align_columns(cells, len(fields))))
+        row |= {name: row[name][:16].replace("T", " ") for name in ("created", "last_used", "expires") if row[name]}
+    cells = [tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows]
+    shown = [column for column, name in enumerate(fields) if name not in ("admin", "expires", "limits") or any(row[column] not in ("-", "no") for row in cells)]
+    _print_lines(align_columns([[row[column] for column in shown] for row in (fields, *cells)], len(shown)))
     return 0
 
 
@@ -21507,15 +21521,20 @@ def _stats_command(arguments: Any) -> int:
         print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
+    _print_lines(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])
     return 0
+
+
+def _server_of(home: Home, settings: Settings) -> str:
+    """The address of the gateway that runs with a home, else of the one that its settings make."""
+    return next((row["address"] for row in find_servers(home)), own_address(settings))
 
 
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
     """What the running gateway answers to an admin request, by a key made for it that is gone afterwards. Raises ConfigError."""
     home = find_home(arguments.home)
     settings = read_config(home, {}).settings
-    address = arguments.server or f"{'https' if settings.tls_cert else 'http'}://127.0.0.1:{settings.port}"
+    address = arguments.server or _server_of(home, settings)
     try:
         scheme, host, port, _ = split_url(address)
     except ValueError as error:
@@ -21541,8 +21560,31 @@ def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json
 
 
 def _print_told(arguments: Any, told: Json, lines: Sequence[str]) -> int:
-    print(json.dumps(told, indent=1) if arguments.json else "\n".join(lines))
+    if arguments.json:
+        print(json.dumps(told, indent=1))
+    else:
+        _print_lines(lines)
     return 0
+
+
+#: Words that a terminal shows in colour where they tell a state, the first of each line.
+_STATES = {**dict.fromkeys(("active", "ready", "good", "free", "running", "served", "yes"), 32), **dict.fromkeys(("cooling", "poor", "unsure", "probing"), 33), **dict.fromkeys(("out", "bad", "failed"), 31)}
+_STATE_WORD = re.compile(rf"(?<=\s)(?:{'|'.join(_STATES)})(?=[\s,:;]|$)")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Lines for people: as they are, but at a terminal no wider than it, and with states in colour unless NO_COLOR is set."""
+    lines = [part for line in lines for part in line.split("\n")]
+    if not sys.stdout.isatty():
+        print("\n".join(lines))
+        return
+    import shutil
+    import textwrap
+    width, colour = max(shutil.get_terminal_size().columns, 40), not os.environ.get("NO_COLOR")
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        for part in textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]:
+            print(_STATE_WORD.sub(lambda match: f"\x1b[{_STATES[match[0]]}m{match[0]}\x1b[0m", part, count=1) if colour else part)
 
 
 def _explain_command(arguments: Any) -> int:
@@ -21610,20 +21652,28 @@ def _status_command(arguments: Any) -> int:
     home = find_home(arguments.home)
     config = read_config(home, _flags_of(arguments))
     state = describe_status(home, config)
-    if arguments.json:
-        print(json.dumps(state, indent=1))
-        return 0
+    for server in find_servers(home)[:1]:
+        arguments.server = server["address"]
+        with contextlib.suppress(ConfigError):          # it has just ended, or is busy ending
+            live = {row["name"]: row for row in _ask_admin(arguments, "GET", "/health?deep=1")["providers"]}
+            for row in state["providers"]:
+                row["cooling"] = live.get(row["name"], {}).get("cooling", [])
+                row["state"] = "cooling" if row["cooling"] and row["state"] == "active" else row["state"]
+    return _print_told(arguments, state, status_lines(home, config, state))
+
+
+def status_lines(home: Home, config: Config, state: Json) -> list[str]:
+    """What `status` shows: home, database, server, keys, and each provider with what keeps it out."""
     counts = state["database"]
-    print(f"AICarousel {__version__}", f"home      {home.folder}", f"models    {home.models_path if home.models_path.exists() else 'no models.json: presets with a key in the environment'}",
-          f"database  {home.database_path}, " + (f"schema {counts['schema']}" if counts else "not made yet"), f"server    {state['server']}", sep="\n")
+    lines = [f"AICarousel {__version__}", f"home      {home.folder}", f"models    {home.models_path if home.models_path.exists() else 'no models.json: presets with a key in the environment'}",
+             f"database  {home.database_path}, " + (f"schema {counts['schema']}" if counts else "not made yet"), f"server    {state['server']}"]
     if counts:
-        print(f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today", sep="\n")
-    print("providers")
+        lines += [f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today"]
+    lines.append("providers")
     for row in state["providers"] or [{"name": "none", "state": "out", "why": "no key was found: " + ", ".join(config.looked_for), "models": 0, "keys": 0}]:
-        print(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    return 0
+        lines.append(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
+        lines += [f"    {cold['scope']} {cold['key']}: {cold['reason']}, {cold['until_s']:.0f} s" for cold in row.get("cooling", ())]
+    return list(map(printable, [*lines, *(f"warning: {warning}" for warning in config.warnings)]))
 
 
 def describe_status(home: Home, config: Config) -> Json:
@@ -21631,8 +21681,8 @@ def describe_status(home: Home, config: Config) -> Json:
     database = {**totals(home.database_path), "schema": schema_version(home.database_path)} if home.database_path.exists() else None
     providers = [{"name": provider.name, "state": "out" if provider.why_out else "active", "why": provider.why_out, "models": len(provider.models), "keys": sum(bool(credential.secret) for credential in provider.credentials)}
                  for provider in config.providers]
-    return {"version": __version__, "home": str(home.folder), "models": str(home.models_path), "database": database, "server": _probe_server(config.settings),
-            "port": config.settings.port, "providers": providers, "warnings": list(config.warnings)}
+    return {"version": __version__, "home": str(home.folder), "models": str(home.models_path), "database": database, "server": " and ".join(f"running on port {row['port']}" for row in find_servers(home)) or _probe_server(config.settings),
+            "port": config.settings.port, "servers": find_servers(home), "providers": providers, "warnings": list(config.warnings)}
 
 
 def _probe_server(settings: Settings) -> str:
@@ -21680,15 +21730,12 @@ def _stop_command(arguments: Any) -> int:
             pass                        # it has just ended by itself
         except OSError as error:
             raise Refused(f"pid {row['pid']} cannot be stopped: {error.strerror}") from error
-    began_at, told = time.monotonic(), False
-    while find_servers(home):
-        waited_s = time.monotonic() - began_at
-        if waited_s > _STOPPED_S:
-            raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
-        if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
-            told = True
-            print("waiting for the answers under way ...", file=sys.stderr, flush=True)
-        time.sleep(0.05)
+    ends_at = time.monotonic() + _STOPPED_S
+    with told_while("waiting for the answers under way"):
+        while find_servers(home):
+            if time.monotonic() > ends_at:
+                raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
+            time.sleep(0.05)
     return _say_done(arguments, f"stopped: {', '.join(row['address'] for row in rows)}")
 
 
@@ -21851,9 +21898,10 @@ def _plain(value: Any) -> Any:
 
 def _call_command(arguments: Any) -> int:
     """Ask a running gateway one thing; the answer on stdout, who served it on stderr."""
-    config = read_config(find_home(arguments.home), {})
+    home = find_home(arguments.home)
+    config = read_config(home, {})
     try:
-        scheme, host, port, path = split_url(arguments.server or f"{'https' if config.settings.tls_cert else 'http'}://127.0.0.1:{config.settings.port}")
+        scheme, host, port, path = split_url(arguments.server or _server_of(home, config.settings))
     except ValueError as error:
         raise ConfigError("--server", str(error), "the address of a gateway, such as http://127.0.0.1:7123") from error
     if scheme not in ("http", "https") or not host:
@@ -21872,7 +21920,9 @@ def _call_command(arguments: Any) -> int:
     connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=600)
     try:
         connection.request("POST", path.rstrip("/").removesuffix("/v1") + f"/v1{wire.path}", dump_json(body), headers)
-        return _print_answer(connection.getresponse(), wire, arguments.stream)
+        with told_while("waiting for the answer"):
+            answer = connection.getresponse()
+        return _print_answer(answer, wire, arguments.stream)
     except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
         print(f"What answers at {host}:{port} is no gateway.", file=sys.stderr)
         return 1
