@@ -19581,7 +19581,7 @@ def merge_text(kind: str, text: str, tree: Json, where: str, begins: Json = {}) 
         made = merge(plain, tree)
         if read(made) != _merged(known, tree):
             raise ValueError("a form that cannot be changed safely")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ConfigError) as error:
         told = redact(f"{error.found}" if isinstance(error, ConfigError) else str(error))
         raise ConfigError(where, printable(told)[:200], f"{kind.upper()} that can be read and changed; nothing was written, the values can be put in by hand") from error
     return made.replace("\n", "\r\n") if windows else made
@@ -19651,7 +19651,7 @@ def known_key(client: ClientSetup, environment: Mapping[str, str], database: Pat
         path = client_path(file, environment)
         try:
             tree: Any = _KINDS[file.kind][0](_text_of(path, _read_bytes(path)))
-        except (ValueError, ConfigError):
+        except (ValueError, RecursionError, ConfigError):
             continue                                        # whoever writes will complain
         for key in _shown_keys(file.values, tree):
             found = find_key(database, key)
@@ -20138,7 +20138,7 @@ def _speak_messages(stage: Stage) -> Iterator[str]:
     _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
     yield "a prompt that is too long"
     reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
-    _want(reply.status == 400 and "prompt is too long" in reply.body.decode(), "400 in the words that begin compaction", reply.body.decode())
+    _want(reply.status == 400 and "prompt is too long" in _text(_dig(reply.json, "error", "message")), "400 in the words that begin compaction", reply.body.decode())
     yield "cancel"
     stage.cast.left.clear()
     stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
@@ -20234,7 +20234,7 @@ def _tree_of(path: Path, kind: str) -> Any:
     data = _read_bytes(path)
     try:
         return _KINDS[kind][0](_text_of(path, data)) if data else {}
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         raise ConfigError(str(path), printable(redact(str(error)))[:200], f"{kind.upper()} that can be read") from error
 
 
@@ -20258,9 +20258,9 @@ def _up_to_root(folder: Path) -> list[Path]:
 def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     """Its settings files go before the environment; a token goes before an API key wherever either stands."""
     paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
-    rows = [*((str(path), _dig(_tree_of(path, "json"), "env")) for path in paths), (_ENVIRONMENT, environment)]
-    layers = [Layer(where, _text(_dig(dict(row), "ANTHROPIC_BASE_URL")), _text(_dig(dict(row), "ANTHROPIC_AUTH_TOKEN"))) for where, row in rows]
-    return [*layers, *(Layer(where, "", _text(_dig(dict(row), "ANTHROPIC_API_KEY"))) for where, row in rows)]
+    trees = [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+    layers = [Layer(where, *(_text(_dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
+    return [*layers, *(Layer(where, "", _text(_dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
 
 
 def _codex_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
@@ -20280,9 +20280,9 @@ def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[s
     if not provider:
         faults += [f"model_provider is {name!r}, and there is no [model_providers.{name}]"] if name not in ("", "openai") else []
         faults += ["the built-in provider tries a WebSocket at every start"] if name in ("", "openai") and tree.get("openai_base_url") else []
-    elif provider.get("wire_api", "responses") != "responses":
-        faults.append(f"wire_api is {provider['wire_api']!r}, which Codex no longer takes: it must be responses")
-    elif provider.get("supports_websockets") is True:
+    elif _dig(provider, "wire_api") not in ("responses", {}):
+        faults.append(f"wire_api is {_dig(provider, 'wire_api')!r}, which Codex no longer takes: it must be responses")
+    elif _dig(provider, "supports_websockets") is True:
         faults.append("supports_websockets is true, and this gateway speaks HTTP alone")
     return faults
 
@@ -20363,16 +20363,20 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     checks = [Check(name, "configuration", False, fault, write, name) for fault in faults]
     if top is None:
         return checks or [Check(name, "configuration", None, "it is not pointed at a gateway", write)]
-    trouble = _url_trouble(top.url, client, around)
+    trouble, shown = _url_trouble(top.url, client, around), _without_login(top.url)
     hidden = next((layer for layer in layers[layers.index(top) + 1:] if layer.url and not _url_trouble(layer.url, client, around)), None) if trouble else None
     if hidden is not None:
-        checks.append(Check(name, "address", False, f"{top.url} of {top.where} hides {hidden.url} of {hidden.where}", f"take the address out of {top.where}"))
+        checks.append(Check(name, "address", False, f"{shown} of {top.where} hides {_without_login(hidden.url)} of {hidden.where}", f"take the address out of {top.where}"))
     elif trouble:
-        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", *_mend(name, top.where, around)))
+        checks.append(Check(name, "address", False, f"{shown} of {top.where} {trouble}", *_mend(name, top.where, around)))
     else:
-        checks.append(Check(name, "address", True, f"{top.url} of {top.where}"))
+        checks.append(Check(name, "address", True, f"{shown} of {top.where}"))
         checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
     return checks
+
+
+def _without_login(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 def _mend(name: str, where: str, around: Surroundings) -> tuple[str, str]:
@@ -20434,7 +20438,7 @@ def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings
     elif row.expires_at is not None and row.expires_at <= time.time():
         told = f"has expired (id {row.id}, {row.name})"
     elif answer.status:
-        return Check(name, "key", False, f"{where} is good here, and the server at {top.url} refuses it: it runs with another home", "start the server with this --home")
+        return Check(name, "key", False, f"{where} is good here, and the server at {root_of(top.url)} refuses it: it runs with another home", "start the server with this --home")
     else:
         return Check(name, "key", True, f"{where} is good (id {row.id}, {row.name})")
     return Check(name, "key", False, f"{where} {told}", *_mend(name, holder.where, around))
@@ -20633,6 +20637,15 @@ def _show_broken_streams(stage: Stage) -> str:
     return "text that breaks off ends in the error event of each format, never as if whole"
 
 
+def _show_made_up_faults(stage: Stage) -> str:
+    key, _ = create_key(stage.database, "admin", limits={"admin": True})
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("well", "tools"), key=key, x_aicarousel_mock="500")
+    _want(reply.status == 200 and reply.headers.get("x-aicarousel-provider") == "tools" and reply.headers.get("x-aicarousel-attempts") == "2", "the second provider's answer", reply.body.decode())
+    refused = stage.ask("POST", "/v1/chat/completions", _chat_body("well"), x_aicarousel_mock="500")
+    _want(refused.status == 403, "403 without an admin key", str(refused.status))
+    return "x-aicarousel-mock: 500 by an admin key sent the next request to the next provider; try it on your own"
+
+
 def _show_cancel(stage: Stage) -> str:
     stage.cast.left.clear()
     stage.leave("/v1/chat/completions", _chat_body("slow"))
@@ -20660,7 +20673,8 @@ def _show_errors(stage: Stage) -> str:
 
 
 _SCENES: Mapping[str, Callable[[Stage], str]] = {
-    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
+    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "made-up faults": _show_made_up_faults,
+    "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
 
 
 def selftest(tell: Callable[[Check], None]) -> None:
@@ -21204,6 +21218,7 @@ def client_recipes(address: str, key: str) -> list[str]:
         "curl:",
         f"  curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\",
         '    -d \'{"model": "aicarousel", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'',
+        f"Into a client's own files, by itself: python aicarousel.py config NAME --write, NAME being {', '.join(name for name, client in CLIENTS.items() if client.files)}",
     ]
 
 
