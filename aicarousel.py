@@ -16478,8 +16478,9 @@ a{color:var(--accent)}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:6px 12px;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.long{overflow-wrap:anywhere;min-width:130px}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.n,td.time{white-space:nowrap}
+td.long{overflow-wrap:anywhere;min-width:110px}
 pre{margin:0;padding:10px 12px;background:var(--fill);border-radius:8px;overflow-x:auto;font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 button,input,select{font:inherit;color:inherit}
 button{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:4px 12px;cursor:pointer}
@@ -16504,9 +16505,9 @@ figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
 .key.in::before{background:var(--in)}.key.outward::before{background:var(--out)}
 .ends{display:flex;justify-content:space-between}
 .bar{display:block;height:5px;border-radius:3px;background:var(--in);margin-top:3px}
-.heat{display:grid;grid-template-columns:34px repeat(24,1fr);gap:2px;align-items:center}
-.heat i{aspect-ratio:1;border-radius:2px;background:var(--fill)}
-.heat span{font-size:11px;color:var(--soft)}
+.heat{display:grid;grid-template-columns:26px repeat(24,minmax(0,1fr));gap:2px;align-items:center}
+.heat i{height:15px;border-radius:2px;background:var(--fill)}
+.heat span{font-size:11px;line-height:1.3;color:var(--soft)}
 .h1{background:color-mix(in srgb,var(--in) 30%,var(--fill))!important}.h2{background:color-mix(in srgb,var(--in) 55%,var(--fill))!important}.h3{background:color-mix(in srgb,var(--in) 80%,var(--fill))!important}.h4{background:var(--in)!important}
 .tabs{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}
 [aria-selected=true]{border-color:var(--accent);color:var(--accent)}
@@ -16516,7 +16517,9 @@ figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
 .warn{color:var(--bad)}
 footer{padding:24px 16px 40px}
 [hidden]{display:none!important}
-@media(max-width:520px){th,td{padding:6px 8px}.heat{gap:1px}.heat span{font-size:10px}}
+@media(max-width:960px){th,td{padding:6px 8px}}
+@media(min-width:830px){#p-heat{grid-column:span 2}}
+@media(max-width:700px){.list thead{display:none}.list tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:8px 12px;border-top:1px solid var(--line)}.list tr.more{border:0;padding-top:0}.list td{border:0;padding:0}.list td.n[title]::before{content:attr(title) " ";color:var(--soft)}.list .more td{flex:1;min-width:0}}
 """
 
 _PAGE_BODY = r"""
@@ -16528,15 +16531,15 @@ _PAGE_BODY = r"""
 <main>
 <form id="ask" autocomplete="off">
 <p class="soft">What the carousel does is shown to holders of an admin key: <code>python aicarousel.py key create --admin</code>. It is kept in this tab and sent to this server alone.</p>
-<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required><button class="main">Show</button>
+<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required pattern="\s*[!-~]+\s*" title="a key has no blanks and no letters of other scripts"><button class="main">Show</button>
 </form>
 <p id="trouble" class="warn" role="alert"></p>
 <div id="shown" hidden>
 <h2 id="t-carousel">The carousel</h2><div id="carousel" class="cards" aria-labelledby="t-carousel"></div>
-<h2>Now</h2><div class="wide"><table><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
+<h2>Now</h2><div class="wide"><table class="list"><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
 <h2>Use in the last <select id="days" aria-label="Days"><option>7<option selected>30<option>90</select> days</h2>
 <div class="plots"><figure class="card" id="p-tokens"></figure><figure class="card" id="p-cost"></figure><figure class="card" id="p-model"></figure><figure class="card" id="p-key"></figure><figure class="card" id="p-heat"></figure></div>
-<h2>The last requests</h2><div class="wide"><table><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody></table></div>
+<h2>The last requests</h2><div class="wide"><table class="list"><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody><tbody id="none"><tr><td colspan="7" class="soft">None since the start.</tr></tbody></table></div>
 </div>
 <h2 id="t-connect">Connect</h2><div class="card"><div id="clients" class="tabs" role="tablist" aria-labelledby="t-connect"></div><div class="copied" role="tabpanel"><pre id="recipe" tabindex="0"></pre><button id="copy">Copy</button></div>
 <p class="soft small">In place of sk-... goes a gateway key: <code>python aicarousel.py key create NAME</code></p></div>
@@ -16583,7 +16586,7 @@ function showRoutes(routes, windows) {
         const tight = limits.sort((one, other) => one.left / one.limit - other.left / other.limit)[0];
         const left = tight ? tight.left / tight.limit : 1;
         const state = row.state === "free" ? "serving" : row.state + (row.left_s === null ? "" : " " + span(row.left_s) + (row.proven ? "" : " at most"));
-        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  " + row.key)), make("span", {class: "state " + row.state}, state)),
+        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  key " + row.key)), make("span", {class: "state " + row.state}, state)),
           tight ? make("span", {class: "meter"}, make("i", {class: left <= 0 ? "none" : left < .2 ? "low" : "", width: Math.max(left * 100, left <= 0 ? 100 : 1) + "%"})) : null,
           tight ? make("div", {class: "soft small"}, number(tight.left) + " of " + number(tight.limit) + " " + tight.measure + " a " + tight.per + " left" + (tight.resets_in_s === null ? "" : ", resets in " + span(tight.resets_in_s)) + " (" + tight.origin + ")") : null,
           row.why ? make("div", {class: "small " + row.state}, row.why) : null,
@@ -16593,22 +16596,28 @@ function showRoutes(routes, windows) {
   if (!routes.length) fill("carousel", make("p", {class: "soft"}, "No provider takes part yet: put a key into .env, or run python aicarousel.py setup."));
 }
 
-function showRequests(seen) {
-  fill("live", ...(seen.live.length ? seen.live.map(row => make("tr", {}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
+function showLive(live) {
+  fill("live", ...(live.length ? live.map(row => make("tr", {"data-request": row.id}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
     make("td", {class: "long"}, row.route || "-"), make("td", {}, row.state), make("td", {class: "n"}, span(row.for_s)))) : [make("tr", {}, make("td", {colspan: 5, class: "soft"}, "Nothing is under way."))]));
-  const open = new Map([...at("last").querySelectorAll("[data-lines]")].map(node => [node.dataset.lines, node.textContent]));
-  fill("last", ...(seen.last.length ? seen.last.flatMap(row => {
-    const more = make("tr", {hidden: open.has(row.id) ? null : ""}, make("td", {colspan: 7}, make("pre", {"data-lines": open.has(row.id) ? row.id : null}, open.get(row.id) || "")));
-    const why = make("button", {class: "plain", "aria-expanded": open.has(row.id), onclick: async () => {
-      const pre = more.querySelector("pre"), closed = more.hidden;
-      if (closed) { try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; } pre.dataset.lines = row.id; }
-      else delete pre.dataset.lines;
-      more.hidden = !closed; why.setAttribute("aria-expanded", closed);
-    }}, row.id);
-    return [make("tr", {"data-request": row.id}, make("td", {}, new Date(row.at_utc * 1000).toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
-      make("td", {class: row.outcome === "ok" ? "free" : "cooling"}, (row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status) + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
-      make("td", {class: "n"}, ms(row.first_ms || null)), make("td", {class: "n"}, ms(row.total_ms))), more];
-  }) : [make("tr", {}, make("td", {colspan: 7, class: "soft"}, "None since the start."))]));
+}
+// What ended does not change: its rows stay in their place, and with them the focus and what was opened.
+const kept = new Map();
+function showLast(last) {
+  const there = new Set(last.map(row => row.id));
+  for (const [id, rows] of kept) if (!there.has(id)) { rows.forEach(row => row.remove()); kept.delete(id); }
+  for (const row of last.reverse()) if (!kept.has(row.id)) { kept.set(row.id, lastRows(row)); at("last").prepend(...kept.get(row.id)); }
+  at("none").hidden = kept.size > 0;
+}
+function lastRows(row) {
+  const pre = make("pre", {}), more = make("tr", {class: "more", hidden: ""}, make("td", {colspan: 7}, pre)), ended = new Date(row.at_utc * 1000);
+  const why = make("button", {class: "plain", "aria-expanded": "false", title: "why it went there", onclick: async () => {
+    if (more.hidden) try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; }
+    more.hidden = !more.hidden; why.setAttribute("aria-expanded", !more.hidden);
+  }}, row.id);
+  const outcome = row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status;
+  return [make("tr", {"data-request": row.id}, make("td", {class: "time", title: ended.toLocaleString()}, ended.toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
+    make("td", {class: row.outcome === "ok" ? "free" : row.outcome === "client_closed" ? "soft" : "cooling"}, outcome + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
+    make("td", {class: "n", title: "first words"}, ms(row.first_ms || null)), make("td", {class: "n", title: "all"}, ms(row.total_ms))), more];
 }
 
 const inward = row => row.input + row.cached + row.cache_write;
@@ -16630,7 +16639,7 @@ function showStats(days, models, keys, n_days) {
   const byDay = new Map(days.groups.map(row => [row.day, row])), none = {input: 0, cached: 0, cache_write: 0, output: 0, cost_usd: 0}, all = [];
   for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
   columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
-  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd || 0);
+  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd);
   if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
   bars("p-model", "By model", models.groups, "model");
   bars("p-key", "By key", keys.groups, "key");
@@ -16650,7 +16659,7 @@ async function look() {
       const [routes, quota, requests, ...stats] = await Promise.all(["/admin/routes", "/admin/quota", "/admin/requests", ...(due ? [`/admin/stats?days=${n_days}&by=day&heatmap=1`, `/admin/stats?days=${n_days}&by=model`, `/admin/stats?days=${n_days}&by=key`] : [])].map(ask));
       if (mine !== turn) return;
       at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
-      showRoutes(routes.routes, quota.windows); showRequests(requests);
+      showRoutes(routes.routes, quota.windows); showLive(requests.live); showLast(requests.last);
       at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
       if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
     }
@@ -16661,7 +16670,7 @@ async function look() {
   }
   timer = setTimeout(look, 2000);
 }
-function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
+function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); ["carousel", "live", "last", "p-tokens", "p-cost", "p-model", "p-key", "p-heat", "about"].forEach(id => fill(id)); kept.clear(); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
 at("ask").addEventListener("submit", event => { event.preventDefault(); at("trouble").textContent = ""; sessionStorage.setItem("key", at("key").value.trim()); look(); });
 at("forget").addEventListener("click", () => { at("trouble").textContent = ""; forget(); });
 at("days").addEventListener("change", () => { look.statsAt = 0; look(); });
@@ -16675,8 +16684,8 @@ function pick(name) { tabs.forEach(tab => { const mine = tab.textContent === nam
 at("clients").append(...tabs);
 if (tabs.length) pick(tabs[0].textContent);
 at("copy").addEventListener("click", async () => {
-  try { await navigator.clipboard.writeText(at("recipe").textContent); } catch { getSelection().selectAllChildren(at("recipe")); }
-  at("copy").textContent = "Copied"; setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
+  try { await navigator.clipboard.writeText(at("recipe").textContent); at("copy").textContent = "Copied"; } catch { getSelection().selectAllChildren(at("recipe")); at("copy").textContent = "Selected"; }
+  setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
 });
 if (sessionStorage.getItem("key")) look(); else at("key").focus();
 """
@@ -17109,7 +17118,7 @@ class Gateway:
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
         self.tally = Tally()
-        self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
+        self.recipes: Callable[[], Mapping[str, str]] = dict        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -17249,7 +17258,7 @@ class Gateway:
     async def front_page(self, request: Request, exchange: Exchange) -> None:
         """GET /: the page for a browser, a few lines for all else."""
         if "text/html" in request.headers.get("accept", ""):
-            return exchange.respond(200, *render_page(self.recipes))
+            return exchange.respond(200, *render_page(self.recipes()))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
 
     async def docs(self, request: Request, exchange: Exchange) -> None:
@@ -18981,17 +18990,29 @@ def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, 
     return changes
 
 
-def snippet(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[tuple[str, str]]:
-    """(where, what to put there) of a client; where is "" for what goes into no file."""
+def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str) -> list[tuple[str, str]]:
+    """(where, what to put there) of a client; where is "" for what goes into no file. environment: None for the usual places, whatever this machine has."""
     if not client.files:
         return [("", fill(client.recipe, url, key))]
     rows = []
     for file in client.files:
         usual = Path(file.folder).expanduser() / file.names[-1]
-        path = client_path(file, environment)
+        path = client_path(file, environment) if environment is not None else usual.resolve()
         rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
                      merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
     return rows
+
+
+def snippet_text(places: Iterable[tuple[str, str]]) -> str:
+    """What snippet() found, as it is printed."""
+    return "\n\n".join((f"# {path}\n" if path else "") + text for path, text in places)
+
+
+@functools.cache
+def page_recipes() -> Mapping[str, str]:
+    """What `config` prints, by the titles of the clients, with {url} and {key} in it: for the page, which anybody may see."""
+    url = "http://aicarousel.invalid"           # braces would be quoted in some files where an address and a key are not
+    return {client.title: snippet_text(snippet(client, None, url, NEW_KEY)).replace(url, "{url}").replace(NEW_KEY, "{key}") for client in CLIENTS.values()}
 
 
 def known_key(client: ClientSetup, environment: Mapping[str, str], database: Path) -> str:
@@ -20321,6 +20342,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     new_key = None if keys.any_key() or config.settings.no_auth else create_key(home.database_path, "first")[0]
     usage = UsageWriter(home.database_path)
     gateway = Gateway(config, keys, usage, world)
+    gateway.recipes = page_recipes
     gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
@@ -20992,7 +21014,7 @@ def _client_command(arguments: Any) -> int:
     if arguments.json:
         print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
         return 0
-    print("\n\n".join((f"# {path}\n" if path else "") + text for path, text in places))
+    print(snippet_text(places))
     print(f"# then: {CLIENTS[name].then}\n# --write puts this in, with a gateway key made for it; --undo takes it back" if CLIENTS[name].files else f"# a key: python aicarousel.py key create {name}", file=sys.stderr)
     return 0
 
