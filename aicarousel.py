@@ -5,8 +5,8 @@
 # ///
 """AICarousel: one address for many LLM APIs.
 
-Clients speak OpenAI Chat Completions to it; it turns through providers, keys and models until one answers, and streams
-the answer on as it comes.  Start it with `python aicarousel.py serve`; README.md tells the rest.  It is one module, copied
+Clients speak OpenAI Chat Completions, OpenAI Responses or Anthropic Messages to it; it turns through providers, keys and
+models until one answers, translates where formats differ, and streams the answer on as it comes.  Start it with `python aicarousel.py serve`; README.md tells the rest.  It is one module, copied
 to a machine and run: Python 3.11 and the package h11 are all it needs, certifi is used where present.
 It fetches nothing for clients, phones nowhere, and connects to the configured providers alone.
 
@@ -31,13 +31,13 @@ Contents
     18  Transport           the providers' side: connections, TLS, proxies, deadlines
     19  Server              the clients' side: accept, keep-alive, limits, drain
     20  Relay               attempts, commit, pump, keep-alives, cancellation
-    21  Pages               the front page, the list of models, statistics as text
+    21  Pages               the page, the API described, metrics, the list of models, answers as text
     22  Endpoints           the running whole, its URLs and who may call them
     23  Accounts            the home folder and changes to its files, keys checked and stored, logins
     24  Clients             each client's files and dialogue, launcher, doctor, selftest
     25  Bundle              the copy that needs nothing installed
     26  Set-up              the dialogue of `setup`
-    27  Command line        serve, key, status, stats, call, db, config
+    27  Command line        arguments, commands, main
 
 Life of a request
     Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
@@ -379,11 +379,11 @@ class UpstreamFailure(Exception):
 
 #: What looks like a secret wherever it stands: vendor prefixes, tokens, what stands behind a scheme, the user of a URL, what is called a key.
 _SECRET = re.compile(r"\b(?:sk|csk|gsk|xai|nvapi|fw|hf|tgp|gh[oprsu]|github_pat|glpat|pplx|r8|vck|cpk)[-_][A-Za-z0-9_\-]{8,}|\bAIza[\w\-]{20,}|\bAQ\.[\w\-]{20,}|\beyJ[\w\-]+\.[\w\-.]+"
-                     r"|\bya29\.[\w\-]{10,}|\btid=[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
+                     r"|\bya29\.[\w\-]{10,}|\btid(?:=|%3[Dd])[^\s\"',]{12,}|\borg[-_][A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s\"',;]{12,}|(?<=[Bb]asic )[A-Za-z0-9+/=_\-]{8,}|(?<=://)[^\s/\"'@]+(?=@)")
 _NAMED_SECRET = re.compile(r"((?:api[-_]?key|[a-z]_token|[a-z]_secret|password)[\"']?\s{0,2}[=:]\s{0,2}[\"']?)[^\s\"',;&{}*]{8,}", re.IGNORECASE)
 #: One of these stands in every text that either pattern finds something in: looking for them costs a tenth of looking for the patterns.
 _SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf_", "tgp", "gho", "ghp", "ghr", "ghs", "ghu", "github_pat", "glpat", "pplx", "r8-", "r8_", "vck", "cpk",
-                 "AIza", "AQ.", "eyJ", "ya29.", "tid=", "org-", "org_", "earer ", "asic ", "://")
+                 "AIza", "AQ.", "eyJ", "ya29.", "tid", "org-", "org_", "earer ", "asic ", "://")
 _NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
@@ -930,6 +930,8 @@ class Bounds:
     cool_most_s: float = _bound(600.0, 0.1, 86_400.0, "seconds", "where these four, doubling with each failure in a row, end")
     cool_credential_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `credential` failure")
     cool_payment_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `payment` failure")
+    usage_rows: int = _bound(1_000_000, 1, 1_000_000_000, "rows", "the table `usage` keeps, the newest; some 300 MB")
+    usage_days: int = _bound(0, 0, 36_600, "days", "it keeps; 0 for all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -3717,17 +3719,17 @@ def load_ledger(ledger: Ledger, rows: Mapping[str, Json], now: float) -> None:
         bucket = ledger.buckets.get(key)
         for saved in row.get("windows", ()) if bucket is not None else ():
             with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-                _load_window(bucket, saved, ledger.utc_less_now)
+                _load_window(bucket, saved, ledger.utc_less_now, now)
         if bucket is not None:
             _sort_out(bucket)
 
 
-def _load_window(bucket: Bucket, saved: Json, shift: float) -> None:
-    """Raises KeyError, TypeError, ValueError or AttributeError for a row of another version."""
-    def at(name: str) -> float:
-        return _NEVER if saved[name] is None else float(saved[name]) - shift
-    entries = [[float(utc) - shift, float(amount)] for utc, amount in saved["entries"]][-2 * _GRAINS:]
-    facts = dict(kind=str(saved["kind"]), used=float(saved["used"]), at=at("at_utc"), resets_at=at("resets_utc"), entries=entries)
+def _load_window(bucket: Bucket, saved: Json, shift: float, now: float) -> None:
+    """Raises KeyError, TypeError, ValueError or AttributeError for a row of another version. What lies ahead is clipped: the wall clock may have been set back."""
+    def at(name: str, ahead_s: float = _MAX_PATIENCE_S) -> float:
+        return _NEVER if saved[name] is None else min(float(saved[name]) - shift, now + ahead_s)
+    entries = [[min(float(utc) - shift, now), float(amount)] for utc, amount in saved["entries"]][-2 * _GRAINS:]
+    facts = dict(kind=str(saved["kind"]), used=float(saved["used"]), at=at("at_utc", 0.0), resets_at=at("resets_utc", float(saved["span_s"])), entries=entries)
     if saved["source"]:
         facts |= dict(known=float(saved["known"]), source=str(saved["source"]), known_utc=float(saved["known_utc"]), grows_at=at("grows_utc"), patience_s=float(saved["patience_s"]))
     window = _window(bucket, str(saved["measure"]), float(saved["span_s"]), "")
@@ -4556,7 +4558,8 @@ def cool(state: RoutingState, route: Route, failure: UpstreamFailure, now: float
 
 def cooldown_rows(state: RoutingState, now: float) -> dict[str, Json]:
     """The cooldowns that were proven and still run, by key, for a restart. Instants are UTC."""
-    return {key: {"kind": cooldown.kind, "reason": cooldown.reason, "until_utc": round(cooldown.until_at + state.ledger.utc_less_now, 3), "strikes": cooldown.strikes}
+    return {key: {"kind": cooldown.kind, "reason": cooldown.reason, "until_utc": round(cooldown.until_at + state.ledger.utc_less_now, 3), "strikes": cooldown.strikes,
+                  "left_s": round(cooldown.until_at - now, 3)}
             for key, cooldown in state.cooling.items() if cooldown.proven and cooldown.until_at > now}
 
 
@@ -4564,7 +4567,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
     """Go on with what cooldown_rows() gave; what has ended, or is not understood, is passed over."""
     for key, row in rows.items():
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            until_at = float(row["until_utc"]) - state.ledger.utc_less_now
+            until_at = min(float(row["until_utc"]) - state.ledger.utc_less_now, now + float(row["left_s"]))      # the wall clock may have been set back
             if until_at > now and row["kind"] in FAILURE_RULES and len(state.cooling) < _MAX_COOLDOWNS:
                 state.cooling[key] = Cooldown(key, row["kind"], str(row["reason"]), until_at, int(row["strikes"]), True, began_at=now)
 
@@ -4787,7 +4790,8 @@ class Profile:
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
-    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's fields
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
+                                             #: fields; echo: as prefix, and its answer begins with what it was given
     user_first: bool = False
     forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
     max_stop: int | None = None              #: how many stop strings, 0 for none
@@ -4815,7 +4819,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "prefix", "user_first": True, "extra_names": True},
+                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "echo", "user_first": True, "extra_names": True},
     "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
                  "continues": "prefix"},
     "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
@@ -4824,7 +4828,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
     "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
     "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "last"},
+    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final"},
     "lmstudio": {**_LOCAL},
     "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
                  "continues": "partial"},
@@ -12355,7 +12359,8 @@ def continuation_request(hub: Json, seam: Seam, profile: Profile, edits: Edits =
             "The connection broke off in the middle of your last answer. Write the rest of it, as if it had never been interrupted: no greeting, no comment, nothing that was said before. "
             f"Begin with exactly these last words of it, and go on directly behind them:\n{anchor}")]})
     spent = {"max_out": max(16, hub["max_out"] - len(text) // 4)} if hub.get("max_out") else {}
-    body, dropped = translate_request({**hub, **spent, **({"think": {"mode": "off"}} if hub.get("think") else {}), "turns": turns}, profile, edits)
+    plain = {"think": {"mode": "off"}} if hub.get("think") or profile.switch else {}       # who thinks begins with that
+    body, dropped = translate_request({**hub, **spent, **plain, "turns": turns}, profile, edits)
     if seam.how in ("prefix", "partial"):
         body["messages"][-1][seam.how] = True
     elif seam.how == "final":
@@ -12382,7 +12387,10 @@ def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
         if not begun.startswith(anchor):
             return "", "it does not begin with the words it was told"
         begun = begun[len(anchor):]
+    elif seam.how == "echo" and not begun.startswith(text):
+        return "", "it does not begin with the text it was given"
     else:
+        begun = begun[len(text):] if seam.how == "echo" else begun
         why = _doubt(text, begun)
         if why:
             return "", why
@@ -12411,7 +12419,7 @@ def _doubt(text: str, begun: str) -> str:
 class SeamWriter:
     """The writer of a Translation whose answer goes on with a stream that broke off: what comes first is kept back until it was judged."""
 
-    __slots__ = ("joined", "_seam", "_mark", "_begun")
+    __slots__ = ("joined", "_seam", "_mark", "_begun", "_n_judged")
 
     def __init__(self, seam: Seam, mark: str) -> None:
         """mark: what the comment at the seam says."""
@@ -12419,6 +12427,7 @@ class SeamWriter:
         self._seam = seam
         self._mark = b": %b\n\n" % printable(mark).encode("ascii", "replace")
         self._begun = ""
+        self._n_judged = _JUDGED_CHARS + {"echo": len(seam.text), "told": 4 * _ANCHOR_CHARS}.get(seam.how, 0)
 
     def feed(self, delta: Json) -> list[bytes]:
         """The frames of one delta. Raises UpstreamFailure where the answer does not go on with the text; none of it has left by then."""
@@ -12429,7 +12438,7 @@ class SeamWriter:
             return self._seam.writer.feed(delta)
         if kind == "text":
             self._begun += delta["text"]
-            return self._join() if len(self._begun) >= _JUDGED_CHARS else []
+            return self._join() if len(self._begun) >= self._n_judged else []
         if kind == "stop" and delta["reason"] in ("refusal", "filter") or kind not in ("stop", "call"):
             raise UpstreamFailure("server", "no_seam", f"instead of text came {delta.get('reason') or kind}")
         return [*self._join(), *self._seam.writer.feed(delta)]
@@ -13153,18 +13162,26 @@ REASON_PHRASES: Mapping[int, str] = {
 # durably (synchronous=FULL) before anyone sees them; usage goes through one thread, so that no request waits for a disk.
 # Two traps.  Never os.open() and close the database, its -wal or its -shm: that drops the locks of every other connection
 # of this process (sqlite.org/howtocorrupt.html, 2.2).  Never shorten keys.epoch: a server has it mapped and would get SIGBUS.
+# Beside the database: -backup- files are made by commands and migrations and stay, -hourly-1 and -2 by servers, -damaged- and
+# -replaced- is what stood in its place before.  tests/test_storage.py plays what happens to disks and clocks.
 # One more step of the schema: a row at the end of _MIGRATIONS; rows that were released are never edited.
 # A database made by the seed (version 0, with api_keys, provider_settings, _migrations) passes the first step untouched.
 
 _STORE_LOG = logging.getLogger("aicarousel.store")
 _COMMAND_BUSY_S = 5.0
 _WRITER_BUSY_S = 1.0       #: the writer thread tries again anyway, and close() should not wait long for it
+_WRITER_TRIES = 100
 _RING_BUSY_S = 0.2         #: the one read that may happen on the event loop
 _RING_RETRY_S = 1.0
 _BATCH_S = 0.1            #: rows are on disk within 0.3 s: this, and the time of one transaction
 _RETRY_S = 1.0
 _WARN_EVERY_S = 30.0
 _MAX_WAITING_ROWS = 10_000
+_MAX_QUEUED = 20_000       #: a disk that never answers: the thread does not even come to count what waits
+_HOUSE_AFTER_S = 10.0      #: a start has better to do
+_HOUSE_EVERY_S = 3600.0
+_HOUSE_CHUNK = 1000        #: rows deleted at once: a batch of usage waits for no more than that
+_CLOCK_JUMP_S = 300.0
 _MAX_COUNT = 10 ** 12      #: no honest count is larger; keeps what providers claim inside SQLite's integers, sums too
 _EPOCH_BYTES = 8
 
@@ -13215,8 +13232,8 @@ _MIGRATIONS: tuple[_Migration, ...] = (
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
 _DATABASE_TROUBLE: Mapping[str, tuple[str, str]] = {
-    "SQLITE_NOTADB": ("a file that is not a database", "an AICarousel database; restore a backup or move this file away"),
-    "SQLITE_CORRUPT": ("a damaged database", "a whole one; restore a backup or move this file away"),
+    "SQLITE_NOTADB": ("a file that is not a database", "an AICarousel database; serve puts the last good backup in its place, db restore another"),
+    "SQLITE_CORRUPT": ("a damaged database", "a whole one; serve puts the last good backup in its place, db restore another"),
     "SQLITE_BUSY": ("a database locked by another program", "it to be free; close that program and try again"),
     "SQLITE_LOCKED": ("a database locked by another program", "it to be free; close that program and try again"),
     "SQLITE_FULL": ("a full disk", "room for the database"),
@@ -13226,15 +13243,29 @@ _DATABASE_TROUBLE: Mapping[str, tuple[str, str]] = {
 }
 
 
+_DAMAGE = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
+#: Trouble that may pass while a server runs, as against files that are wrong or not ours.
+_PASSING_TROUBLE = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR")
+
+
+def _trouble_code(error: BaseException | None) -> str:
+    """SQLite's plain result code behind an error, "" for none. Extended codes, such as SQLITE_IOERR_WRITE, begin with the name of the plain one."""
+    error = error.__cause__ if isinstance(error, ConfigError) else error
+    return "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+
+
+def is_passing(error: ConfigError) -> bool:
+    """Whether it is the kind of trouble with the database that a running server sits out: a lock, a full disk."""
+    return _trouble_code(error) in _PASSING_TROUBLE
+
+
 @contextlib.contextmanager
 def _plain_trouble(path: Path) -> Iterator[None]:
     """Raises ConfigError for everything SQLite or the file system has against the database at `path`."""
     try:
         yield
     except sqlite3.Error as error:
-        # Extended codes, such as SQLITE_IOERR_WRITE, begin with the name of the plain one.
-        name = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        found, expected = _DATABASE_TROUBLE.get(name, (f"an unusable database ({error})", "an AICarousel database"))
+        found, expected = _DATABASE_TROUBLE.get(_trouble_code(error), (f"an unusable database ({error})", "an AICarousel database"))
         raise ConfigError(str(path), found, expected) from error
     except OSError as error:
         raise ConfigError(str(error.filename or path), error.strerror or str(error), "a file and folder this user may read and write") from error
@@ -13264,14 +13295,44 @@ def _make_private(path: Path) -> None:
 
 def _open_for_reading(path: Path, busy_s: float) -> sqlite3.Connection:
     """A connection that makes and changes no database, and whose closing moves no WAL; it may leave a -wal and -shm behind."""
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=busy_s, isolation_level=None)
+    where = path.absolute().as_uri()
+    connection = sqlite3.connect(f"{where}?mode=ro", uri=True, timeout=busy_s, isolation_level=None)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1")
+    except sqlite3.Error as error:
+        connection.close()
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"{path}-wal").stat().st_size:
+                raise
+        if _trouble_code(error) != "SQLITE_IOERR":
+            raise
+        # On a full disk not even a -shm can be made. A file that nobody writes is whole without.
+        connection = sqlite3.connect(f"{where}?immutable=1", uri=True, isolation_level=None)
+    return connection
+
+
+def _inode_of(path: Path) -> int:
+    """What tells a file from one that took its place; 0 for none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Everything or nothing of what is executed inside; waits for the write lock at its start, where waiting is safe."""
+def _transaction(connection: sqlite3.Connection, *, n_tries: int = 1) -> Iterator[None]:
+    """Everything or nothing of what is executed inside; waits for the write lock at its start, where waiting is safe.
+
+    n_tries: how often to wait. SQLite looks ever more rarely in one wait, and loses against a program that writes without a pause.
+    """
+    for n_left in range(n_tries - 1, -1, -1):
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            break
+        except sqlite3.OperationalError as error:
+            if not n_left or _trouble_code(error) != "SQLITE_BUSY":
+                raise
     with connection:
-        connection.execute("BEGIN IMMEDIATE")
         yield
 
 
@@ -13288,13 +13349,18 @@ def _checked_version(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
-def _write_backup(connection: sqlite3.Connection, path: Path) -> Path:
-    """A whole copy beside the database, on disk before this returns; half a copy is removed."""
-    stem = f"{path.stem}-backup-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-v{_version_of(connection)}"
-    copy, n_copies = path.with_name(f"{stem}.db"), 1
-    while copy.exists():
-        n_copies += 1
-        copy = path.with_name(f"{stem}-{n_copies}.db")
+def _free_name(path: Path, what: str) -> Path:
+    """A name beside the database that says what it is and when, and that no file has yet."""
+    stem = f"{path.stem}-{what.replace('@', time.strftime('%Y%m%dT%H%M%SZ', time.gmtime()))}"
+    free, n_names = path.with_name(f"{stem}.db"), 1
+    while free.exists():
+        n_names += 1
+        free = path.with_name(f"{stem}-{n_names}.db")
+    return free
+
+
+def _copy_whole(connection: sqlite3.Connection, copy: Path) -> None:
+    """Make `copy`, a new private file, whole and on disk before this returns; half a copy is removed."""
     handle = os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with contextlib.ExitStack() as undo:
         undo.callback(copy.unlink)
@@ -13303,6 +13369,12 @@ def _write_backup(connection: sqlite3.Connection, path: Path) -> Path:
         os.fsync(handle)
         undo.pop_all()
     os.close(handle)
+
+
+def _write_backup(connection: sqlite3.Connection, path: Path) -> Path:
+    """A whole copy beside the database."""
+    copy = _free_name(path, f"backup-@-v{_version_of(connection)}")
+    _copy_whole(connection, copy)
     return copy
 
 
@@ -13344,9 +13416,10 @@ def open_database(path: Path, *, busy_s: float = _COMMAND_BUSY_S) -> sqlite3.Con
         connection = undo.enter_context(contextlib.closing(_connect(path, busy_s)))
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal" or _version_of(connection) < len(_MIGRATIONS):
             # Going to WAL answers "locked" at once when two processes try it together, so one waits here.
-            with _locked_epoch(path):
+            with _locked_epoch(path) as epoch:
                 connection.execute("PRAGMA journal_mode = WAL")
-                _bring_up_to_date(connection, path)
+                if _bring_up_to_date(connection, path):
+                    _advance(epoch)         # a new file may have the inode of one that was deleted
         undo.pop_all()
     return connection
 
@@ -13406,6 +13479,178 @@ def backup(path: Path) -> Path:
     """A new whole copy of the database, beside it."""
     with _existing_database(path) as connection:
         return _write_backup(connection, path)
+
+
+# Damage
+#
+# A file is put in the place of the database in one step; what stood there keeps a name of its own.  SQLite leaves a file alone that was moved while
+# a connection had it open, its -wal included, and every user here looks whether the file at its path is still the one it opened.
+
+def damage_of(path: Path, *, thorough: bool = False) -> str:
+    """What is wrong with the database at `path`; "" for nothing.  Raises ConfigError where it cannot be asked.
+
+    thorough: compare indexes with their tables, too.
+    """
+    try:
+        # Writable, as the first to come after a kill has to roll back what was half done.
+        with _plain_trouble(path), contextlib.closing(sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_COMMAND_BUSY_S, isolation_level=None)) as connection:
+            if connection.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone() != ("ok",):
+                return "a damaged database"
+            has_tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            return "" if has_tables or not _copies_of(path) else "an empty database"      # it was not always so
+    except ConfigError as error:
+        if _trouble_code(error) in _DAMAGE:
+            return error.found
+        raise
+
+
+def _copies_of(path: Path) -> list[Path]:
+    """Copies to restore from, the best first: the hourly ones, which need no trust in the clock, then those of commands and migrations."""
+    hourly = [copy for number in (1, 2) if (copy := path.with_name(f"{path.stem}-hourly-{number}.db")).is_file()]
+    return hourly + sorted(path.parent.glob(f"{path.stem}-backup-*.db"), reverse=True)
+
+
+def _read_keys(path: Path) -> dict[str, list[Any]]:
+    """Table -> rows of the keys in a damaged database, all of them or none."""
+    tables: dict[str, list[Any]] = {}
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("PRAGMA writable_schema = ON")       # reads what is there of a file that was cut short
+            for table in ("api_keys", "key_limits"):
+                if connection.execute(f"PRAGMA integrity_check({table})").fetchone() != ("ok",):
+                    return {}
+                tables[table] = connection.execute(f"SELECT * FROM {table}").fetchall()
+    except sqlite3.Error:
+        return {}
+    return tables
+
+
+def _put_in_place(path: Path, copy: Path | None, aside: str, keys: Mapping[str, Sequence[Any]]) -> Path | None:
+    """Make the database at `path` anew from `copy`, or from nothing, with `keys` in place of those of the copy; where what stood there is now.
+
+    Call with the epoch file locked.  A kill at any instant leaves either file at `path`, never none.
+    """
+    fresh = path.with_name(f"{path.stem}-restored.db")
+    with contextlib.ExitStack() as undo:
+        for suffix in ("", "-wal", "-shm", "-journal"):         # of one that was killed here
+            Path(f"{fresh}{suffix}").unlink(missing_ok=True)
+            undo.callback(Path(f"{fresh}{suffix}").unlink, missing_ok=True)
+        _fill_anew(fresh, copy, keys)
+        moved = None
+        if path.exists():
+            moved = _free_name(path, f"{aside}-@")
+            try:
+                os.link(path, moved)
+            except OSError:             # a file system without hard links
+                os.rename(path, moved)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}-wal", f"{moved}-wal")
+        for suffix in ("-wal", "-shm"):     # SQLite would play the one into any database it finds beside it
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        os.replace(fresh, path)
+    return moved
+
+
+def _fill_anew(fresh: Path, copy: Path | None, keys: Mapping[str, Sequence[Any]]) -> None:
+    """Make the database `fresh`, whole and on disk before this returns."""
+    with contextlib.closing(_connect(fresh, _COMMAND_BUSY_S)) as connection:
+        if copy is not None:
+            with contextlib.closing(_open_for_reading(copy, _COMMAND_BUSY_S)) as source:
+                source.backup(connection)
+        connection.execute("PRAGMA journal_mode = WAL")
+        _bring_up_to_date(connection, fresh)
+        connection.execute("PRAGMA synchronous = FULL")
+        with _transaction(connection):
+            for table, rows in keys.items():
+                connection.execute(f"DELETE FROM {table}")
+                for row in rows:
+                    connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+
+def mend_database(path: Path) -> str:
+    """What was done about damage, in one line; "" where the database is whole or not made yet.  Raises ConfigError where it cannot be told.
+
+    A damaged one is moved aside and the best copy takes its place, else a new one.  Its keys are taken over where they can be read whole: it knows
+    which were made and revoked since the copy.
+    """
+    with _plain_trouble(path):
+        if not path.exists():
+            return ""
+        _require_file(path)
+    if not damage_of(path):
+        return ""
+    with _plain_trouble(path), _locked_epoch(path) as epoch:
+        found = damage_of(path)
+        if not found:
+            return ""                   # another process was faster
+        copy = next((copy for copy in _copies_of(path) if not _is_useless(copy)), None)
+        keys = _read_keys(path)
+        moved = _put_in_place(path, copy, "damaged", keys)
+        _advance(epoch)
+    return (f"{path}: found {found}, moved it to {moved}; " + (f"went on with {copy.name}" if copy else "no backup was found, began a new one")
+            + (", keys as they were" if keys else ", keys of that backup (what was revoked since is to be revoked again)" if copy else ", without keys"))
+
+
+def _is_useless(copy: Path) -> bool:
+    """Whether nothing can be restored from a file."""
+    try:
+        if damage_of(copy):
+            return True
+        with _plain_trouble(copy), contextlib.closing(_open_for_reading(copy, _COMMAND_BUSY_S)) as connection:
+            _checked_version(connection, copy)
+            return not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'api_keys'").fetchone()
+    except ConfigError:
+        return True
+
+
+def restore(path: Path, copy: Path) -> Path | None:
+    """Put a copy in the place of the database, its keys included, also under a running server; where what stood there is now.  Raises ConfigError."""
+    if not copy.is_file() or _is_useless(copy):
+        raise ConfigError(str(copy), "no whole database" if copy.is_file() else "no file", "a backup made by this or an older AICarousel")
+    with _plain_trouble(path), _locked_epoch(path) as epoch:
+        moved = _put_in_place(path, copy, "replaced", {})
+        _advance(epoch)
+        return moved
+
+
+def keep_hourly_backup(path: Path, now_utc: float) -> bool:
+    """Whether a copy was made and found whole: it is -hourly-1 now, the one before is -hourly-2.  Raises ConfigError.
+
+    None is made while the last one is younger than an hour, whoever made it.
+    """
+    newest, older = (path.with_name(f"{path.stem}-hourly-{number}.db") for number in (1, 2))
+    with _plain_trouble(path):
+        if newest.exists() and 0.0 <= now_utc - newest.stat().st_mtime < _HOUSE_EVERY_S * 0.9:
+            return False
+        for left in path.parent.glob(f"{path.stem}-hourly-*.tmp"):         # by one that was killed here; another server's that is at it tries again in an hour
+            left.unlink(missing_ok=True)
+        draft = path.with_name(f"{path.stem}-hourly-{os.getpid()}.tmp")
+        with contextlib.closing(_open_for_reading(path, _COMMAND_BUSY_S)) as connection:
+            _copy_whole(connection, draft)
+        if damage_of(draft):
+            draft.unlink()
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(newest, older)
+        os.replace(draft, newest)
+    return True
+
+
+def forget_usage(path: Path, max_rows: int, before_utc: float | None) -> int:
+    """How many rows of the usage table were let go of: the oldest beyond `max_rows`, and those from before an instant.  Raises ConfigError.
+
+    In small steps, as requests that end meanwhile want to be written.
+    """
+    n_gone = 0
+    with _existing_database(path) as connection:
+        [newest] = connection.execute("SELECT max(id) FROM usage").fetchone()
+        for condition, value in (("id <= ?", (newest or 0) - max_rows), ("at_utc < ?", _utc_text(before_utc) if before_utc is not None else "")):
+            n_now = _HOUSE_CHUNK
+            while n_now == _HOUSE_CHUNK:
+                n_now = connection.execute(f"DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE {condition} LIMIT {_HOUSE_CHUNK})", (value,)).rowcount
+                n_gone += n_now
+    return n_gone
 
 
 # Gateway keys
@@ -13491,16 +13736,23 @@ def _locked_epoch(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
+def _advance(epoch: int) -> None:
+    """Have running servers read the keys again."""
+    count = int.from_bytes(os.read(epoch, _EPOCH_BYTES), "little") + 1
+    os.lseek(epoch, 0, os.SEEK_SET)
+    os.write(epoch, count.to_bytes(_EPOCH_BYTES + 1, "little")[:_EPOCH_BYTES])
+
+
 @contextlib.contextmanager
 def _changing_keys(path: Path) -> Iterator[sqlite3.Connection]:
     """One transaction on the keys: on the disk, and known to running servers, before the block is left."""
-    with contextlib.closing(open_database(path)) as connection, _plain_trouble(path), _locked_epoch(path) as epoch:
+    open_database(path).close()
+    # Connected under the lock, since a database is replaced under it: what is written here is not moved aside.
+    with _plain_trouble(path), _locked_epoch(path) as epoch, contextlib.closing(_connect(path, _COMMAND_BUSY_S)) as connection:
         connection.execute("PRAGMA synchronous = FULL")
         with _transaction(connection):
             yield connection
-        count = int.from_bytes(os.read(epoch, _EPOCH_BYTES), "little") + 1
-        os.lseek(epoch, 0, os.SEEK_SET)
-        os.write(epoch, count.to_bytes(_EPOCH_BYTES + 1, "little")[:_EPOCH_BYTES])
+        _advance(epoch)
 
 
 def _checked_key(key: str) -> str:
@@ -13651,11 +13903,7 @@ class KeyRing:
 
     def _identity(self) -> tuple[int, int]:
         """Inodes of the two files, 0 for a missing one."""
-        numbers = [0, 0]
-        for place, path in enumerate((self._path, self._path.with_name("keys.epoch"))):
-            with contextlib.suppress(OSError):
-                numbers[place] = path.stat().st_ino
-        return numbers[0], numbers[1]
+        return _inode_of(self._path), _inode_of(self._path.with_name("keys.epoch"))
 
     def _unmap(self) -> None:
         if isinstance(self._epoch, mmap.mmap):
@@ -13774,19 +14022,25 @@ class UsageWriter:
     """Usage rows on their way to the database.  Owner: the gateway; one thread, asleep while nothing is queued.
 
     While the database refuses, up to 10,000 rows are kept and tried again every second; `n_dropped` counts older ones given up.
+    Once an hour a second thread lets go of old rows and makes a backup.  A database that proves damaged is mended on the way.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path, self._clock = path, clock
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic, utc: Callable[[], float] = time.time) -> None:
+        self.path, self._clock, self._utc = path, clock, utc
         self._queue: queue.SimpleQueue[UsageRow | LearnedRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
+        self.keep_rows, self.keep_days = _MAX_COUNT, 0      #: of the usage table; 0 days for all
+        self.mended = ""                                    #: what was done about damage, for people
+        self._house_at = clock() + _HOUSE_AFTER_S
+        self._house_seen = (utc(), clock())
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
         self._learned: dict[tuple[str, str], LearnedRow] = {}
         self._routing: dict[str, str] | None = None
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
+        self._inode = 0                     #: of the file that `_connection` has open
         self._failing = self._stopping = False
         self._warned_at = float("-inf")
         self._thread = threading.Thread(target=self._run, name="usage-writer", daemon=True)
@@ -13794,7 +14048,14 @@ class UsageWriter:
 
     def put(self, row: UsageRow) -> None:
         """Queue `row`; never waits, never raises."""
-        self._queue.put(row)
+        if self._queue.qsize() < _MAX_QUEUED:
+            self._queue.put(row)
+        else:
+            self.n_dropped += 1
+
+    def state(self) -> Json:
+        """For /health: whether the database takes rows, how many wait for it, how many were given up, what was mended."""
+        return {"state": "failing" if self._failing else "ok", "waiting": self._queue.qsize() + len(self._rows), "dropped": self.n_dropped, "mended": self.mended or None}
 
     def learn(self, row: LearnedRow) -> None:
         """Queue `row`, in the place of an older one of its kind and key; never waits, never raises."""
@@ -13829,7 +14090,11 @@ class UsageWriter:
     def _run(self) -> None:
         while not self._stopping:
             if not self._rows and not self._learned and self._routing is None:
-                self._take(self._queue.get())
+                with contextlib.suppress(queue.Empty):
+                    self._take(self._queue.get(timeout=max(0.0, self._house_at - self._clock())))
+            if self._clock() >= self._house_at:
+                self._house_at = self._clock() + _HOUSE_EVERY_S
+                threading.Thread(target=self._keep_house, name="usage-house", daemon=True).start()
             # Rows pile up in the queue meanwhile: a thread woken by each would cost a busy server more than the writing.
             self._hurry.wait(_RETRY_S if self._failing else _BATCH_S)
             self._hurry.clear()
@@ -13864,9 +14129,13 @@ class UsageWriter:
 
     def _write(self) -> bool:
         try:
+            if self._inode != _inode_of(self.path):     # the file was replaced, or was never opened
+                self._disconnect()
             if self._connection is None:
                 self._connection = open_database(self.path, busy_s=_WRITER_BUSY_S)
-            with _transaction(self._connection):
+                self._connection.execute(f"PRAGMA busy_timeout = {_WRITER_BUSY_S * 1000 / _WRITER_TRIES:.0f}")
+                self._inode = _inode_of(self.path)
+            with _transaction(self._connection, n_tries=_WRITER_TRIES):
                 _insert_usage(self._connection, self._rows)
                 if self._learned:
                     self._connection.executemany(_INSERT_LEARNED, self._learned.values())
@@ -13877,6 +14146,7 @@ class UsageWriter:
         except (sqlite3.Error, ConfigError) as error:
             self._disconnect()
             self._warn(error)
+            self._mend(error)
             return False
         self._rows.clear()
         self._learned.clear()
@@ -13887,6 +14157,31 @@ class UsageWriter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _mend(self, error: sqlite3.Error | ConfigError) -> None:
+        """Where an error says that the database is damaged, put a whole one in its place."""
+        if _trouble_code(error) in _DAMAGE:
+            try:
+                told = mend_database(self.path)
+            except ConfigError as other:
+                return self._warn(other)
+            if told:
+                self.mended = told
+                _STORE_LOG.error("%s", told)
+
+    def _keep_house(self) -> None:
+        """Let go of old rows, make the hourly backup. In a thread of its own: either may take longer than usage may wait."""
+        utc, now = self._utc(), self._clock()
+        # A wall clock that has just jumped says nothing about the age of rows; one that stays is believed an hour later.
+        steady = abs(utc - self._house_seen[0] - (now - self._house_seen[1])) < _CLOCK_JUMP_S
+        self._house_seen = utc, now
+        try:
+            if _inode_of(self.path):
+                n_gone = forget_usage(self.path, self.keep_rows, utc - self.keep_days * 86_400 if self.keep_days and steady else None)
+                _STORE_LOG.info("house.done path=%s forgotten=%d backup=%s", self.path, n_gone, keep_hourly_backup(self.path, utc))
+        except ConfigError as error:
+            _STORE_LOG.warning("house.failed path=%s error=%s", self.path, error)
+            self._mend(error)
 
     def _warn(self, error: sqlite3.Error | ConfigError) -> None:
         now = self._clock()
@@ -14001,6 +14296,7 @@ def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provid
 # so parallel requests go over it by one estimate at most.
 
 _WINDOW_S = 60
+_MAX_DAYS = 64             #: two months of spend
 _HELD_RETRY_S = 5.0        #: when to come back where only reservations stand in the way: they end with their requests
 
 
@@ -14012,8 +14308,7 @@ class _Account:
     n_tokens: int = 0
     n_running: int = 0
     held_usd: float = 0.0
-    day_usd: float = 0.0
-    month_usd: float = 0.0
+    spent_usd: dict[int, float] = field(default_factory=dict)      #: by local day, as date.toordinal() counts: a wall clock may go there and back
 
 
 @dataclass(slots=True)
@@ -14045,36 +14340,36 @@ class Accounts:
     def __init__(self, path: Path, clock: Callable[[], float], utc: Callable[[], float]) -> None:
         self._clock, self._utc = clock, utc
         self._accounts: dict[int, _Account] = {}
-        self._day_ends_at = self._month_ends_at = float("-inf")
         day_at, month_at = self._turn_over(utc())
         try:
             for key_id, (day_usd, month_usd) in spent_by_key(path, day_at, month_at).items():
-                self._accounts[key_id] = _Account(day_usd=day_usd, month_usd=month_usd)
+                self._accounts[key_id] = account = _Account(spent_usd={self._month: month_usd - day_usd})
+                account.spent_usd[self._today] = account.spent_usd.get(self._today, 0.0) + day_usd
         except (sqlite3.Error, ConfigError) as error:
             _STORE_LOG.warning("spend.failed path=%s error=%s", path, error)
 
     def _turn_over(self, utc_s: float) -> tuple[float, float]:
-        """Begin a new day, and a new month where it is one; the instants they began at."""
-        day_at = local_midnight(utc_s)
-        first = datetime.fromtimestamp(day_at).replace(day=1)
-        new_month = utc_s >= self._month_ends_at
-        self._day_ends_at = (datetime.fromtimestamp(day_at) + timedelta(days=1)).timestamp()
-        self._month_ends_at = (first + timedelta(days=32)).replace(day=1).timestamp()
-        for account in self._accounts.values():
-            account.day_usd = 0.0
-            account.month_usd = 0.0 if new_month else account.month_usd
-        return day_at, first.timestamp()
+        """Begin another day, and another month where it is one; the instants they began at."""
+        self._day_began_at = local_midnight(utc_s)
+        today = datetime.fromtimestamp(self._day_began_at)
+        first = today.replace(day=1)
+        next_first = (first + timedelta(days=32)).replace(day=1)
+        self._today, self._month, self._next_month = today.toordinal(), first.toordinal(), next_first.toordinal()
+        self._day_ends_at, self._month_ends_at = (today + timedelta(days=1)).timestamp(), next_first.timestamp()
+        return self._day_began_at, first.timestamp()
 
     def _account(self, key_id: int) -> _Account:
         return self._accounts.get(key_id) or self._accounts.setdefault(key_id, _Account())
 
     def charge(self, key_id: int, usd: float) -> None:
         """A request of a key cost this much."""
-        if self._utc() >= self._day_ends_at:
-            self._turn_over(self._utc())
-        account = self._account(key_id)
-        account.day_usd += usd
-        account.month_usd += usd
+        utc_s = self._utc()
+        if not self._day_began_at <= utc_s < self._day_ends_at:
+            self._turn_over(utc_s)
+        spent_usd = self._account(key_id).spent_usd
+        spent_usd[self._today] = spent_usd.get(self._today, 0.0) + usd
+        if len(spent_usd) > _MAX_DAYS:
+            del spent_usd[next(iter(spent_usd))]
 
     def admit(self, key: GatewayKey, n_tokens: int = 0, usd: float = 0.0) -> KeyHold:
         """Reserve for one request of a key with limits: it is counted, and what it may use is held.  Raises GatewayError 429 with the time to come back."""
@@ -14129,10 +14424,11 @@ class Accounts:
         if limits.usd_per_day is None and limits.usd_per_month is None:
             return None
         utc_s = self._utc()
-        if utc_s >= self._day_ends_at:
+        if not self._day_began_at <= utc_s < self._day_ends_at:
             self._turn_over(utc_s)
-        for limit, spent_usd, span, ends_at in ((limits.usd_per_day, account.day_usd, "day", self._day_ends_at),
-                                                (limits.usd_per_month, account.month_usd, "month", self._month_ends_at)):
+        month_usd = sum(usd for day, usd in account.spent_usd.items() if self._month <= day < self._next_month)
+        for limit, spent_usd, span, ends_at in ((limits.usd_per_day, account.spent_usd.get(self._today, 0.0), "day", self._day_ends_at),
+                                                (limits.usd_per_month, month_usd, "month", self._month_ends_at)):
             if limit is not None and spent_usd + account.held_usd >= limit:
                 spent = spent_usd >= limit
                 error = no_route(f"This key has {'spent' if spent else 'spent or reserved'} its ${limit:g} of this {span}.", status=429,
@@ -15189,6 +15485,7 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
+_LIMIT_VALUE = re.compile(r"-?[0-9][0-9A-Za-z.,:;=+ \-]{0,39}|[a-z]{0,12}")        #: numbers, spans and instants: no place for a secret
 
 
 @functools.lru_cache(256)
@@ -15459,7 +15756,11 @@ class Relay:
 
     async def ask_models(self, provider: Provider) -> tuple[Model, ...]:
         """What a provider says that it has, in its order. Raises UpstreamFailure."""
-        origin, head = make_target(provider, provider.credentials[0], self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
+        credential = provider.credentials[0]
+        if provider.preset.login and self.tokens is not None:
+            signed = await self.tokens.sign(make_route(provider, credential, Model("*")), "chat")
+            provider, credential = signed.provider, signed.credential
+        origin, head = make_target(provider, credential, self.config.settings, self._user_agent, "GET", _MODELS_PATHS.get(provider.format, "/models"))
         own = "anthropic-version: 2023-06-01\r\n" if provider.format == "messages" else ""
         answer = await self.transport.request(origin, f"{head}{own}Accept: application/json\r\n\r\n".encode("latin-1"),
                                               replace(provider.timeouts, first_byte_s=_MODELS_S, total_s=_MODELS_S))
@@ -16327,7 +16628,13 @@ class _Run:
         if self._usage is None and not self._job.stream:
             headers.append(("x-aicarousel-estimated", "1"))
         relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
-        return headers + [pair for pair in answer.headers if relayed(pair[0])]
+        for name, value in answer.headers:
+            if relayed(name):
+                if name in _RELAYED_HEADERS:
+                    headers.append((name, redact(value, self._config.secrets)))
+                elif _LIMIT_VALUE.fullmatch(value) and value not in self._config.secrets:
+                    headers.append((name, value))
+        return headers
 
     def _refuse(self, error: GatewayError) -> None:
         """Tell the client that it failed: by status while nothing went out, else by an event, and a proper end of the body."""
@@ -16338,7 +16645,11 @@ class _Run:
             self._sink.finish()
             return
         self._respond(self._status, [*error_headers(error), ("x-aicarousel-request-id", self._job.id), ("x-aicarousel-attempts", str(len(self._attempts)))],
-                      dump_json(self._client.envelope(error)))
+                      dump_json(self._envelope(error)))
+
+    def _envelope(self, error: GatewayError) -> Json:
+        """The error in the client's format; Messages names the request in it."""
+        return messages_error(error, self._job.id) if self._job.client == "messages" else self._client.envelope(error)
 
     def _respond(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer; behind blanks its status and headers come too late."""
@@ -16353,7 +16664,7 @@ class _Run:
     def _error_event(self, error: GatewayError) -> bytes:
         """The event that ends a broken stream in the client's format."""
         if self._job.client != "responses":
-            return write_event(self._client.envelope(error), "error" if self._job.client == "messages" else "")
+            return write_event(self._envelope(error), "error" if self._job.client == "messages" else "")
         if self._seam is not None:
             return self._seam.writer.error(error)
         if self._committed and self._passing:
@@ -17112,6 +17423,7 @@ class Gateway:
         restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
         self.relay.configure(config)
         self.transport.bounds = self.bounds
+        self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists = ModelLists(self.relay)
         self.lists.look()
         self.accounts = Accounts(usage.path, world.clock, world.utc)
@@ -17133,6 +17445,7 @@ class Gateway:
         self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
+        self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists.look()
 
     def close(self) -> None:
@@ -17283,7 +17596,7 @@ class Gateway:
         exchange.respond(200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], metrics_text(self.tally, gauges).encode())
 
     async def health(self, request: Request, exchange: Exchange) -> None:
-        """GET /health: alive; with ?deep=1 and a key, the state of every provider. Never asks a provider."""
+        """GET /health: alive; with ?deep=1 and a key, the state of every provider and of the database. Never asks a provider."""
         state: Json = {"status": "ok", "service": "aicarousel", "version": __version__, "uptime_s": round(self.world.clock() - self._began_at, 1)}
         if "deep=1" in request.query.split("&"):
             try:
@@ -17291,7 +17604,7 @@ class Gateway:
             except GatewayError as error:
                 headers, body = self.explain(request, error)
                 return exchange.respond(error.status, headers, body)
-            state |= {"requests": self.n_requests, "providers": self.provider_states()}
+            state |= {"requests": self.n_requests, "tasks": len(asyncio.all_tasks()), "database": self.usage.state(), "providers": self.provider_states()}
         exchange.respond(200, _JSON, dump_json(state))
 
     def provider_states(self) -> list[Json]:
@@ -20084,7 +20397,7 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 26. Set-up                                                I/O | uses 1-4, 17, 23
+# 26. Set-up                                                I/O | uses 1-4, 17, 23-24
 ##############################################################################
 # The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
 # Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
@@ -20248,7 +20561,7 @@ def _take_keys(home: Home, prompt: str) -> None:
         prompt = "One more key (Enter: that is all)"
 
 
-def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> None:
+def _go_step_by_step(home: Home) -> None:
     """From nothing to what `serve` needs: a provider's key, and a key for clients."""
     free = [PRESETS[name] for name in DEFAULT_MODELS if PRESETS[name].key_page]
     print("", "1. A key of a provider. These have free plans:", *(f"   {preset.title}: {preset.key_page}" for preset in free), sep="\n")
@@ -20260,7 +20573,8 @@ def _go_step_by_step(home: Home, recipes: Callable[[str, str], list[str]]) -> No
     n_keys = sum(key.active for key in list_keys(home.database_path))
     key = "" if n_keys else create_key(home.database_path, "first")[0]
     print("", *([f"3. A key for your clients. It is shown only now:\n\n   {key}"] if key else [f"3. Keys for your clients: {n_keys} (part 3 of the set-up makes more)"]), sep="\n")
-    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "", *recipes(f"http://127.0.0.1:{config.settings.port}", key or "<key>"), sep="\n")
+    print("", "Start it:", f"  python aicarousel.py serve{'' if active else ' --demo'}", "Claude Code, in another terminal:", "  python aicarousel.py run -- claude",
+          f"Other clients: address {own_address(config.settings)}, model aicarousel, the key; `config NAME` tells each one's settings.", sep="\n")
 
 
 def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> None:
@@ -20278,20 +20592,20 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
             return
 
 
-def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable[[str, str], list[str]]) -> int:
+def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
     """The dialogue; its exit status.
 
-    run: does a plain command, printing what comes of it; its exit status.    recipes: lines that tell how to connect clients at an address with a key.
+    run: does a plain command, printing what comes of it; its exit status.
     """
     try:
         print(f"AICarousel {__version__}, home: {home.folder}", "Ctrl-D leaves; what was done by then stays.", sep="\n")
         if not any(credential.secret for provider in read_config(home, {}).providers for credential in provider.credentials):
-            _go_step_by_step(home, recipes)
+            _go_step_by_step(home)
             print("", "`setup` shows all that can be set from now on.", sep="\n")
             return 0
         while (choice := _choose(_TOP)) not in (None, "q"):
             if choice in ("1", "6"):
-                _go_step_by_step(home, recipes) if choice == "1" else run(["status"])
+                _go_step_by_step(home) if choice == "1" else run(["status"])
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
@@ -20303,7 +20617,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int], recipes: Callable
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8, 15-26
+# 27. Command line                                          I/O | uses 1-5, 8-9, 14-26
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
@@ -20315,6 +20629,8 @@ _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycle
 _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
+_STOPPED_S = 120.0
+_PATIENT_S = 1.0
 
 
 # Serving.
@@ -20334,13 +20650,13 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
     _fit_log(config)
-    open_database(home.database_path).close()
-    keys = KeyRing(home.database_path, config.settings.api_keys)
+    keys, mended = _open_state(home.database_path, config.settings)
     _check_exposure(config, keys)
     context = _server_context(config.settings)
     sockets = bind(config.settings.host, config.settings.port)
     new_key = None if keys.any_key() or config.settings.no_auth else create_key(home.database_path, "first")[0]
-    usage = UsageWriter(home.database_path)
+    usage = UsageWriter(home.database_path, utc=world.utc)
+    usage.mended = mended
     gateway = Gateway(config, keys, usage, world)
     gateway.recipes = page_recipes
     gateway.relay.load(load_routing(home.database_path))
@@ -20356,7 +20672,8 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     gc.freeze()                         # what is there by now stays; and requests leave nothing that only a collection could free,
     gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
-    again = False
+    again, found = False, contextlib.ExitStack()
+    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port))
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
@@ -20369,9 +20686,66 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
         gateway.close()
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
         keys.close()
+        found.close()
     if again:
         os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
+
+
+def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
+    """(key ring, what was done about a damaged database). Raises ConfigError for one that cannot be used, and for one that is locked or full while no key is known."""
+    log, mended, trouble = logging.getLogger("aicarousel.store"), "", None
+    try:
+        mended = mend_database(path)
+        open_database(path).close()
+    except ConfigError as error:
+        if not is_passing(error):
+            raise
+        trouble = error
+    keys = KeyRing(path, settings.api_keys)
+    if trouble is not None and not keys.any_key():
+        raise trouble
+    if mended or trouble is not None:
+        log.error("%s", mended or f"serving, while usage waits: {trouble}")
+    return keys, mended
+
+
+@contextlib.contextmanager
+def _announced(home: Home, address: str, port: int) -> Iterator[None]:
+    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one."""
+    path, handle = home.data / f"serve-{port}.pid", -1
+    with contextlib.suppress(OSError, ImportError):         # a server that is not found serves all the same
+        import fcntl
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        for pause_s in (0.01,) * 20 + (0.0,):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:     # somebody looks whether it is locked
+                time.sleep(pause_s)
+        os.truncate(handle, 0)
+        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+    try:
+        yield
+    finally:
+        if handle >= 0:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+
+def find_servers(home: Home) -> list[Json]:
+    """The servers that run with a home folder, as they announced themselves."""
+    found = []
+    for path in sorted(home.data.glob("serve-*.pid")):
+        with contextlib.suppress(OSError, ValueError, ImportError):
+            import fcntl
+            with open(path, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:         # its server lives
+                    found.append(json.loads(file.read()))
+    return found
 
 
 def _trim_memory() -> None:
@@ -20425,11 +20799,15 @@ def _server_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+def _address_at(settings: Settings, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{'127.0.0.1' if settings.host in ('', '0.0.0.0') else host}:{port}"
+
+
 def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> None:
     """What a person wants to know right after the start."""
     settings = gateway.config.settings
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"{'https' if settings.tls_cert else 'http'}://{'127.0.0.1' if settings.host in ('', '0.0.0.0') else host}:{port}"
+    address = _address_at(settings, port)
     lines = [f"AICarousel {__version__} listening on {address}", f"home: {home.folder}"]
     active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
@@ -20819,7 +21197,7 @@ def _setup_command(arguments: Any) -> int:
         except SystemExit:
             return 2                    # argparse has said why
 
-    return run_setup(find_home(arguments.home), run, client_recipes)
+    return run_setup(find_home(arguments.home), run)
 
 
 def _stats_command(arguments: Any) -> int:
@@ -20913,6 +21291,18 @@ def _database_command(arguments: Any) -> int:
             return 0
         print("\n".join(migrate(path)) or "nothing to do")
         return 0
+    if arguments.action == "check":
+        schema_version(path)            # which complains where there is none
+        found = damage_of(path, thorough=True)
+        print(f"{path}: {found or 'whole'}", file=sys.stderr if found else sys.stdout)
+        return 1 if found else 0
+    if arguments.action == "backup":
+        print(backup(path))
+        return 0
+    if arguments.action == "restore":
+        moved = restore(path, Path(arguments.file))
+        print(f"restored {arguments.file}" + (f"; what was there before is {moved}" if moved else ""))
+        return 0
     undone = rollback(path)
     print(f"rolled back: {undone}" if undone else "nothing to roll back")
     return 0 if undone else 1
@@ -20966,6 +21356,42 @@ def _ask_http(scheme: str, host: str, port: int, method: str, path: str, body: b
         return 0, str(error).encode()
     finally:
         connection.close()
+
+
+def _info_command(arguments: Any) -> int:
+    """The gateways that run with this home, and whether each answers."""
+    rows = find_servers(find_home(arguments.home))
+    for row in rows:
+        scheme, host, port, _ = split_url(row["address"])
+        row["answers"] = _ask_http(scheme, host, port, "GET", "/health", None, {}, 1.0)[0] == 200
+    lines = [f"{row['address']}  pid {row['pid']}, since {row['started']}, version {row['version']}" + ("" if row["answers"] else "; it does not answer") for row in rows]
+    _print_told(arguments, {"servers": rows}, lines or ["no gateway runs with this home"])
+    return 0 if rows else 1
+
+
+def _stop_command(arguments: Any) -> int:
+    """End the gateways that run with this home, once the answers under way are whole."""
+    home = find_home(arguments.home)
+    rows = find_servers(home)
+    if not rows:
+        raise Refused("no gateway runs with this home")
+    for row in rows:
+        try:
+            os.kill(row["pid"], signal.SIGTERM)
+        except ProcessLookupError:
+            pass                        # it has just ended by itself
+        except OSError as error:
+            raise Refused(f"pid {row['pid']} cannot be stopped: {error.strerror}") from error
+    began_at, told = time.monotonic(), False
+    while find_servers(home):
+        waited_s = time.monotonic() - began_at
+        if waited_s > _STOPPED_S:
+            raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
+        if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
+            told = True
+            print("waiting for the answers under way ...", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+    return _say_done(arguments, f"stopped: {', '.join(row['address'] for row in rows)}")
 
 
 def _config_command(arguments: Any) -> int:
@@ -21135,17 +21561,20 @@ def _call_command(arguments: Any) -> int:
     if scheme not in ("http", "https") or not host:
         raise ConfigError("--server", arguments.server, "the address of a gateway, such as http://127.0.0.1:7123")
     key = arguments.key or os.environ.get("AICAROUSEL_KEY", "")
+    wire = FORMATS[arguments.format]
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     body: Json = {"model": arguments.model, "messages": [*messages, {"role": "user", "content": arguments.prompt}], "stream": arguments.stream}
     body |= {name: value for name, value in (("temperature", arguments.temperature), ("max_tokens", arguments.max_tokens)) if value is not None}
-    if arguments.stream:
+    if arguments.format != "chat":
+        body, _ = translate_request(FORMATS["chat"].read_request(body), Profile(format=arguments.format, model=arguments.model))
+    elif arguments.stream:
         body["stream_options"] = {"include_usage": True}
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
     import http.client
     connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=600)
     try:
-        connection.request("POST", path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions", dump_json(body), headers)
-        return _print_answer(connection.getresponse(), arguments.stream)
+        connection.request("POST", path.rstrip("/").removesuffix("/v1") + f"/v1{wire.path}", dump_json(body), headers)
+        return _print_answer(connection.getresponse(), wire, arguments.stream)
     except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
         print(f"What answers at {host}:{port} is no gateway.", file=sys.stderr)
         return 1
@@ -21156,31 +21585,37 @@ def _call_command(arguments: Any) -> int:
         connection.close()
 
 
-def _print_answer(answer: Any, stream: bool) -> int:
+def _read_deltas(answer: Any, wire: WireFormat, stream: bool) -> Iterator[Json]:
+    """What an answer of the gateway brings, as the hub's deltas, as it comes; what is cut ends in an error."""
+    if not stream:
+        yield from wire.read_answer(json.loads(answer.read() or b"{}"), Source())
+        return
+    events, reader = EventReader(), wire.reader(Source())
+    while chunk := answer.read1(65536):
+        for event in events.feed(chunk):
+            yield from reader.feed(event)
+    yield from reader.close()
+
+
+def _print_answer(answer: Any, wire: WireFormat, stream: bool) -> int:
     """Print an answer of the gateway; the exit status."""
-    usage, failed, ended = None, False, True
-    if answer.status != 200 or not stream:
-        body = json.loads(answer.read() or b"{}")
-        failed, usage = answer.status != 200, body.get("usage")
-        print(body["error"]["message"] if failed else body["choices"][0]["message"].get("content") or json.dumps(body["choices"][0]["message"]), file=sys.stderr if failed else sys.stdout)
-    else:
-        reader, ended = EventReader(), False
-        while chunk := answer.read1(65536):
-            for event in reader.feed(chunk):
-                ended = ended or event.data == "[DONE]"
-                data = {} if event.data == "[DONE]" else json.loads(event.data)
-                if "error" in data:
-                    failed = True
-                    print(f"\n{data['error']['message']}", file=sys.stderr)
-                usage = data.get("usage") or usage
-                for choice in data.get("choices") or ():
-                    print(choice["delta"].get("content") or "", end="", flush=True)
-        print()
-    if not ended and not failed:
-        print("The answer ended before it was whole.", file=sys.stderr)
+    failed, usage, kept = answer.status != 200, {}, []
+    if failed:
+        print(printable(json.loads(answer.read() or b"{}")["error"]["message"]), file=sys.stderr)
+    for delta in () if failed else _read_deltas(answer, wire, stream):
+        kept.append(delta)
+        usage |= delta.get("usage") or (delta if delta["delta"] == "usage" else {})
+        if delta["delta"] in ("text", "refuse"):
+            print(delta["text"], end="", flush=True)
+        elif delta["delta"] == "error":
+            failed = True
+            print(f"\n{printable(delta['message'])}", file=sys.stderr)
+    calls = [part for part in fold_deltas(kept) if part["type"] == "call"]
+    if kept:
+        print(*(json.dumps({"name": call["name"], "arguments": call["args"]}) for call in calls), sep="\n")
     told = {name: answer.getheader(f"x-aicarousel-{name}") for name in ("provider", "model", "attempts")}
-    print(" ".join(f"{name}={value}" for name, value in told.items() if value) + (f" in={usage.get('prompt_tokens')} out={usage.get('completion_tokens')}" if usage else ""), file=sys.stderr)
-    return 1 if failed or not ended else 0
+    print(" ".join(f"{name}={value}" for name, value in told.items() if value) + (f" in={usage.get('input')} out={usage.get('output')}" if usage else ""), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _bundle_command(arguments: Any) -> int:
@@ -21212,9 +21647,13 @@ def _version_command(arguments: Any) -> int:
     return 0
 
 
+_CALL_FORMATS = {"openai": "chat", "anthropic": "messages"}
+
 _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "setup": _setup_command,
     "serve": _serve_command,
+    "stop": _stop_command,
+    "info": _info_command,
     "key": _key_command,
     "status": _status_command,
     "provider": _provider_command,
@@ -21346,6 +21785,41 @@ def _add_client_parsers(commands: Any, actions: Any, common: Any, as_json: Any) 
     commands.add_parser("selftest", parents=[as_json], help="show what the gateway does when providers fail, with built-in ones")
 
 
+def _add_serve_parser(commands: Any, common: Any) -> None:
+    """The command that runs the gateway."""
+    served = commands.add_parser("serve", parents=[common], help="run the gateway")
+    served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
+    served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
+    served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
+    served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
+    served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
+    served.add_argument("--cors-origin", action="append", dest="cors_origin", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
+    served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
+    served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
+
+
+def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """The commands that tell what was used, and that use it."""
+    counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
+    counted.add_argument("--days", default=str(STATS_DAYS), metavar="N", help=f"local days, today being the last (default {STATS_DAYS})")
+    counted.add_argument("--by", default=STATS_BY, metavar="LIST", help=f"comma list of {', '.join(GROUP_NAMES)} (default {STATS_BY})")
+    counted.add_argument("--provider", metavar="P", help="of one provider alone")
+    counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
+    counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
+
+    called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
+    called.add_argument("prompt")
+    called.add_argument("-m", "--model", default="aicarousel")
+    called.add_argument("-k", "--key", help="gateway key (default: AICAROUSEL_KEY)")
+    called.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    called.add_argument("-t", "--temperature", type=float)
+    called.add_argument("--max-tok", type=int, dest="max_tokens", metavar="N")
+    called.add_argument("-s", "--system", metavar="TEXT")
+    called.add_argument("--stream", action="store_true")
+    called.add_argument("--format", type=lambda name: _CALL_FORMATS.get(name, name), choices=FORMAT_NAMES, default="chat", help="what the gateway is asked in (default chat; openai and anthropic mean chat and messages)")
+
+
 def make_parser() -> Any:
     """The command line, as argparse knows it."""
     import argparse
@@ -21358,43 +21832,22 @@ def make_parser() -> Any:
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     commands.add_parser("setup", parents=[common], help="asks what is needed to begin, and whatever else can be set")
-    served = commands.add_parser("serve", parents=[common], help="run the gateway")
-    served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
-    served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
-    served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
-    served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
-    served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
-    served.add_argument("--cors-origin", action="append", dest="cors_origin", metavar="ORIGIN", help="let pages of this origin call (may repeat)")
-    served.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain")
-    served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
-
+    _add_serve_parser(commands, common)
+    commands.add_parser("stop", parents=[common, as_json], help="end the gateway that runs with this home")
+    commands.add_parser("info", parents=[common, as_json], help="the gateway that runs with this home")
     _add_key_parsers(commands, common, as_json)
     _add_provider_parsers(commands, common, as_json)
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
-    counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
-    counted.add_argument("--days", default=str(STATS_DAYS), metavar="N", help=f"local days, today being the last (default {STATS_DAYS})")
-    counted.add_argument("--by", default=STATS_BY, metavar="LIST", help=f"comma list of {', '.join(GROUP_NAMES)} (default {STATS_BY})")
-    counted.add_argument("--provider", metavar="P", help="of one provider alone")
-    counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
-    counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
-
+    _add_use_parsers(commands, common, as_json)
     _add_why_parsers(commands, common, as_json)
-
-    called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
-    called.add_argument("prompt")
-    called.add_argument("-m", "--model", default="aicarousel")
-    called.add_argument("-k", "--key", help="gateway key (default: AICAROUSEL_KEY)")
-    called.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
-    called.add_argument("-t", "--temperature", type=float)
-    called.add_argument("--max-tok", type=int, dest="max_tokens", metavar="N")
-    called.add_argument("-s", "--system", metavar="TEXT")
-    called.add_argument("--stream", action="store_true")
 
     actions = commands.add_parser("db", help="the state database").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("migrate", parents=[common], help="bring it up to date (a backup is made first)")
     actions.add_parser("rollback", parents=[common], help="undo the last step (a backup is made first)")
+    actions.add_parser("check", parents=[common], help="look for damage")
+    actions.add_parser("backup", parents=[common], help="make a copy beside it")
+    actions.add_parser("restore", parents=[common], help="put a copy in its place; what was there is kept").add_argument("file")
 
     actions = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", parents=[common, as_json], help="every value in force").add_argument("--origin", action="store_true", help="where each value comes from")
@@ -21422,6 +21875,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
+    except PermissionError as error:        # of a folder that not even tells what is in it
+        print(f"aicarousel: {ConfigError(str(error.filename), str(error.strerror), 'a file and folder this user may read and write')}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ from fakes import Gateway, Provider, Script, ShiftedLoop  # noqa: E402  (after t
 from house import House, entry  # noqa: E402
 
 
+def pytest_configure(config: Any) -> None:
+    config.addinivalue_line("markers", "soak: takes a minute by design; leave it out with -m 'not soak'")
+
+
 def serve_provider() -> Iterator[Provider]:
     """A scripted provider, closed at the end; a mistake in a script fails the test."""
     provider = Provider()

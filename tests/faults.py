@@ -882,6 +882,7 @@ def check_error_body(client: str, reply: Reply) -> dict[str, Any]:
     assert reply.headers["content-type"].startswith("application/json") and reply.complete
     body = reply.json
     assert client != "messages" or body["type"] == "error" and body["error"]["type"] == MESSAGES_TYPES[reply.status], (reply.status, body)
+    assert body.get("request_id") == (reply.headers.get("x-aicarousel-request-id") if client == "messages" else None)
     check_error(client, body["error"])
     check_clean(reply)
     return body["error"]
@@ -903,6 +904,7 @@ def check_broken_off(client: str, reply: Reply, text: str) -> str:
         assert isinstance(last["response"]["error"]["code"], str)
         return last["response"]["error"]["message"]
     assert name == ("error" if client == "messages" else "") and (client == "chat" or last["type"] == "error"), (name, last)
+    assert last.get("request_id") == (reply.headers["x-aicarousel-request-id"] if client == "messages" else None)
     return check_error(client, last["error"])
 
 

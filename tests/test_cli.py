@@ -185,7 +185,7 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith(complaint) and "Traceback" not in ran.stderr
 
 
-COMMANDS = ["setup", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
+COMMANDS = ["setup", "stop", "info", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
             "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
             "run", "doctor", "selftest"]
 
@@ -687,6 +687,66 @@ def test_call_prints_a_tool_call_that_has_no_text(gateway_factory: Callable[...,
     assert ran.returncode == 0 and "weather" in ran.stdout
 
 
+@pytest.mark.parametrize("streamed", [[], ["--stream"]], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name,client", [("messages", "messages"), ("anthropic", "messages"), ("responses", "responses"), ("openai", "chat")])
+def test_call_in_every_format(demo: Gateway, streamed: list[str], name: str, client: str) -> None:
+    ran = demo.command("call", "Hello", "--server", demo.url, "--key", demo.key, "--format", name, "-s", "Be short.", "--max-tok", "99", *streamed)
+    assert ran.returncode == 0 and ran.stdout == aicarousel.Demo.ANSWER + "\n", ran.stderr
+    assert re.fullmatch(r"provider=demo model=demo attempts=1 in=\d+ out=\d+\n", ran.stderr)
+    assert f": {client}{' streamed' if streamed else ''}, model aicarousel" in demo.command("explain", "--last", "--server", demo.url).stdout
+    wrong = demo.command("call", "Hello", "--server", demo.url, "--key", "sk-wrong", "--format", name, *streamed)
+    assert wrong.returncode == 1 and aicarousel.INVALID_KEY in wrong.stderr
+
+
+# ---------------------------------------------------------------- stop, info
+
+def test_info_and_stop(gateway_factory: Callable[..., Gateway], provider: Provider) -> None:
+    """The server is found by its home, stops once the answer under way is whole, and is gone from then on."""
+    from fakes import Pause
+    gateway = gateway_factory({"p": entry(provider.script("p", stream(*chat_stream("Hel")[:-1], Pause("stop"), *chat_stream("lo"))), keys=[])})
+    told = json.loads(gateway.command("info", "--json").stdout)["servers"]
+    assert [(row["pid"], row["port"], row["address"], row["answers"]) for row in told] == [(gateway.pid, gateway.port, gateway.url, True)]
+    assert gateway.url in gateway.command("info").stdout and oct((gateway.home / "data" / f"serve-{gateway.port}.pid").stat().st_mode)[-3:] == "600"
+    client = gateway.start_chat("p/m")
+    provider.wait_paused("stop")
+    stopping = subprocess.Popen([*invocation(PROGRAM), "stop", "--home", str(gateway.home)], env=gateway.environment, stdout=subprocess.PIPE, text=True)
+    assert wait_for(lambda: "draining" in gateway.log)
+    assert stopping.poll() is None
+    provider.release("stop")
+    assert client.read_all().done and stopping.communicate(timeout=HANG_S)[0] == f"stopped: {gateway.url}\n" and stopping.returncode == 0
+    assert gateway.process is not None and gateway.process.wait(HANG_S) == 0 and not list((gateway.home / "data").glob("*.pid"))
+    for command, words in (("info", "no gateway runs with this home"), ("stop", "no gateway runs with this home")):
+        ran = gateway.command(command)
+        assert ran.returncode == 1 and words in ran.stdout + ran.stderr
+
+
+def test_a_pid_file_left_over_stops_nobody(place: Place) -> None:
+    """A crash leaves the file; its pid may be anybody's by now."""
+    (place.home / "data").mkdir(parents=True)
+    sleeper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    write_private(place.home / "data" / "serve-7123.pid", json.dumps({"pid": sleeper.pid, "port": 7123, "address": "http://127.0.0.1:7123", "version": "0", "started": ""}))
+    assert place.run("stop").returncode == 1 and place.run("info", "--json").stdout == '{\n "servers": []\n}\n'
+    assert sleeper.poll() is None
+    sleeper.communicate(b"\n")
+
+
+def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"pid": os.getpid(), "address": "http://127.0.0.1:9", "port": 9, "version": "0", "started": ""}
+    killed: list[Any] = []
+    monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
+    monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
+    monkeypatch.setattr(aicarousel, "_STOPPED_S", 0.1)
+    monkeypatch.setattr(aicarousel, "_PATIENT_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]
+    assert capsys.readouterr().err.splitlines() == ["waiting for the answers under way ...", "it is told to stop, and still waits for answers under way (python aicarousel.py info)"]
+
+    def refuse(pid: int, sign: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "kill", refuse)
+    assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and "cannot be stopped: Operation not permitted" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- db
 
 def test_db_migrate_and_rollback(place: Place) -> None:
@@ -709,7 +769,7 @@ def test_db_migrate_and_rollback(place: Place) -> None:
 def test_a_database_that_is_none(place: Place) -> None:
     (place.home / "data").mkdir(parents=True)
     (place.home / "data" / "aicarousel.db").write_text("no database at all, but long enough to be taken for one" * 20)
-    for words in (["serve", "--port", "0"], ["key", "create"], ["key", "list"], ["db", "migrate"], ["db", "rollback"], ["status"]):
+    for words in (["key", "create"], ["key", "list"], ["db", "migrate"], ["db", "rollback"], ["status"]):
         ran = place.run(*words)
         assert ran.returncode == 2 and ONE_LINE.fullmatch(ran.stderr) and "aicarousel.db" in ran.stderr, (words, ran.stderr)
 

@@ -1,6 +1,6 @@
 """What fuzzing found is replayed, and every endpoint takes requests changed in their structure: refused or served, never broken.
 
-FUZZ_LONG=1 sends 1,500 changed requests to each format instead of 150; tests/fuzz.py looks for new ones in the pure parsers.
+FUZZ_LONG=1 sends 1,500 changed requests to each format instead of 300; tests/fuzz.py looks for new ones in the pure parsers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fakes import FAKE_KEY, Gateway, Provider, healthy, read_reply
 from house import entry
 from test_hostile import body_of, check_envelope
 
-N_REQUESTS = 1500 if os.environ.get("FUZZ_LONG") else 150
+N_REQUESTS = 1500 if os.environ.get("FUZZ_LONG") else 300
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

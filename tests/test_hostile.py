@@ -249,6 +249,22 @@ def test_corpus(gateway: Gateway, module_provider: Provider, name: str) -> None:
     assert len(module_provider.requests) - before <= statuses.count(200)
 
 
+#: Heads that never become a request; PATH is each format's.
+UNREAD: dict[str, tuple[str, int]] = {"head too large": ("POST PATH HTTP/1.1\r\nX: " + "a" * 70_000, 431), "too many headers": ("POST PATH HTTP/1.1\r\nHost: a\r\n" + "a: b\r\n" * 200 + "\r\n", 431), "lone LF": ("POST PATH HTTP/1.1\r\nHost: a\nX: b\r\n\r\n", 400),
+          "version": ("POST PATH HTTP/3.0\r\nHost: a\r\n\r\n", 505), "coding": ("POST PATH HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n", 501), "target": ("POST PATH?" + "a" * 9000 + " HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+          "no host": ("POST PATH HTTP/1.1\r\n\r\n", 400), "expectation": ("POST PATH HTTP/1.1\r\nHost: localhost\r\nExpect: x\r\nContent-Type: application/json\r\nx-api-key: KEY\r\nContent-Length: 1\r\n\r\n", 417)}
+
+
+@pytest.mark.parametrize("client", PATHS)
+@pytest.mark.parametrize("name", UNREAD)
+def test_corpus_speaks_the_clients_format(gateway: Gateway, name: str, client: str) -> None:
+    """Also where no more than the first line could be read."""
+    raw, status = UNREAD[name]
+    [reply], _ = talk(gateway, raw.replace("PATH", PATHS[client]).replace("KEY", gateway.key).encode())
+    assert reply.status == status and reply.headers["connection"] == "close"
+    check_envelope(reply, client)
+
+
 # ---------------------------------------------------------------- body
 
 def large(client: Client, raw: bytes, piece: bytes, n_bytes: int) -> Reply:
@@ -631,7 +647,9 @@ class Tally:
         self.others: list[str] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        group = report.nodeid.partition("::test_")[2].split("[")[0].split("_")[0]
+        file, _, name = report.nodeid.partition("::test_")
+        words = name.split("[")[0].split("_")
+        group = ("clock" if "clock" in words else "storage") if file.endswith("test_storage.py") else words[0]
         self.seconds[group] += report.duration
         if report.when == "call" or report.outcome != "passed":
             self.cases[group] += report.when == "call" or report.outcome == "skipped"
@@ -643,7 +661,7 @@ class Tally:
 def main() -> int:
     """Runs every group and prints the table; 0 when every case held and none was skipped."""
     tally = Tally()
-    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:terminal", *(str(HERE / name) for name in FILES if (HERE / name).exists()), *sys.argv[1:]], plugins=[tally])
+    status = pytest.main(["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES if (HERE / name).exists()), *sys.argv[1:]], plugins=[tally])
     print(f"{'group':<12}{'cases':>8}{'held':>8}{'seconds':>10}")
     for group in tally.cases:
         print(f"{group:<12}{tally.cases[group]:>8}{tally.held[group]:>8}{tally.seconds[group]:>10.1f}")

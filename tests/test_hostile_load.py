@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 import aicarousel
 from dialects import FORMATS, PATHS, Telling, read_stream
-from fakes import FAKE_KEY, HANG_S, TEXT, Client, Gateway, Pause, Provider, Silence, answer, healthy, opened, read_reply, stream
+from fakes import FAKE_KEY, HANG_S, TEXT, TLS, Client, Gateway, Pause, Provider, Silence, answer, healthy, opened, read_reply, stream
 from house import House, entry
 from test_hostile import body_of, check_envelope
 from test_server import replies_in
@@ -60,6 +61,24 @@ def test_slow(build: Callable[..., House], name: str, client: str) -> None:
         check_envelope(reply, client if name != "half a first line" or client != "messages" else "messages")
         link.close()
     assert house.chat("a/m").text == TEXT
+
+
+def test_slow_handshake(provider: Provider, gateway_factory: Callable[..., Gateway]) -> None:
+    """TLS that never gets on, or is none, is let go by the deadline of a head; others are served."""
+    gateway = gateway_factory({"carousel": {"limits": {"clientHead": 1.0}}, "a": entry(provider.script("a", healthy()))}, {"FAKE_KEY": FAKE_KEY}, arguments=["--tls-cert", str(TLS / "good.pem"), "--tls-key", str(TLS / "good.pem")])
+    silent, wrong = [gateway.connect() for _ in range(20)], gateway.connect()
+    wrong.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert wrong.read_all(5.0).status == 0 and wrong.ended in ("eof", "reset")
+    context = ssl.create_default_context(cafile=str(TLS / "ca.pem"))
+    context.check_hostname = False
+    with socket.create_connection(("127.0.0.1", gateway.port), 5.0) as plain, context.wrap_socket(plain) as line:
+        line.sendall(gateway.request_bytes("GET", "/health"))
+        assert line.recv(65536).startswith(b"HTTP/1.1 200")
+    for link in silent:
+        assert link.read_all(5.0).status == 0 and link.ended in ("eof", "reset")
+        link.close()
+    wrong.close()
+    assert "Traceback" not in gateway.log
 
 
 # ---------------------------------------------------------------- storm
@@ -185,6 +204,21 @@ def test_fds_over_the_cap(poor: Gateway, provider: Provider, client: str) -> Non
         assert link.read_all().text == "one"
         link.close()
     assert wait_for(lambda: poor.post(PATHS[client], body_of(client, "a/m")).status == 200)
+
+
+@pytest.mark.parametrize(("limits", "fitting", "raised"), [((256, 256), 96, None), ((256, 4096), 2016, (4096, 4096)), ((20_000, 20_000), 9968, None), ((1024, resource.RLIM_INFINITY), 4096, (8256, resource.RLIM_INFINITY)),
+                                                           ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1 << 20, None), ((10, 10), 1, None), (None, 1 << 20, None)])
+def test_fds_that_fit(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int] | None, fitting: int, raised: tuple[int, int] | None) -> None:
+    """Two for a client, some for the rest; the limit is raised where it may be, and where nobody knows it nothing is held back."""
+    def told(which: int) -> tuple[int, int]:
+        if limits is None:
+            raise OSError("no such limit")
+        return limits
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", told)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, both: changed.append(both))
+    assert aicarousel._fitting_connections(4096) == fitting
+    assert [both for both in changed if both != limits] == ([raised] if raised else [])
 
 
 def test_fds_none_left(poor: Gateway) -> None:

@@ -57,17 +57,15 @@ def test_a_client_that_reads_nothing_has_the_time_that_is_set(one: Callable[...,
         house.wait(lambda: house.do(house.server.n_connections) == 0)
 
 
-def test_connections_are_as_many_as_are_set(one: Callable[..., House]) -> None:
-    house = one(connections=2)
-    with house.connect() as first, house.connect() as second, house.connect() as third:
-        house.settle()
-        assert [house.seen_by(client) for client in (first, second)] == [b"", b""]
-        third.send(b"x")
-        assert third.read_all().raw == b"" and first.ended == second.ended == ""
+def test_connections_are_as_many_as_are_set(one: Callable[..., House], provider: Provider) -> None:
+    house = one([Pause("held"), *answer(chat_answer())], connections=2)
+    with house.start_chat("a/m", stream=False) as first, house.start_chat("a/m", stream=False) as second:
+        provider.wait_calls("a", 2)
+        assert house.get("/health").status == 503 and first.ended == second.ended == ""
         house.reconfigure({**house.models, "carousel": {"limits": {"connections": 3}}})
-        with house.connect() as fourth:
-            fourth.send(house.request_bytes("GET", "/health"))
-            assert fourth.read_all().status == 200
+        assert house.get("/health").status == 200
+        provider.release("held")
+        assert [client.read_all().text for client in (first, second)] == [TEXT, TEXT]
 
 
 def test_a_body_is_as_large_as_is_set(one: Callable[..., House]) -> None:
@@ -152,7 +150,7 @@ def test_a_provider_that_cannot_be_reached_is_left_out_as_long_as_is_set(build: 
 # ---------------------------------------------------------------- all of them
 
 def test_every_limit_has_a_test_here_or_is_named_there() -> None:
-    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, and what the relay does with the budget and the deadline by test_faults."""
+    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, what the relay does with the budget and the deadline by test_faults, usage by test_storage."""
     text = open(__file__, encoding="utf-8").read()
-    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast"}
+    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast", "usageRows", "usageDays"}
     assert {name for name in aicarousel._BOUND_FIELDS if name not in text} == set() and elsewhere <= set(aicarousel._BOUND_FIELDS)

@@ -88,7 +88,7 @@ def test_a_key_keeps_to_its_models_and_an_edit_ends_a_list(build: Build, provide
     (b'{"models": [{"name": "models/gemini-2.5-flash", "max_input_tokens": 10}]}', [("gemini-2.5-flash", 10)]), (b'{"data": {"id": "a"}}', []), (b'{"data": null}', []), (b"null", []), (b"7", []), (b"\xff", []), (b"", []),
     (b"[" * 100_000, []), (b'[{"id": "' + b"x" * 201 + b'"}, {"id": ""}, {"id": null, "name": "n", "max_model_len": true}]', [("n", None)])])
 def test_lists_of_every_shape(body: bytes, found: list[tuple[str, Any]]) -> None:
-    assert [(model.id, model.context) for model in aicarousel._read_models(body)] == found
+    assert [(model.id, model.context) for model in aicarousel.read_models(body)] == found
 
 
 def test_a_messages_provider_is_asked_in_its_way(build: Build, provider: Provider) -> None:

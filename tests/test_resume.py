@@ -82,6 +82,26 @@ def test_every_cut_is_joined_exactly_or_not_at_all(name: str) -> None:
     assert joined > 0.85 * len(ANSWER) if name == "continues" else joined < 0.02 * len(ANSWER), joined
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_provider_that_says_again_what_it_was_given(name: str) -> None:
+    """What it was given must come first, whole; behind it the same doubts hold."""
+    joined = 0
+    for at in range(1, len(ANSWER)):
+        seam = seam_at(at, "echo")
+        if not aicarousel.can_go_on({"turns": []}, seam.text):
+            continue
+        given = seam.text.rstrip()
+        for said in (given + MODELS[name](given, ANSWER), MODELS[name](given, ANSWER)):
+            judged = len(seam.text) + 200
+            rest, why = aicarousel.judge_continuation(seam, said[:judged])
+            assert bool(rest) is not bool(why)
+            if rest:
+                # An answer that begins with all that was sent is one whole answer, whether it is this one or another.
+                assert seam.text + rest + said[judged:] in (ANSWER, said), f"{name} at {at}"
+                joined += 1
+    assert joined > 0.85 * len(ANSWER) if name in ("continues", "begins anew") else joined < 0.2 * len(ANSWER), joined
+
+
 TOLD: dict[str, Model] = {
     "obeys": lambda anchor, rest: anchor + rest,
     "obeys on a new line": lambda anchor, rest: "\n" + anchor + rest,
@@ -132,7 +152,7 @@ ROUTES = {  # preset, format, model -> what marks the request
     ("moonshot", "chat", "kimi-k3"): lambda body: body["messages"][-1].get("partial") is True,
     ("qwen", "chat", "qwen-max"): lambda body: body["messages"][-1].get("partial") is True,
     ("vllm", "chat", "m"): lambda body: body["continue_final_message"] is True and body["add_generation_prompt"] is False,
-    ("llamacpp", "chat", "m"): lambda body: set(body["messages"][-1]) == {"role", "content"},
+    ("llamacpp", "chat", "m"): lambda body: body["continue_final_message"] is True and body["chat_template_kwargs"] == {"enable_thinking": False},
     ("anthropic", "messages", "claude-haiku-4-5"): lambda body: True,
 }
 
@@ -470,7 +490,9 @@ def test_a_request_that_only_its_own_format_understands(build: Build, provider: 
 
 def test_the_route_that_broke_off_goes_on_itself(build: Build, provider: Provider) -> None:
     provider.release("said")
-    house = build(a=lambda request: (continuing("chat")(request) if request.json["messages"][-1]["role"] == "assistant" else dying("chat")), entries={"a": {"preset": "mistral"}})
+    def a(request: Request) -> list[Any]:
+        return continuing("chat", lambda begun, whole: whole)(request) if request.json["messages"][-1]["role"] == "assistant" else dying("chat")
+    house = build(a=a, entries={"a": {"preset": "mistral"}})
     reply = house.chat("a/m", stream=True)
     assert reply.text == TEXT and reply.done and b": resumed by a/m" in reply.body
     first, second = provider.calls("a")
@@ -488,7 +510,7 @@ def test_the_route_that_broke_off_counts_against_the_retry_budget(build: Build, 
     provider.release("said")
     def a(request: Request) -> list[Any]:
         return continuing("chat")(request) if request.json["messages"][-1]["role"] == "assistant" else dying("chat")
-    house = build(a=a, entries={"a": {"preset": "mistral"}}, carousel={"limits": {"retryBudget": 0, "retryBudgetLeast": 0}})
+    house = build(a=a, entries={"a": {"preset": "moonshot"}}, carousel={"limits": {"retryBudget": 0, "retryBudgetLeast": 0}})
     reply = house.chat("a/m", stream=True)
     assert reply.text == TEXT[:AT] and reply.error and len(provider.calls("a")) == 1
     house.reconfigure({**house.models, "carousel": {"limits": {"retryBudget": 0, "retryBudgetLeast": 1}}})

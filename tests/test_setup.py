@@ -78,6 +78,7 @@ def test_a_first_run_asks_for_a_key_and_leads_to_serve(room: Room, provider: Pro
         it.expect("2. Providers that take part: groq, deepseek")
         it.expect("It is shown only now:")
         it.expect("python aicarousel.py serve\n")
+        it.expect("python aicarousel.py run -- claude\n")
         assert it.end() == 0
         [key] = set(KEY.findall(it.transcript))
         assert not any(secret in it.transcript for secret in (GROQ_KEY, other, refused)), "keys are typed unseen"

@@ -1,4 +1,4 @@
-"""Section 15, Store: real files, real processes, real kills."""
+"""Section 17, Store: real files, real processes, real kills."""
 
 from __future__ import annotations
 
@@ -421,33 +421,38 @@ def test_refresh_notices_replaced_files(path: Path, tmp_path: Path) -> None:
     ring.close()
 
 
-# Children are forked from a process that has the module already, so that each of 100 costs milliseconds.
+# Children are forked from a process that has the module already, so that each of 100 costs milliseconds. How long they live follows from what they get done: however slow
+# the machine is at the moment, kills hit the making of databases and of keys, and some keys are printed.
 KILLER = """if True:
     import aicarousel, os, pathlib, random, signal, sys, time
     home, chance = pathlib.Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    aicarousel.create_key(home / 'first.db', 'k')
-    started = time.monotonic()
-    aicarousel.create_key(home / 'first.db', 'k')
-    longest_s = max(0.03, min(0.1, 8 * (time.monotonic() - started)))
-    for turn in range(100):
-        path = home / str(turn // 10) / 'data' / 'aicarousel.db'      # ten new databases: kills hit their making too
+    longest_s, n_kills, n_printed = 0.03, 0, 0
+    while n_kills < 100 or n_printed < 50:
+        path = home / str(n_kills // 10) / 'data' / 'aicarousel.db'      # ten new databases: kills hit their making too
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             while True:
-                os.write(1, (str(path) + ' ' + aicarousel.create_key(path, 'k')[0] + chr(10)).encode())
+                os.write(writing, (str(path) + ' ' + aicarousel.create_key(path, 'k')[0] + chr(10)).encode())
+        os.close(writing)
         time.sleep(chance.uniform(0.001, longest_s))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        with open(reading) as pipe:
+            lines = pipe.readlines()
+        sys.stdout.writelines(lines)
+        n_kills, n_printed = n_kills + 1, n_printed + len(lines)
+        longest_s = max(0.03, longest_s * 0.8) if lines else longest_s * 1.3
 """
 
 
 def test_a_hundred_kills_lose_no_key_that_was_printed(tmp_path: Path) -> None:
     seed = random.randrange(10 ** 6)
     printed: dict[Path, list[str]] = {}
-    for line in run_python(KILLER, tmp_path, seed).splitlines():
+    for line in run_python(KILLER, tmp_path, seed, timeout_s=240).splitlines():
         name, key = line.split()
         printed.setdefault(Path(name), []).append(key)
-    assert len(printed) >= 5 and sum(map(len, printed.values())) >= 50, f"seed {seed}"
+    assert sum(map(len, printed.values())) >= 50, f"seed {seed}"
     for path, keys in printed.items():
         aicarousel.open_database(path).close()
         assert rows_of(path, "PRAGMA integrity_check") == [("ok",)], f"seed {seed}"
