@@ -23,7 +23,7 @@ Contents
     10  OpenAI Chat         requests checked, streams watched on their way through, and the six names
     11  OpenAI Responses    the same for Responses
     12  Anthropic Messages  the same for Messages
-    13  Plain endpoints     /v1/completions and /v1/embeddings: what came before Chat
+    13  Plain endpoints     what came before Chat, and Gemini's own way of asking
     14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
     15  World               time, chance, the network, alarms
     16  HTTP                heads by h11, bodies by hand
@@ -398,6 +398,11 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     if any(map(text.__contains__, _SECRET_HINTS)):
         text = _SECRET.sub("***", text)
     return _NAMED_SECRET.sub(r"\1***", text) if any(map(text.lower().__contains__, _NAMED_HINTS)) else text
+
+
+def looks_secret(word: str) -> bool:
+    """Whether one word begins like a secret; much cheaper than to redact it."""
+    return word.startswith(_SECRET_HINTS)
 
 
 def redact_known(text: str, secrets: Iterable[str]) -> str:
@@ -11864,6 +11869,200 @@ def completions_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
             "choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], "usage": write_usage("chat", usage)}
 
 
+# Gemini's generateContent, for its own command line and SDK: a request becomes one of Chat, and the Chat stream that answers it becomes Gemini's.
+# Thinking is shown and does not come back; tools that run at Google, sampling that Chat has no place for, and files by URI are left out or refused.
+# Source: Gemini API reference, generateContent, and Gemini CLI 0.61.0 on the wire, read 2026-11.
+
+_GEMINI_STATUS: Mapping[int, str] = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT",
+                                     429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}
+_GEMINI_FINISH: Mapping[str, str] = {"length": "MAX_TOKENS", "content_filter": "SAFETY"}
+_GEMINI_CHOICES: Mapping[str, str] = {"AUTO": "auto", "ANY": "required", "NONE": "none", "VALIDATED": "auto"}
+_GEMINI_SETTINGS: Mapping[str, str] = {"temperature": "temperature", "topP": "top_p", "maxOutputTokens": "max_tokens", "stopSequences": "stop", "seed": "seed",
+                                       "presencePenalty": "presence_penalty", "frequencyPenalty": "frequency_penalty"}
+
+
+def gemini_error(status: int, message: str) -> Json:
+    """An error as Gemini's clients read it."""
+    return {"error": {"code": status, "message": message, "status": _GEMINI_STATUS.get(status, "INTERNAL")}}
+
+
+def gemini_chat_request(body: Any, model: str) -> Json:
+    """The streamed Chat request that says what a generateContent request does. Raises GatewayError 400."""
+    if not isinstance(body, dict) or not isinstance(body.get("contents"), list) or not body["contents"]:
+        raise bad_request("contents must be a list that is not empty.", param="contents")
+    messages: list[Json] = []
+    system = body.get("systemInstruction", body.get("system_instruction"))
+    if system:
+        messages.append({"role": "system", "content": "".join(_gemini_texts(_gemini_parts(system, "systemInstruction")))})
+    open_calls = _OpenCalls()
+    for number, turn in enumerate(body["contents"]):
+        parts = _gemini_parts(turn, f"contents[{number}]")
+        messages += _gemini_said(parts, open_calls) if turn.get("role") == "model" else _gemini_asked(parts, open_calls, f"contents[{number}]")
+    made: Json = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+    settings = body.get("generationConfig") or {}
+    if not isinstance(settings, dict):
+        raise bad_request("generationConfig must be an object.", param="generationConfig")
+    made |= {name: settings[theirs] for theirs, name in _GEMINI_SETTINGS.items() if settings.get(theirs) is not None}
+    if settings.get("responseMimeType") == "application/json":
+        schema = settings.get("responseJsonSchema") or settings.get("responseSchema")
+        made["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _plain_schema(schema)}} if isinstance(schema, dict) else {"type": "json_object"}
+    return made | _gemini_tools(body)
+
+
+def _gemini_parts(turn: Any, where: str) -> list[Json]:
+    parts = turn.get("parts") if isinstance(turn, dict) else None
+    parts = [parts] if isinstance(parts, dict) else parts
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise bad_request(f"{where}.parts must be a list of objects.", param=f"{where}.parts")
+    return parts
+
+
+def _gemini_texts(parts: Sequence[Json]) -> list[str]:
+    return [part["text"] for part in parts if isinstance(part.get("text"), str) and not part.get("thought")]
+
+
+class _OpenCalls:
+    """Calls of a Gemini conversation that have no result yet; they may lack ids, and results name the function."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, bool] = {}             #: every id -> whether its result is awaited
+        self._by_name: dict[str, deque[str]] = {}
+
+    def add(self, name: str, call_id: Any) -> str:
+        """The id of a call, its own unless it has none or that was there before."""
+        unique = call_id if isinstance(call_id, str) and call_id and call_id not in self._ids else mint("call_", name, len(self._ids))
+        self._ids[unique] = True
+        self._by_name.setdefault(name, deque()).append(unique)
+        return unique
+
+    def take(self, call_id: Any, name: Any) -> str | None:
+        """The id of the call that a result is for: by its id, else the oldest of its name; None where there is none."""
+        waiting = self._by_name.get(name, deque()) if isinstance(name, str) else deque()
+        found = call_id if isinstance(call_id, str) and self._ids.get(call_id) else None
+        while found is None and waiting:
+            oldest = waiting.popleft()
+            found = oldest if self._ids[oldest] else None
+        if found is not None:
+            self._ids[found] = False
+        return found
+
+
+def _gemini_said(parts: Sequence[Json], open_calls: _OpenCalls) -> list[Json]:
+    """A turn of the model."""
+    calls = []
+    for part in parts:
+        call = part.get("functionCall", part.get("function_call"))
+        if isinstance(call, dict) and isinstance(call.get("name"), str):
+            calls.append({"id": open_calls.add(call["name"], call.get("id")), "type": "function", "function": {"name": call["name"], "arguments": compact(call.get("args") or {})}})
+    text = "".join(_gemini_texts(parts))
+    return [{"role": "assistant", "content": text or None, **({"tool_calls": calls} if calls else {})}] if text or calls else []
+
+
+def _gemini_asked(parts: Sequence[Json], open_calls: _OpenCalls, where: str) -> list[Json]:
+    """A turn of the user: results of calls, and then what else there is. Raises GatewayError 400."""
+    messages: list[Json] = []
+    content: list[Json] = []
+    for part in parts:
+        result, data = part.get("functionResponse", part.get("function_response")), part.get("inlineData", part.get("inline_data"))
+        if isinstance(result, dict):
+            found = open_calls.take(result.get("id"), result.get("name"))
+            if found is None:
+                raise bad_request(f"{where} has the result of a call that was not made: {str(result.get('name'))[:100]}", param=where)
+            told = result.get("response")
+            messages.append({"role": "tool", "tool_call_id": found, "content": told["output"] if isinstance(told, dict) and isinstance(told.get("output"), str) and len(told) == 1 else compact(told)})
+        elif isinstance(data, dict):
+            kind = str(data.get("mimeType", data.get("mime_type", "")))
+            url = f"data:{kind};base64,{data.get('data', '')}"
+            content.append({"type": "image_url", "image_url": {"url": url}} if kind.startswith("image/") else {"type": "file", "file": {"filename": "file", "file_data": url}})
+        elif "fileData" in part or "file_data" in part:
+            raise bad_request(f"{where}: nothing is fetched for clients; send the file itself as inlineData.", param=where)
+        elif isinstance(part.get("text"), str) and part["text"]:
+            content.append({"type": "text", "text": part["text"]})
+    return [*messages, *([{"role": "user", "content": content[0]["text"] if len(content) == 1 and "text" in content[0] else content}] if content else [])]
+
+
+def _gemini_tools(body: Json) -> Json:
+    """Fields of a Chat request for the functions of a Gemini one. Raises GatewayError 400."""
+    groups = body.get("tools") or []
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise bad_request("tools must be a list of objects.", param="tools")
+    tools = []
+    listed = [group.get("functionDeclarations", group.get("function_declarations")) or [] for group in groups]
+    for tool in (tool for declared in listed for tool in (declared if isinstance(declared, list) else [declared])):
+        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+            raise bad_request("each of functionDeclarations needs a name.", param="tools")
+        schema = tool.get("parametersJsonSchema") or tool.get("parameters") or {"type": "object", "properties": {}}
+        tools.append({"type": "function", "function": {"name": tool["name"], "description": str(tool.get("description") or ""), "parameters": _plain_schema(schema)}})
+    if not tools:
+        return {}
+    wanted = value_at(body, "toolConfig.functionCallingConfig") or {}
+    names = wanted.get("allowedFunctionNames") if isinstance(wanted, dict) else None
+    mode = _GEMINI_CHOICES.get(str(wanted.get("mode") or "AUTO") if isinstance(wanted, dict) else "AUTO", "auto")
+    one = mode == "required" and isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    return {"tools": tools, "tool_choice": {"type": "function", "function": {"name": names[0]}} if one else mode}
+
+
+def _plain_schema(schema: Any) -> Any:
+    """A schema whose types are spelled as JSON Schema has them; Gemini's own are in capitals."""
+    if isinstance(schema, list):
+        return [_plain_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: value.lower() if name == "type" and isinstance(value, str) else _plain_schema(value) for name, value in schema.items()}
+
+
+class GeminiAnswer:
+    """A Chat stream as Gemini tells it: text as it comes, calls when they are whole, usage at the end. Owner: one request."""
+
+    __slots__ = ("_id", "_model", "_calls", "_finish", "_usage")
+
+    def __init__(self, model: str, answer_id: str) -> None:
+        self._id, self._model = answer_id, model
+        self._calls: dict[int, list[str]] = {}      #: index -> id, name, arguments
+        self._finish, self._usage = "stop", {}      # type: ignore[var-annotated]
+
+    def feed(self, chunk: Json) -> list[Json]:
+        """What one chunk says at once."""
+        self._usage = chunk.get("usage") or self._usage
+        parts: list[Json] = []
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            self._finish = choice.get("finish_reason") or self._finish
+            thought = delta.get("reasoning_content") or delta.get("reasoning")
+            parts += [{"text": thought, "thought": True}] if isinstance(thought, str) and thought else []
+            parts += [{"text": delta["content"]}] if isinstance(delta.get("content"), str) and delta["content"] else []
+            for call in delta.get("tool_calls") or ():
+                held, told = self._calls.setdefault(call.get("index") or 0, ["", "", ""]), call.get("function") or {}
+                for place, text in enumerate((call.get("id"), told.get("name"), told.get("arguments"))):
+                    held[place] += text or ""
+        return [self._answer(parts)] if parts else []
+
+    def end(self) -> Json:
+        """The last of it."""
+        parts = [{"functionCall": {"id": call_id, "name": name, "args": args_object(arguments)}} for _, (call_id, name, arguments) in sorted(self._calls.items())]
+        used, details = self._usage, self._usage.get("prompt_tokens_details") or {}
+        counts = {"promptTokenCount": used.get("prompt_tokens"), "candidatesTokenCount": used.get("completion_tokens"), "totalTokenCount": used.get("total_tokens"),
+                  "cachedContentTokenCount": details.get("cached_tokens")}
+        last = self._answer(parts or [{"text": ""}])
+        last["candidates"][0]["finishReason"] = _GEMINI_FINISH.get(self._finish, "STOP")
+        return {**last, "usageMetadata": {name: count for name, count in counts.items() if count is not None}}
+
+    def _answer(self, parts: list[Json]) -> Json:
+        return {"candidates": [{"content": {"role": "model", "parts": parts}, "index": 0}], "modelVersion": self._model, "responseId": self._id}
+
+
+def gemini_whole(pieces: Sequence[Json]) -> Json:
+    """One answer of all that a stream told; texts that follow each other are one."""
+    parts: list[Json] = []
+    for part in (part for piece in pieces for part in piece["candidates"][0]["content"]["parts"]):
+        if "text" in part and parts and "text" in parts[-1] and parts[-1].get("thought") == part.get("thought"):
+            parts[-1] = {**parts[-1], "text": parts[-1]["text"] + part["text"]}
+        elif part.get("text") != "" or len(pieces) == 1:
+            parts.append(part)
+    last = pieces[-1]
+    return {**last, "candidates": [{**last["candidates"][0], "content": {"role": "model", "parts": parts}}]}
+
+
 ##############################################################################
 # 14. Translation                                           pure | uses 1-3, 8-13
 ##############################################################################
@@ -15485,7 +15684,8 @@ _RULED_PATHS = frozenset(FORMATS[name].path for name in FORMAT_NAMES)
 #: Provider headers that clients may see.
 _RELAYED_HEADERS = ("x-request-id", "request-id", "openai-processing-ms")
 _RELAYED_PREFIXES = ("x-ratelimit-", "anthropic-ratelimit-")
-_LIMIT_VALUE = re.compile(r"-?[0-9][0-9A-Za-z.,:;=+ \-]{0,39}|[a-z]{0,12}")        #: numbers, spans and instants: no place for a secret
+_LIMIT_VALUE = re.compile(r"-?[0-9][0-9., A-Za-z:;=+\-]{0,63}|[a-z]{0,12}")       #: numbers, spans and instants: no place for a secret
+_ID_VALUE = re.compile(r"[A-Za-z0-9_.:\-]{1,80}")
 
 
 @functools.lru_cache(256)
@@ -16629,11 +16829,8 @@ class _Run:
             headers.append(("x-aicarousel-estimated", "1"))
         relayed = _is_relayed if self._job.hold is None else _RELAYED_HEADERS.__contains__      # limits of the key are told under the same names
         for name, value in answer.headers:
-            if relayed(name):
-                if name in _RELAYED_HEADERS:
-                    headers.append((name, redact(value, self._config.secrets)))
-                elif _LIMIT_VALUE.fullmatch(value) and value not in self._config.secrets:
-                    headers.append((name, value))
+            if relayed(name) and value not in self._config.secrets and (_LIMIT_VALUE.fullmatch(value) or name in _RELAYED_HEADERS and _ID_VALUE.fullmatch(value) and not looks_secret(value)):
+                headers.append((name, value))
         return headers
 
     def _refuse(self, error: GatewayError) -> None:
@@ -17044,6 +17241,8 @@ _API: Mapping[tuple[str, str], _Call] = MappingProxyType({
     ("post", "/v1/embeddings"): _Call("OpenAI Embeddings, by the model that is named and no other", sample={"model": "openai/text-embedding-3-small", "input": "Hello"}),
     ("get", "/v1/models"): _Call("Names a client may use", "open"),
     ("get", "/v1/models/{id}"): _Call("One of them", "open"),
+    ("post", "/v1beta/models/{id}:generateContent"): _Call("Gemini's generateContent, relayed as Chat", sample={"contents": [{"role": "user", "parts": [{"text": "Hello"}]}]}),
+    ("post", "/v1beta/models/{id}:streamGenerateContent"): _Call("The same, streamed", sample={"contents": [{"role": "user", "parts": [{"text": "Hello"}]}]}, kind="text/event-stream"),
     ("post", "/chat"): _Call("A bare list of messages in, text out", sample=[_HELLO], kind="text/plain"),
     ("get", "/health"): _Call("Alive, and with a key the state of every provider", "open", query={"deep": "1 for the providers; needs a key"}),
     ("get", "/metrics"): _Call("Counters and gauges for Prometheus", kind="text/plain"),
@@ -17370,6 +17569,7 @@ _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 _JSON: Headers = [("content-type", "application/json")]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?")
 _MIRROR = "/api/anthropic/"
+_GEMINI = "/v1beta/models/"
 _RAW_BYTES_PER_TOKEN = 4        #: where nothing but its bytes is known of a prompt
 _USUAL_ANSWER = 4096            #: tokens reserved for an answer whose request sets no limit; few are longer
 _FLUSH_S = 2.0
@@ -17394,6 +17594,8 @@ _ENDPOINTS: Mapping[str, _Endpoint] = {
     "/v1/responses": _Endpoint({"POST": "responses", "GET": "refuse_websocket"}),
     "/v1/completions": _Endpoint({"POST": "completions"}),
     "/v1/embeddings": _Endpoint({"POST": "embeddings"}),
+    "/v1beta/models/{id}:generateContent": _Endpoint({"POST": "gemini"}),
+    "/v1beta/models/{id}:streamGenerateContent": _Endpoint({"POST": "gemini"}),
     "/chat": _Endpoint({"POST": "plain_chat"}),
     "/health": _Endpoint({"GET": "health", "HEAD": "health"}, False),
     "/admin/stats": _Endpoint({"GET": "admin_stats"}, admin=True),
@@ -17526,6 +17728,8 @@ class Gateway:
                 return None
         if path.startswith(("/v1/models/", "/models/")) and not path.endswith("/"):
             return _ENDPOINTS["/v1/models/"]
+        if path.startswith(_GEMINI):
+            return _ENDPOINTS.get(f"{_GEMINI}{{id}}:{path.rpartition(':')[2]}")
         return None if path.endswith("/models/") else _ENDPOINTS.get(path) or _ENDPOINTS.get("/v1" + path)
 
     def _authenticate(self, request: Request) -> GatewayKey | None:
@@ -17558,6 +17762,8 @@ class Gateway:
     def explain(self, request: Request, error: GatewayError) -> tuple[Headers, bytes]:
         """An error in the envelope of the path it was asked at."""
         error.redact(self.config.secrets)
+        if request.path.startswith(_GEMINI):
+            return error_headers(error), dump_json(gemini_error(error.status, error.message))
         speaks_messages = "/messages" in request.path or request.path.startswith(_MIRROR)
         return error_headers(error), dump_json(messages_error(error) if speaks_messages else chat_error(error))
 
@@ -17811,6 +18017,17 @@ class Gateway:
             return exchange.respond(error.status, [("content-type", "text/plain; charset=utf-8")], error.message.encode())
         await self._relay(request, exchange, PlainTextSink(exchange), dump_json(body), body)
 
+    async def gemini(self, request: Request, exchange: Exchange) -> None:
+        """POST /v1beta/models/{id}:generateContent and :streamGenerateContent, relayed as Chat."""
+        from urllib.parse import unquote
+        name, _, method = unquote(request.path[len(_GEMINI):]).rpartition(":")
+        try:
+            body = check_chat_request(gemini_chat_request(parse_body(request.body), name))
+        except GatewayError as error:
+            headers, answer = self.explain(request, error)
+            return exchange.respond(error.status, headers, answer)
+        await self._relay(request, exchange, GeminiSink(exchange, name, method == "streamGenerateContent"), dump_json(body), body)
+
     async def _relay(self, request: Request, exchange: Exchange, sink: Sink, raw: bytes, body: Json, client: ClientFormat = "chat", wish: Wish | None = None) -> None:
         """Hand a checked request to the relay; when the client leaves, the work on it is cancelled."""
         job, key = self._job(request, raw, body, client, wish), request.key
@@ -18005,6 +18222,68 @@ def _read_limit_s(headers: Mapping[str, str]) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) or not 0.0 < float(text) <= 86_400:
         raise bad_request("x-aicarousel-timeout takes seconds, from 0.001 to 86400.", code="bad_header")
     return float(text)
+
+
+class GeminiSink:
+    """A Sink that takes a Chat stream and passes it on as Gemini's, streamed or whole.  Its head waits for the first content."""
+
+    __slots__ = ("_exchange", "_events", "_head", "_answer", "_pieces")
+
+    def __init__(self, exchange: Exchange, model: str, streamed: bool) -> None:
+        self._exchange = exchange
+        self._events = EventReader()
+        self._head: tuple[int, Headers] = (200, [])
+        self._answer = GeminiAnswer(model, secrets.token_hex(8))
+        self._pieces: list[Json] | None = None if streamed else []
+
+    @property
+    def head_sent(self) -> bool:
+        return self._exchange.head_sent
+
+    @property
+    def interrupted(self) -> str:
+        return self._exchange.interrupted
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """An error before any content, in whichever envelope."""
+        self._exchange.respond(status, headers, dump_json(gemini_error(status, json.loads(body)["error"]["message"])))
+
+    def start(self, status: int, headers: Headers) -> None:
+        self._head = (status, [(name, value) for name, value in headers if self._pieces is None or name not in ("content-type", "x-accel-buffering")])
+
+    def _pass_on(self, pieces: list[Json]) -> None:
+        if self._pieces is not None:
+            return self._pieces.extend(pieces)
+        for piece in pieces:
+            if not self._exchange.head_sent:
+                self._exchange.start(*self._head)
+            self._exchange.write(b"data: " + dump_json(piece) + b"\r\n\r\n")
+
+    def write(self, data: bytes) -> None:
+        for event in self._events.feed(data):
+            chunk = {} if event.data.strip() == "[DONE]" else json.loads(event.data)
+            if "error" not in chunk:
+                self._pass_on(self._answer.feed(chunk))
+            elif self._pieces is None:
+                self._pass_on([gemini_error(502, chunk["error"]["message"])])
+                return self._exchange.finish()
+            else:
+                return self._exchange.respond(502, _JSON, dump_json(gemini_error(502, chunk["error"]["message"])))
+
+    def finish(self) -> None:
+        if self._exchange.finished:
+            return
+        self._pass_on([self._answer.end()])
+        if self._pieces is None:
+            return self._exchange.finish()
+        self._exchange.respond(self._head[0], [*_JSON, *self._head[1]], dump_json(gemini_whole(self._pieces)))
+
+    def cut(self) -> None:
+        self._exchange.cut()
+
+    async def flush(self) -> None:
+        if not self._exchange.finished:
+            await self._exchange.flush()
 
 
 def _wants_anthropic(request: Request) -> bool:
@@ -18630,20 +18909,30 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
     return [model.id for model in found]
 
 
+@contextlib.contextmanager
+def told_while(words: str) -> Iterator[None]:
+    """After a second in here a terminal is told what is waited for."""
+    timer = threading.Timer(_PATIENCE_S, lambda: print(f"{words} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_asking(asking: Callable[[Transport], Awaitable[Any]], words: str) -> Any:
-    """Run something that asks providers; after a second a terminal is told what is waited for."""
+    """Run something that asks providers."""
     async def run() -> Any:
         transport = Transport(real_world())
         try:
-            task = asyncio.ensure_future(asking(transport))
-            await asyncio.wait([task], timeout=_PATIENCE_S)
-            if not task.done() and sys.stderr.isatty():
-                print(f"{words} ...", file=sys.stderr, flush=True)
-            return await task
+            return await asking(transport)
         finally:
             transport.close()
 
-    return asyncio.run(run())
+    with told_while(words):
+        return asyncio.run(run())
 
 
 def take_key(home: Home, text: str, name: str | None = None) -> tuple[str, str, KeyPlace]:
@@ -19011,6 +19300,7 @@ _CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_
 _CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
 _OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
 _ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key}", "ANTHROPIC_MODEL": "aicarousel"}
+_GEMINI_VARIABLES = {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "{key}", "GEMINI_MODEL": "aicarousel"}
 
 CLIENTS: Mapping[str, ClientSetup] = {
     # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.
@@ -19048,6 +19338,11 @@ CLIENTS: Mapping[str, ClientSetup] = {
         files=(ClientFile("CONTINUE_GLOBAL_DIR", "~/.continue", ("config.yaml",), "yaml", {
             "models": [{"name": "AICarousel", "provider": "openai", "model": "aicarousel", "apiBase": "{url}/v1", "apiKey": "{key}"}]},
             {"name": "Local", "version": "1.0.0", "schema": "v1"}),)),
+    # Its settings say by what it signs in; those that the variable names go before the user's.
+    "gemini-cli": ClientSetup(
+        "Gemini CLI", "gemini", then="gemini", environment={"GEMINI_CLI_SYSTEM_SETTINGS_PATH": "{file}", **_GEMINI_VARIABLES},
+        files=(ClientFile("", "~/.gemini", ("settings.json",), "json", {"security": {"auth": {"selectedType": "gemini-api-key"}}}),
+               ClientFile("", "~/.gemini", (".env",), "dotenv", _GEMINI_VARIABLES))),
     "litellm": ClientSetup("LiteLLM", recipe=(
         "# in the proxy's config.yaml; in Python: litellm.completion(\"openai/aicarousel\", api_base=\"{url}/v1\", api_key=\"{key}\", messages=...)\n"
         "model_list:\n  - model_name: aicarousel\n    litellm_params:\n      model: openai/aicarousel\n      api_base: {url}/v1\n      api_key: {key}")),
@@ -19481,33 +19776,43 @@ def launch(words: Sequence[str], url: str, key: str) -> int:
     values = json.dumps(fill(client.files[0].values, url, key)) if client.files else ""
     with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
         file = Path(folder) / "settings.json"
-        if "{file}" in client.words:
+        if "{file}" in (*client.words, *client.environment.values()):
             _put(file, values.encode(), 0o600)
         command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
         environment = {name: value for name, value in os.environ.items() if name not in client.unset}
-        environment |= {name: fill(value, url, key).replace("{json}", values) for name, value in client.environment.items()}
-        children: list[subprocess.Popen[bytes]] = []
-        early: list[int] = []
-
-        def pass_on(number: int, _frame: Any) -> None:
-            if number in (signal.SIGINT, signal.SIGQUIT) and _at_terminal():
-                return
-            if not children:
-                return early.append(number)
-            children[0].send_signal(number)
-
-        before = [(number, signal.signal(number, pass_on)) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)]
+        environment |= {name: fill(value, url, key).replace("{json}", values).replace("{file}", str(file)) for name, value in client.environment.items()}
         try:
-            children.append(subprocess.Popen(command, env=environment))
-            for number in early:
-                children[0].send_signal(number)
-            status = children[0].wait()
+            status = _wait_passing_on(lambda: subprocess.Popen(command, env=environment))
         except OSError as error:
             raise ConfigError(f"run {printable(words[0])}", error.strerror or str(error), "a program that is installed") from error
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def _wait_passing_on(start: Callable[[], Any]) -> int:
+    """The status of a process that `start` makes, once it has ended; signals go on to it meanwhile. Raises OSError."""
+    import select
+    got: list[int] = []
+    read_end, write_end = os.pipe()         # a signal that comes right before a wait would not end it; a byte in a pipe does
+    for end in (read_end, write_end):
+        os.set_blocking(end, False)
+    numbers = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    before = [(number, signal.signal(number, lambda number, _frame: got.append(number))) for number in numbers]
+    old_end = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        child = start()
+        while (status := child.poll()) is None:
+            while got:
+                if (number := got.pop(0)) != signal.SIGCHLD and not (number in (signal.SIGINT, signal.SIGQUIT) and _at_terminal()):
+                    child.send_signal(number)
+            select.select([read_end], [], [])
+            os.read(read_end, 4096)
+        return status
+    finally:
+        signal.set_wakeup_fd(old_end)
+        for number, handler in before:
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
 
 
 def _at_terminal() -> bool:
@@ -19990,6 +20295,14 @@ def _aider_layers(client: ClientSetup, environment: Mapping[str, str], folder: P
     return [*layers, Layer(_ENVIRONMENT, environment.get("OPENAI_API_BASE", ""), environment.get("OPENAI_API_KEY", ""))]
 
 
+def _gemini_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """The environment, and one file: the first .env from here upward, .gemini's before a plain one, at last the user's."""
+    paths = [place / name for place in (folder, *folder.parents) for name in (".gemini/.env", ".env")]
+    path = next((path for path in paths if path.is_file()), client_path(client.files[1], environment))
+    rows = ((_ENVIRONMENT, environment), (str(path), _tree_of(path, "dotenv")))
+    return [Layer(where, row.get("GOOGLE_GEMINI_BASE_URL", ""), row.get("GEMINI_API_KEY", "")) for where, row in rows]
+
+
 def _continue_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     path = client_path(client.files[0], environment)
     rows = _tree_of(path, "yaml").get("models") or []
@@ -19997,7 +20310,8 @@ def _continue_layers(client: ClientSetup, environment: Mapping[str, str], folder
 
 
 _LAYERS: Mapping[str, Callable[[ClientSetup, Mapping[str, str], Path], list[Layer]]] = {
-    "claude-code": _claude_layers, "codex": _codex_layers, "cline": _cline_layers, "opencode": _opencode_layers, "aider": _aider_layers, "continue": _continue_layers}
+    "claude-code": _claude_layers, "codex": _codex_layers, "cline": _cline_layers, "opencode": _opencode_layers, "aider": _aider_layers, "continue": _continue_layers,
+    "gemini-cli": _gemini_layers}
 
 
 class Surroundings(NamedTuple):
@@ -20032,11 +20346,19 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     if hidden is not None:
         checks.append(Check(name, "address", False, f"{top.url} of {top.where} hides {hidden.url} of {hidden.where}", f"take the address out of {top.where}"))
     elif trouble:
-        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", f"take it out of {top.where}, then: {write}" if top.where == _ENVIRONMENT else write, name))
+        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", *_mend(name, top.where, around)))
     else:
         checks.append(Check(name, "address", True, f"{top.url} of {top.where}"))
-        checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around, write))
+        checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
     return checks
+
+
+def _mend(name: str, where: str, around: Surroundings) -> tuple[str, str]:
+    """How to put right what stands in `where`, and the client whose files --fix writes for that."""
+    write = f"python aicarousel.py config {name} --write"
+    if where in (str(client_path(file, around.environment)) for file in CLIENTS[name].files):
+        return write, name
+    return f"take it out of {where}, then: {write}", ""
 
 
 def root_of(url: str) -> str:
@@ -20064,17 +20386,17 @@ def _url_trouble(url: str, client: ClientSetup, around: Surroundings) -> str:
         if answer.json.get("service") != "aicarousel":
             return f"is some other server; this gateway is at {own}"
     path = path.rstrip("/")
-    if client.format == "messages":
-        return "" if path in ("", "/api/anthropic") else "must end at the port: the client adds /v1/messages itself"
+    if client.format == "messages" or client.program == "gemini":
+        return "" if path == "" or path == "/api/anthropic" and client.format == "messages" else "must end at the port: the client adds the rest itself"
     return "" if path.endswith("/v1") else "lacks /v1 at its end"
 
 
-def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings, write: str) -> Check:
+def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings) -> Check:
     """The gateway key that a client shows."""
     if around.settings.no_auth:
         return Check(name, "key", True, "none is asked for (--no-auth)")
     if holder is None:
-        return Check(name, "key", False, "it has none", write, name)
+        return Check(name, "key", False, "it has none", f"python aicarousel.py config {name} --write", name)
     answer = ask_gateway(root_of(top.url), "GET", "/health?deep=1", key=holder.key, timeout_s=2.0)
     try:
         row = find_key(around.database, holder.key)
@@ -20093,7 +20415,7 @@ def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings
         return Check(name, "key", False, f"{where} is good here, and the server at {top.url} refuses it: it runs with another home", "start the server with this --home")
     else:
         return Check(name, "key", True, f"{where} is good (id {row.id}, {row.name})")
-    return Check(name, "key", False, f"{where} {told}", f"take it out of {holder.where}, then: {write}" if holder.where == _ENVIRONMENT else write, name)
+    return Check(name, "key", False, f"{where} {told}", *_mend(name, holder.where, around))
 
 
 def examine_home(home: Home, address: str) -> list[Check]:
@@ -20630,7 +20952,6 @@ _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
 _H11_AT_LEAST = (0, 16)
 _STOPPED_S = 120.0
-_PATIENT_S = 1.0
 
 
 # Serving.
@@ -21090,8 +21411,10 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
     fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
     for row in rows:
         row["limits"] = " ".join(f"{name}={','.join(value) if isinstance(value, list) else f'{value:g}'}" for name, value in row["limits"].items() if value)
-    cells = [fields, *(tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows)]
-    print("\n".join(align_columns(cells, len(fields))))
+        row |= {name: row[name][:16].replace("T", " ") for name in ("created", "last_used", "expires") if row[name]}
+    cells = [tuple("-" if row[name] in (None, "") else "yes" if row[name] is True else "no" if row[name] is False else str(row[name]) for name in fields) for row in rows]
+    shown = [column for column, name in enumerate(fields) if name not in ("admin", "expires", "limits") or any(row[column] not in ("-", "no") for row in cells)]
+    _print_lines(align_columns([[row[column] for column in shown] for row in (fields, *cells)], len(shown)))
     return 0
 
 
@@ -21209,15 +21532,20 @@ def _stats_command(arguments: Any) -> int:
         print(redact(json.dumps(stats, indent=1)))
         return 0
     blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print("\n".join(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])]))
+    _print_lines(redact(printable(line)) for line in [*stats_lines(stats), *(["", *heatmap_lines(stats["hours"], blocks=blocks)] if arguments.heatmap else [])])
     return 0
+
+
+def _server_of(home: Home, settings: Settings) -> str:
+    """The address of the gateway that runs with a home, else of the one that its settings make."""
+    return next((row["address"] for row in find_servers(home)), own_address(settings))
 
 
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
     """What the running gateway answers to an admin request, by a key made for it that is gone afterwards. Raises ConfigError."""
     home = find_home(arguments.home)
     settings = read_config(home, {}).settings
-    address = arguments.server or f"{'https' if settings.tls_cert else 'http'}://127.0.0.1:{settings.port}"
+    address = arguments.server or _server_of(home, settings)
     try:
         scheme, host, port, _ = split_url(address)
     except ValueError as error:
@@ -21243,8 +21571,31 @@ def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json
 
 
 def _print_told(arguments: Any, told: Json, lines: Sequence[str]) -> int:
-    print(json.dumps(told, indent=1) if arguments.json else "\n".join(lines))
+    if arguments.json:
+        print(json.dumps(told, indent=1))
+    else:
+        _print_lines(lines)
     return 0
+
+
+#: Words that a terminal shows in colour where they tell a state, the first of each line.
+_STATES = {**dict.fromkeys(("active", "ready", "good", "free", "running", "served", "yes"), 32), **dict.fromkeys(("cooling", "poor", "unsure", "probing"), 33), **dict.fromkeys(("out", "bad", "failed"), 31)}
+_STATE_WORD = re.compile(rf"(?<=\s)(?:{'|'.join(_STATES)})(?=[\s,:;]|$)")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Lines for people: as they are, but at a terminal no wider than it, and with states in colour unless NO_COLOR is set."""
+    lines = [part for line in lines for part in line.split("\n")]
+    if not sys.stdout.isatty():
+        print("\n".join(lines))
+        return
+    import shutil
+    import textwrap
+    width, colour = max(shutil.get_terminal_size().columns, 40), not os.environ.get("NO_COLOR")
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        for part in textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]:
+            print(_STATE_WORD.sub(lambda match: f"\x1b[{_STATES[match[0]]}m{match[0]}\x1b[0m", part, count=1) if colour else part)
 
 
 def _explain_command(arguments: Any) -> int:
@@ -21312,20 +21663,28 @@ def _status_command(arguments: Any) -> int:
     home = find_home(arguments.home)
     config = read_config(home, _flags_of(arguments))
     state = describe_status(home, config)
-    if arguments.json:
-        print(json.dumps(state, indent=1))
-        return 0
+    for server in find_servers(home)[:1]:
+        arguments.server = server["address"]
+        with contextlib.suppress(ConfigError):          # it has just ended, or is busy ending
+            live = {row["name"]: row for row in _ask_admin(arguments, "GET", "/health?deep=1")["providers"]}
+            for row in state["providers"]:
+                row["cooling"] = live.get(row["name"], {}).get("cooling", [])
+                row["state"] = "cooling" if row["cooling"] and row["state"] == "active" else row["state"]
+    return _print_told(arguments, state, status_lines(home, config, state))
+
+
+def status_lines(home: Home, config: Config, state: Json) -> list[str]:
+    """What `status` shows: home, database, server, keys, and each provider with what keeps it out."""
     counts = state["database"]
-    print(f"AICarousel {__version__}", f"home      {home.folder}", f"models    {home.models_path if home.models_path.exists() else 'no models.json: presets with a key in the environment'}",
-          f"database  {home.database_path}, " + (f"schema {counts['schema']}" if counts else "not made yet"), f"server    {state['server']}", sep="\n")
+    lines = [f"AICarousel {__version__}", f"home      {home.folder}", f"models    {home.models_path if home.models_path.exists() else 'no models.json: presets with a key in the environment'}",
+             f"database  {home.database_path}, " + (f"schema {counts['schema']}" if counts else "not made yet"), f"server    {state['server']}"]
     if counts:
-        print(f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today", sep="\n")
-    print("providers")
+        lines += [f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today"]
+    lines.append("providers")
     for row in state["providers"] or [{"name": "none", "state": "out", "why": "no key was found: " + ", ".join(config.looked_for), "models": 0, "keys": 0}]:
-        print(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    return 0
+        lines.append(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
+        lines += [f"    {cold['scope']} {cold['key']}: {cold['reason']}, {cold['until_s']:.0f} s" for cold in row.get("cooling", ())]
+    return list(map(printable, [*lines, *(f"warning: {warning}" for warning in config.warnings)]))
 
 
 def describe_status(home: Home, config: Config) -> Json:
@@ -21333,8 +21692,8 @@ def describe_status(home: Home, config: Config) -> Json:
     database = {**totals(home.database_path), "schema": schema_version(home.database_path)} if home.database_path.exists() else None
     providers = [{"name": provider.name, "state": "out" if provider.why_out else "active", "why": provider.why_out, "models": len(provider.models), "keys": sum(bool(credential.secret) for credential in provider.credentials)}
                  for provider in config.providers]
-    return {"version": __version__, "home": str(home.folder), "models": str(home.models_path), "database": database, "server": _probe_server(config.settings),
-            "port": config.settings.port, "providers": providers, "warnings": list(config.warnings)}
+    return {"version": __version__, "home": str(home.folder), "models": str(home.models_path), "database": database, "server": " and ".join(f"running on port {row['port']}" for row in find_servers(home)) or _probe_server(config.settings),
+            "port": config.settings.port, "servers": find_servers(home), "providers": providers, "warnings": list(config.warnings)}
 
 
 def _probe_server(settings: Settings) -> str:
@@ -21382,15 +21741,12 @@ def _stop_command(arguments: Any) -> int:
             pass                        # it has just ended by itself
         except OSError as error:
             raise Refused(f"pid {row['pid']} cannot be stopped: {error.strerror}") from error
-    began_at, told = time.monotonic(), False
-    while find_servers(home):
-        waited_s = time.monotonic() - began_at
-        if waited_s > _STOPPED_S:
-            raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
-        if not told and waited_s > _PATIENT_S and sys.stderr.isatty():
-            told = True
-            print("waiting for the answers under way ...", file=sys.stderr, flush=True)
-        time.sleep(0.05)
+    ends_at = time.monotonic() + _STOPPED_S
+    with told_while("waiting for the answers under way"):
+        while find_servers(home):
+            if time.monotonic() > ends_at:
+                raise Refused("it is told to stop, and still waits for answers under way (python aicarousel.py info)")
+            time.sleep(0.05)
     return _say_done(arguments, f"stopped: {', '.join(row['address'] for row in rows)}")
 
 
@@ -21553,9 +21909,10 @@ def _plain(value: Any) -> Any:
 
 def _call_command(arguments: Any) -> int:
     """Ask a running gateway one thing; the answer on stdout, who served it on stderr."""
-    config = read_config(find_home(arguments.home), {})
+    home = find_home(arguments.home)
+    config = read_config(home, {})
     try:
-        scheme, host, port, path = split_url(arguments.server or f"{'https' if config.settings.tls_cert else 'http'}://127.0.0.1:{config.settings.port}")
+        scheme, host, port, path = split_url(arguments.server or _server_of(home, config.settings))
     except ValueError as error:
         raise ConfigError("--server", str(error), "the address of a gateway, such as http://127.0.0.1:7123") from error
     if scheme not in ("http", "https") or not host:
@@ -21574,7 +21931,9 @@ def _call_command(arguments: Any) -> int:
     connection = (http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection)(host, port, timeout=600)
     try:
         connection.request("POST", path.rstrip("/").removesuffix("/v1") + f"/v1{wire.path}", dump_json(body), headers)
-        return _print_answer(connection.getresponse(), wire, arguments.stream)
+        with told_while("waiting for the answer"):
+            answer = connection.getresponse()
+        return _print_answer(answer, wire, arguments.stream)
     except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
         print(f"What answers at {host}:{port} is no gateway.", file=sys.stderr)
         return 1

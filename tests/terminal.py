@@ -29,6 +29,7 @@ class Terminal:
         termios.tcsetwinsize(slave, (40, columns))
         self.process = subprocess.Popen([sys.executable, "-S", "-c", _AT_TERMINAL, *words], stdin=slave, stdout=slave, stderr=slave, close_fds=True, cwd=folder, env={"TERM": "xterm", **environment})
         os.close(slave)
+        self.n_colours = 0                      #: words that came in colour
         self.transcript, self._at = "", 0       #: what was on the screen, without control sequences; how much of it has been expected
 
     def expect(self, words: str, timeout: float = HANG_S) -> str:
@@ -74,6 +75,7 @@ class Terminal:
             data = os.read(self._master, 65536) if ready else b""
         except OSError:                 # EIO: the other side is closed
             data = b""
+        self.n_colours += len(re.findall(rb"\x1b\[3\dm", data))
         self.transcript += _CONTROLS.sub("", data.decode("utf-8", "replace"))
         return bool(data)
 

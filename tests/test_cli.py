@@ -578,7 +578,7 @@ def test_key_list_revoke_delete(place: Place) -> None:
     assert [(row["id"], row["name"], row["active"], row["usage"]) for row in rows] == [(1, "one", False, 0), (3, "default", True, 0)]
     assert set(rows[0]) == {"id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits"} and rows[0]["prefix"] == f"{keys[0][:7]}..."
     table = place.run("key", "list").stdout.splitlines()
-    assert table[0].split() == ["id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits"] and len(table) == 3 and " no " in table[1]
+    assert table[0].split() == ["id", "prefix", "name", "created", "last_used", "active", "usage"] and len(table) == 3 and " no " in table[1], "columns that are empty are left out"
     assert not any(key in line for key in keys for line in table)
     missing = place.run("key", "delete", "2", "--json")
     assert missing.returncode == 1 and json.loads(missing.stdout) == {"id": 2, "done": False}
@@ -619,6 +619,42 @@ def test_status_json_tells_providers_database_and_server(gateway_factory: Callab
     text = gateway.command("status")
     assert text.returncode == 0 and "requests  1, 1 today" in text.stdout and FAKE_KEY not in text.stdout + json.dumps(shown)
     assert len(provider.calls("good")) == 1, "status asks no provider"
+
+
+def test_status_tells_what_cools_in_the_gateway_that_runs(gateway_factory: Callable[..., Gateway], provider: Provider) -> None:
+    """Also when it runs at another port than configured; nothing is left of the key that asks."""
+    gateway = gateway_factory({"bad": entry(provider.script("bad", answer({"error": {"message": "no"}}, 401)), keys=["env:BAD_KEY"]), "good": entry(provider.script("good", healthy()), keys=[])},
+                              env_file={"BAD_KEY": FAKE_KEY})
+    assert gateway.chat("bad").status == 200
+    shown = json.loads(gateway.command("status", "--json").stdout)
+    assert [(row["name"], row["state"], [cold["reason"] for cold in row["cooling"]]) for row in shown["providers"]] == [("bad", "cooling", ["auth_invalid"]), ("good", "active", [])]
+    assert shown["server"] == f"running on port {gateway.port}" and shown["servers"][0]["pid"] == gateway.pid
+    text = gateway.command("status").stdout
+    assert "  bad              cooling  1 models, 1 keys\n    credential bad/1: auth_invalid, " in text and FAKE_KEY not in text
+    assert json.loads(gateway.command("key", "list", "--json").stdout)[0]["name"] == "test" and len(json.loads(gateway.command("key", "list", "--json").stdout)) == 1
+    assert gateway.command("call", "Hi", "-m", "good/m", "-k", gateway.key).returncode == 0, "a gateway that runs is found without --server"
+
+
+def test_a_terminal_gets_its_width_and_colours_unless_they_are_not_wanted(gateway_factory: Callable[..., Gateway], provider: Provider) -> None:
+    from terminal import Terminal
+    gateway = gateway_factory({"p" * 20: entry(provider.script("bad", answer({"error": {"message": "no"}}, 401)), keys=["env:BAD_KEY"]), "good": entry(provider.script("good", healthy()), keys=[]),
+                               "lacking": entry(provider.url("x"), keys=["env:A_VARIABLE_THAT_NOBODY_EVER_SET", "env:AND_ANOTHER_ONE_THAT_NOBODY_EVER_SET"])}, env_file={"BAD_KEY": FAKE_KEY})
+    gateway.command("key", "create", "agent", "--rpm", "60", "--usd-per-day", "2", "--models", "groq/*,gpt-6-*", "--expires", "30d")
+    assert gateway.chat("good").status == 200 and wait_for(lambda: "good" in gateway.command("stats").stdout)
+    coloured = 0
+    for words in (["status"], ["key", "list"], ["provider", "list"], ["quota"], ["explain", "--last"], ["route", "list"], ["stats"], ["model", "list"]):
+        plain = gateway.command(*words).stdout
+        for unwanted in ({}, {"NO_COLOR": "1"}):
+            with Terminal([*invocation(PROGRAM), *words, "--home", str(gateway.home)], gateway.environment | unwanted, gateway.folder) as it:
+                assert it.end() == 0
+                lines = it.transcript.splitlines()
+                assert max(len(line) for line in lines if str(gateway.folder) not in line) <= 80, (words, it.transcript)
+                assert not unwanted or not it.n_colours
+                coloured += it.n_colours
+                assert "\x1b" not in plain
+                if words in (["key", "list"], ["provider", "list"], ["model", "list"]):
+                    assert "".join(it.transcript.split()) == "".join(plain.split()), "nothing is lost by the width"
+    assert coloured >= 4
 
 
 # ---------------------------------------------------------------- call
@@ -736,7 +772,7 @@ def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
     monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
     monkeypatch.setattr(aicarousel, "_STOPPED_S", 0.1)
-    monkeypatch.setattr(aicarousel, "_PATIENT_S", 0.0)
+    monkeypatch.setattr(aicarousel, "_PATIENCE_S", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]
     assert capsys.readouterr().err.splitlines() == ["waiting for the answers under way ...", "it is told to stop, and still waits for answers under way (python aicarousel.py info)"]

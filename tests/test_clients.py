@@ -1,6 +1,6 @@
 """Section 24, Clients: files written and taken back, the launcher, doctor with its planted faults, selftest.
 
-The facts of the clients were seen with Claude Code 2.1.197, Codex 0.169.0, OpenCode 1.18.33, Cline 3.0.65 and aider 0.86.2; tests/clients/test_written.py drives those that are installed.
+The facts of the clients were seen with Claude Code 2.1.197, Codex 0.169.0, OpenCode 1.18.33, Cline 3.0.65, Gemini CLI 0.61.0 and aider 0.86.2; tests/clients/test_written.py drives those that are installed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place:
             made.mkdir()
         self._monkeypatch, self._capsys = monkeypatch, capsys
         for name in list(os.environ):
-            if re.match(r"ANTHROPIC|OPENAI|AIDER|CODEX|CLINE|OPENCODE|CONTINUE|XDG|AICAROUSEL|CLAUDE|PORT$|SSL_CERT", name):
+            if re.match(r"ANTHROPIC|OPENAI|GEMINI|GOOGLE_GEMINI|AIDER|CODEX|CLINE|OPENCODE|CONTINUE|XDG|AICAROUSEL|CLAUDE|PORT$|SSL_CERT", name):
                 monkeypatch.delenv(name)
         self.set(HOME=str(self.user), AICAROUSEL_HOME=str(self.home))
         monkeypatch.chdir(self.work)
@@ -144,6 +144,7 @@ MINE: Mapping[str, tuple[str, ...]] = {
     "cline": ('{\n  "version": 2,\n  "lastUsedProvider": "cline",\n  "providers": {\n    "cline": {\n      "settings": {"model": "m"}\n    }\n  }\n}',),
     "opencode": ('{\n  // mine\n  "theme": "x",\n  "provider": {\n    "other": {"npm": "@ai-sdk/openai"},\n  },\n}\n',),
     "aider": ("# mine\ndark-mode: true   # yes\nmodel: gpt-4o\nread: [a.md]\n",),
+    "gemini-cli": ('{\n  "ui": {\n    "theme": "x"\n  },\n  "security": {"auth": {"selectedType": "oauth-personal"}}\n}\n', "GEMINI_MODEL=gemini-9  # mine\nOTHER='1'\n"),
     "continue": ("name: Mine\nversion: 2.0.0\nschema: v1\nmodels:\n  - name: Other\n    provider: ollama\n    roles:\n      - chat\n# end\ncontext:\n  - provider: code\n",),
 }
 
@@ -176,7 +177,7 @@ def test_written_into_a_file_of_ones_own_and_taken_back(place: Place, name: str)
     [key] = set(shown)
     assert all(holds(tree, wanted) for tree, wanted in zip(trees, values_of(name, URL, key)))
     changed = [line for old, path in zip(before, paths) for line in old.decode().splitlines() if line not in path.read_bytes().decode().splitlines()]
-    assert len(changed) <= 3 and all("FOO" in line or "gpt-" in line or line.endswith(("},", "}")) or '"cline"' in line for line in changed), changed
+    assert len(changed) <= 3 and all("FOO" in line or "gpt-" in line or "gemini-9" in line or line.endswith(("},", "}")) or '"cline"' in line for line in changed), changed
 
     written = [path.read_bytes() for path in paths]
     status, out, _ = place.run("config", name, "--write")
@@ -205,7 +206,7 @@ def test_files_that_are_made_are_for_the_owner_and_gone_again(place: Place, name
 def test_what_was_changed_since_is_not_taken_back(place: Place, name: str) -> None:
     path = place.write(name, MINE[name][0])
     place.run("config", name, "--write")
-    path.write_bytes(changed := path.read_bytes().replace(b"7123", b"7124"))
+    path.write_bytes(changed := path.read_bytes().replace(b"7123", b"7124").replace(b"gemini-api-key", b"other"))
     status, _, err = place.run("config", name, "--undo")
     assert status == 2 and "changed since" in err and path.read_bytes() == changed
     copy = Path(re.search(r"what stood there before is (\S+)", err)[1])        # type: ignore[index]
@@ -323,7 +324,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, demo: Gateway) -> Callable[
     """Starts `run -- words` beside the gateway, or away from it."""
     folder = tmp_path_factory.mktemp("launch")
 
-    def start(*words: str, beside: bool = True, program: str = "", **variables: str) -> subprocess.Popen[str]:
+    def start(*words: str, beside: bool = True, program: str = "", stdin: int = subprocess.DEVNULL, **variables: str) -> subprocess.Popen[str]:
         if program:         # a client of that name, which is a shell script
             path = folder / program
             path.write_text(f"#!/bin/sh\n{words[0]}\n")
@@ -331,7 +332,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, demo: Gateway) -> Callable[
             words = (str(path), *words[1:])
         home = demo.home if beside else folder / "away"
         environment = clean_environment(folder) | {"AICAROUSEL_HOME": str(home), "PORT": str(demo.port) if beside else "1", **variables}
-        return subprocess.Popen([*invocation(ROOT / "aicarousel.py"), "run", "--", *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*invocation(ROOT / "aicarousel.py"), "run", "--", *words], env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return start
 
 
@@ -347,12 +348,13 @@ SHOW = 'echo "$0" "$@"; env'
     ("codex", ["-c", 'model="aicarousel"', 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1"', "AICAROUSEL_RUN_KEY=sk-"]),
     ("opencode", ['OPENCODE_CONFIG_CONTENT={"model": "aicarousel/aicarousel"', '"baseURL": "{url}/v1"', '"apiKey": "sk-']),
     ("aider", ["AIDER_OPENAI_API_BASE={url}/v1", "AIDER_OPENAI_API_KEY=sk-", "AIDER_MODEL=openai/aicarousel"]),
+    ("gemini", ["GOOGLE_GEMINI_BASE_URL={url}\n", "GEMINI_API_KEY=sk-", "GEMINI_CLI_SYSTEM_SETTINGS_PATH=/"]),
     ("other", ["OPENAI_BASE_URL={url}/v1", "OPENAI_API_KEY=sk-", "ANTHROPIC_BASE_URL={url}\n", "ANTHROPIC_API_KEY=sk-", "exec --json"]),
 ])
 def test_each_client_is_given_what_it_heeds(launch: Callable[..., subprocess.Popen[str]], demo: Gateway, program: str, wanted: list[str]) -> None:
     out, err = launch(SHOW, "exec", "--json", program=program, FOO="bar", ANTHROPIC_API_KEY="sk-mine", ANTHROPIC_AUTH_TOKEN="sk-mine").communicate(timeout=HANG_S)
     assert err == "" and all(word.replace("{url}", demo.url) in out for word in wanted), out
-    assert "ANTHROPIC_API_KEY=sk-mine" not in out or program in ("codex", "opencode", "aider")
+    assert "ANTHROPIC_API_KEY=sk-mine" not in out or program in ("codex", "opencode", "aider", "gemini")
     assert names_of_keys(demo.home) == ["test"], "the key is gone"
 
 
@@ -388,7 +390,7 @@ def test_a_gateway_is_started_where_none_runs_and_stopped_at_the_end(launch: Cal
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_a_launcher_that_is_killed_leaves_no_gateway(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    running = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"; exec cat', AICAROUSEL_HOME=str(tmp_path), PORT="1")
+    running = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"; exec cat', stdin=subprocess.PIPE, AICAROUSEL_HOME=str(tmp_path), PORT="1")
     assert running.stdout is not None
     address = running.stdout.readline().strip()
     assert a.ask_gateway(address, "GET", "/health").status == 200
@@ -477,7 +479,7 @@ def failed(told: Json) -> list[Json]:
 def test_who_is_well_is_told_so(clinic: Place, demo: Gateway) -> None:
     status, told = clinic.read("doctor")
     assert status == 0 and told["ok"] and failed(told) == []
-    assert {check["subject"] for check in told["checks"]} == {"home", "server", "claude-code", "codex", "opencode", "aider", "cline", "continue"}
+    assert {check["subject"] for check in told["checks"]} == {"home", "server", *WITH_FILES}
     assert {check["what"] for check in told["checks"] if check["ok"]} >= {"permissions", "configuration", "database", "TLS authorities", "clock", "running", "address", "key"}
     status, out, _ = clinic.run("doctor")
     assert status == 0 and out.endswith("all is well\n") and f"ok    codex: address: {demo.url}/v1 of {clinic.path('codex')}\n" in out and demo.key not in out
@@ -516,6 +518,10 @@ def above(place: Place, _demo: Gateway) -> None:
     (place.work / "deep").mkdir()
     (place.work / "opencode.json").write_text('{"provider": {"aicarousel": {"options": {"baseURL": "http://127.0.0.1:1/v1"}}}}')
     os.chdir(place.work / "deep")
+
+
+def nearer(place: Place, _demo: Gateway) -> None:
+    (place.work / ".env").write_text("GOOGLE_GEMINI_BASE_URL=http://127.0.0.1:1\n")
 
 
 def inline(place: Place, _demo: Gateway) -> None:
@@ -557,7 +563,7 @@ FAULTS: list[tuple[str, str, Callable[[Place, Gateway], None], str, str]] = [
     ("no URL", "cline", edit("cline", "http://127.0.0.1:{port}", "127.0.0.1"), "is no address", "--write"),
     ("missing /v1", "codex", edit("codex", "{port}/v1", "{port}"), "lacks /v1 at its end", "--write"),
     ("missing /v1, aider", "aider", edit("aider", "{port}/v1", "{port}/"), "lacks /v1 at its end", "--write"),
-    ("/v1 too many", "claude-code", edit("claude-code", "{port}", "{port}/v1"), "the client adds /v1/messages itself", "--write"),
+    ("/v1 too many", "claude-code", edit("claude-code", "{port}", "{port}/v1"), "the client adds the rest itself", "--write"),
     ("wrong port", "opencode", edit("opencode", "127.0.0.1:{port}", "127.0.0.1:1"), "is a port where nothing listens; this gateway's is ", "--write"),
     ("revoked key", "codex", key_of({}, a.revoke_key), "was revoked (id ", "--write"),
     ("expired key", "codex", key_of({"expires_at": 1000}, lambda path, number: None), "has expired (id ", "--write"),
@@ -568,6 +574,8 @@ FAULTS: list[tuple[str, str, Callable[[Place, Gateway], None], str, str]] = [
     ("shadowed by a project", "claude-code", project, "settings.local.json hides http://127.0.0.1:", "take the address out of {work}/.claude/settings.local.json"),
     ("shadowed by a variable", "aider", variable, "of the environment hides http://127.0.0.1:", "take the address out of the environment"),
     ("shadowed from above", "opencode", above, "opencode.json hides http://127.0.0.1:", "take the address out of {work}/opencode.json"),
+    ("/v1 too many, Gemini CLI", "gemini-cli", edit("gemini-cli", "{port}", "{port}/v1", 1), "the client adds the rest itself", "--write"),
+    ("another .env", "gemini-cli", nearer, "/work/.env is a port where nothing listens", "take it out of {work}/.env, then: python aicarousel.py config gemini-cli --write"),
     ("WebSocket", "codex", edit("codex", "supports_websockets = false", "supports_websockets = true"), "supports_websockets is true", "--write"),
     ("built-in provider", "codex", built_in, "tries a WebSocket at every start", "--write"),
     ("no such provider", "codex", edit("codex", 'model_provider = "aicarousel"', 'model_provider = "gone"'), "there is no [model_providers.gone]", "--write"),

@@ -79,7 +79,7 @@ def broken(client: str, body: Any) -> str:
         return "stream"
     limit = {"chat": "max_tokens", "messages": "max_tokens", "responses": "max_output_tokens"}[client]
     n_out = body.get(limit)
-    if (client == "messages" or n_out is not None) and (type(n_out) is not int or n_out < 1):
+    if n_out is not None and (type(n_out) not in (int, float) or n_out < 0):
         return limit
     items = body.get("input" if client == "responses" else "messages")
     if client == "responses" and isinstance(items, str):
@@ -91,7 +91,7 @@ def broken(client: str, body: Any) -> str:
             return "a message that is no object"
         if client != "responses" and not isinstance(item.get("role"), str):
             return "a role that is no string"
-        said = item.get("content")
+        said = item.get("content") if item.get("type", "message") in ("message", None) else None
         if not isinstance(said, (str, list, type(None))):
             return "content that is neither text nor parts"
         if isinstance(said, list) and not all(isinstance(part, dict) for part in said if client != "chat" or not isinstance(part, str)):

@@ -493,7 +493,7 @@ def test_browser_origin(gateway: Gateway, module_provider: Provider, origin: str
     before, headers = len(module_provider.requests), {"origin": origin.replace("PORT", str(gateway.port))}
     for reply in (gateway.post(CHAT, body_of("chat"), headers=headers), gateway.post(CHAT, body_of("chat"), headers={**headers, "content-type": "text/plain"}), gateway.get("/v1/models", headers=headers),
                   gateway.get("/", headers=headers), gateway.request("OPTIONS", CHAT, headers={**headers, "access-control-request-method": "POST", "access-control-request-private-network": "true"}),
-                  gateway.request("GET", "/v1/responses", headers={**headers, "upgrade": "websocket", "connection": "upgrade"})):
+                  gateway.request("GET", "/v1/responses", headers={**headers, "upgrade": "websocket", "connection": "upgrade, close"})):
         assert reply.status == 403 and not [name for name in reply.headers if name.startswith("access-control")], reply.raw
         check_envelope(reply)
     assert len(module_provider.requests) == before
