@@ -27,7 +27,7 @@ Contents
     14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
     15  World               time, chance, the network, alarms
     16  HTTP                heads by h11, bodies by hand
-    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations
+    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations; the request log
     18  Transport           the providers' side: connections, TLS, proxies, deadlines
     19  Server              the clients' side: accept, keep-alive, limits, drain
     20  Relay               attempts, commit, pump, keep-alives, cancellation
@@ -937,6 +937,8 @@ class Bounds:
     cool_payment_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `payment` failure")
     usage_rows: int = _bound(1_000_000, 1, 1_000_000_000, "rows", "the table `usage` keeps, the newest; some 300 MB")
     usage_days: int = _bound(0, 0, 36_600, "days", "it keeps; 0 for all")
+    request_log_bytes: int = _bound(64 << 20, 1 << 20, 1 << 33, "bytes", "of the request log, over all its files")
+    request_log_days: int = _bound(30, 1, 36_600, "days", "a line stays in it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -962,6 +964,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7123
     log_level: str = "info"
+    request_log: str = ""                                  #: a file that gets a line for every request, "" for none
+    log_bodies: str = ""                                   #: whose bodies stand in it: of errors, of all
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()                    #: further names a Host header may hold
     api_keys: tuple[str, ...] = field(default=(), repr=False)   #: gateway keys that stand in the environment
@@ -1775,6 +1779,8 @@ _SETTINGS = (
     _Setting("host", "host", ("AICAROUSEL_HOST",), _want_host),
     _Setting("port", "port", ("PORT",), _want_port),
     _Setting("log_level", "log_level", ("AICAROUSEL_LOG_LEVEL",), _want_word("debug", "info", "warning", "error")),
+    _Setting("request_log", "request_log", ("AICAROUSEL_REQUEST_LOG",), _want_text),
+    _Setting("log_bodies", "log_bodies", ("AICAROUSEL_LOG_BODIES",), _want_word("errors", "all")),
     _Setting("cors_origins", "cors_origin", ("AICAROUSEL_CORS_ORIGIN",), _want_parts(_want_origin)),
     _Setting("allowed_hosts", "", ("AICAROUSEL_ALLOWED_HOSTS",), _want_parts(_want_allowed_host)),
     _Setting("api_keys", "", ("API_KEYS",), _want_parts(_want_gateway_key)),
@@ -1804,6 +1810,8 @@ def _make_settings(load: _Load, flags: Mapping[str, Any]) -> Settings:
     if bool(settings.tls_cert) != bool(settings.tls_key):
         there, lacking = ("tls_cert", "tls_key") if settings.tls_cert else ("tls_key", "tls_cert")
         raise _Place(load.origins[f"settings.{there}"]).refuse(f"{there} without {lacking}", "both, or neither")
+    if settings.log_bodies and not settings.request_log:
+        raise _Place(load.origins["settings.log_bodies"]).refuse("log_bodies without request_log", "a file for them")
     load.secrets |= set(settings.api_keys)
     return settings
 
@@ -1815,7 +1823,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
     """The configuration that these say together.
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
-    flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
+    flags: options of the command line by name (host, port, log_level, request_log, log_bodies, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
     read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
@@ -14389,6 +14397,233 @@ class UsageWriter:
             _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
 
 
+# Request log
+
+_LOG_FILES = 8              #: the newest and seven before it; each holds an eighth of what all may, in bytes and in days
+_LOG_BODY_BYTES = 64 << 10  #: of a request's body, as it is written
+_LOG_TEXT_BYTES = 1000      #: of any other text
+_LOG_TRIED_MAX = 100        #: attempts of one request
+_LOG_AHEAD_BYTES = 32 << 20     #: of bodies that wait for the disk
+_LOG_LOOK_S = 3600.0        #: how often age is looked at where nothing is written
+_SECRET_MAX = 16 << 10      #: characters; no secret is longer
+
+
+class LoggedRequest(NamedTuple):
+    """One request that ended, for the request log."""
+    row: UsageRow
+    attempts: Sequence[Attempt]
+    told: str                   #: what the client was told when it was refused
+    body: Any                   #: None where it is not wanted
+    n_bytes: int                #: of the body
+    secrets: Collection[str]
+
+
+def check_request_log(path: Path) -> None:
+    """Raises ConfigError for what can be no request log: not a file, not writable, or full of something else, as its older files may be."""
+    try:
+        os.close(_open_log(path))
+        for older in (path, *(_older_log(path, number) for number in range(1, _LOG_FILES))):
+            if older.exists() and older.stat().st_size and _first_at(older) is None:
+                raise ConfigError(str(older), "a file that holds something else", "a file of its own for the request log")
+    except OSError as error:
+        raise ConfigError(str(path), str(error.strerror or error), "a file that the request log can be written to") from error
+
+
+def _older_log(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _open_log(path: Path) -> int:
+    """A handle to append with. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    if os.fstat(handle).st_mode & 0o077:
+        os.chmod(path, 0o600)
+    return handle
+
+
+def _first_at(path: Path) -> float | None:
+    """When the request of a log's first line ended, in seconds since 1970; None when that line is none of ours."""
+    with open(path, "rb") as file:
+        match = re.match(rb'{"at_utc":"([0-9T:.+-]{19,40})",', file.read(100))
+    try:
+        return datetime.fromisoformat(match[1].decode()).timestamp() if match else None
+    except ValueError:
+        return None
+
+
+class RequestLog:
+    """Requests that ended, a line of JSON each.  Owner: the gateway; one thread, so that none of them waits for a disk.
+
+    What `path` holds becomes path.1 when it is an eighth of what all files may hold, path.1 becomes path.2, and what goes beyond `max_bytes` or `max_days` is deleted.
+    Lines that a disk does not take are lost, which is said once until it takes them again.
+    """
+
+    def __init__(self, path: Path, *, bodies: str = "", max_bytes: int = 64 << 20, max_days: float = 30, utc: Callable[[], float] = time.time) -> None:
+        self.path, self.bodies, self.max_bytes, self.max_days, self._utc = path, bodies, max_bytes, max_days, utc
+        self._queue: queue.SimpleQueue[LoggedRequest | threading.Event | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
+        self._n_dropped = self._n_taken = 0         # of the caller's thread: lines that found the queue full, bytes of bodies taken in
+        # What follows belongs to the thread.
+        self._n_done = self._n_lost = 0
+        self._began_at: float | None = None         #: when the first request in `path` ended, None before it was looked at
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
+        self._thread.start()
+
+    def put(self, row: UsageRow, attempts: Sequence[Attempt], told: str, body: Any, n_bytes: int, secrets: Collection[str]) -> None:
+        """Queue a request; never waits, never raises."""
+        if self._queue.qsize() >= _MAX_WAITING_ROWS:
+            self._n_dropped += 1
+            return
+        wanted = self.bodies == "all" or (self.bodies == "errors" and row.outcome == "error")
+        if not wanted or self._n_taken - self._n_done + n_bytes > _LOG_AHEAD_BYTES:
+            body, n_bytes = None, 0
+        self._n_taken += n_bytes
+        self._queue.put(LoggedRequest(row, attempts, told, body, n_bytes, secrets))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Whether everything queued before this call was written, or lost, within `timeout_s`."""
+        done = threading.Event()
+        self._queue.put(done)
+        self._hurry.set()
+        return done.wait(timeout_s)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Write what is queued and end the thread."""
+        self._queue.put(None)
+        self._hurry.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        items: list[LoggedRequest | threading.Event | None] = []
+        while None not in items:
+            items = []
+            with contextlib.suppress(queue.Empty):
+                items.append(self._queue.get(timeout=_LOG_LOOK_S))
+                self._hurry.wait(_BATCH_S)
+                self._hurry.clear()
+            while not self._queue.empty() and len(items) < _MAX_WAITING_ROWS:
+                items.append(self._queue.get())
+            requests = [item for item in items if isinstance(item, LoggedRequest)]
+            self._try(list(map(log_line, requests)))
+            self._n_done += sum([request.n_bytes for request in requests])
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _try(self, lines: list[bytes]) -> None:
+        """Write what can be written; say when that begins to fail, and when it goes on."""
+        something = bool(lines)
+        try:
+            self._write(lines)
+        except OSError as error:
+            self._n_lost += len(lines)
+            if not self._failing:
+                _STORE_LOG.warning("requests.failed path=%s error=%s", self.path, error)
+            self._failing = True
+            return
+        if self._failing and something:
+            _STORE_LOG.warning("requests.go_on path=%s lost=%d", self.path, self._n_lost + self._n_dropped)
+            self._failing = False
+
+    def _write(self, lines: list[bytes]) -> None:
+        """Append lines, moving on to a new file where that is due; takes those that were written out of the list. Raises OSError."""
+        if not lines:
+            self._make_room(0)
+        while lines:
+            ends = list(itertools.accumulate(map(len, lines)))
+            n_fitting = max(1, bisect.bisect_right(ends, self._make_room(ends[0])))
+            self._append(b"".join(lines[:n_fitting]))
+            del lines[:n_fitting]
+
+    def _make_room(self, n_bytes: int) -> int:
+        """How many bytes fit into the file, which is a new one where `n_bytes` did not fit or its time is over. Raises OSError."""
+        most, now = self.max_bytes // _LOG_FILES, self._utc()
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size and self._began_at is None:
+            self._began_at = _first_at(self.path) or now
+        if size and (size + n_bytes > most or now - (self._began_at or now) > self.max_days * 86_400 / _LOG_FILES):
+            for number in range(_LOG_FILES - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(_older_log(self.path, number - 1) if number > 1 else self.path, _older_log(self.path, number))
+            size = 0
+        if not size:
+            self._began_at = now
+        self._prune(most, now)
+        return most - size
+
+    def _prune(self, most: int, now: float) -> None:
+        """Delete older files that all together hold too much or whose lines will be too old before the next look."""
+        total, oldest_at = most, now - self.max_days * 86_400 * (_LOG_FILES - 1) / _LOG_FILES
+        for number in range(1, _LOG_FILES):
+            with contextlib.suppress(FileNotFoundError):
+                found = _older_log(self.path, number).stat()
+                total += found.st_size
+                if total > self.max_bytes or found.st_mtime < oldest_at:
+                    _older_log(self.path, number).unlink()
+
+    def _append(self, data: bytes) -> None:
+        """Write all of `data`, or nothing. Raises OSError."""
+        handle = _open_log(self.path)
+        try:
+            size = os.fstat(handle).st_size
+            if os.write(handle, data) < len(data):
+                os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+
+
+def log_line(request: LoggedRequest) -> bytes:
+    """A request as a line of JSON: the fields of its usage row, its attempts as `tried`, what the client was told, and its body where that is wanted; no secret in any of it."""
+    def clean(value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        return redact(value, request.secrets) if len(value) <= _LOG_TEXT_BYTES else show_without_secrets(value, request.secrets, [_LOG_TEXT_BYTES])
+
+    row = request.row._asdict()
+    told = {"at_utc": row.pop("at_utc"), **{name: clean(value) for name, value in row.items()}, "told": clean(request.told), "tried": [
+        {"route": clean(attempt.route.id), "status": attempt.status, "reason": clean(attempt.reason or "served"), "detail": clean(attempt.detail), "ms": attempt.ms,
+         "changed": list(map(clean, attempt.changed[:20]))}
+        for attempt in request.attempts[:_LOG_TRIED_MAX]]}
+    if request.body is not None:
+        told["body"] = show_without_secrets(request.body, request.secrets, [_LOG_BODY_BYTES - 2048])        # the rest is for what says that something was cut
+    return json.dumps(told, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def show_without_secrets(value: Any, secrets: Collection[str], room: list[int]) -> Any:
+    """`value` redacted, as far as it fits into room[0] bytes of JSON; "..." stands where something was cut."""
+    if isinstance(value, str):
+        most = max(room[0], 0)
+        text, was_cut = redact(value[:most + _SECRET_MAX], secrets), len(value) > most + _SECRET_MAX
+        if was_cut:
+            text = text[:-_SECRET_MAX]          # where a secret may have been cut in two
+        while (n_bytes := len(json.dumps(text))) > most + 2:
+            text, was_cut = text[:len(text) * most // n_bytes], True
+        room[0] -= n_bytes + 2
+        return f"{text}..." if was_cut else text
+    if not isinstance(value, (dict, list)):
+        room[0] -= len(json.dumps(value)) + 2
+        return value
+    room[0] -= 2
+    rows: list[Any] = []
+    for inner in value.items() if isinstance(value, dict) else value:
+        if room[0] <= 0:
+            rows.append(("...", "...") if isinstance(value, dict) else "...")
+            break
+        rows.append(_show_field(*inner, secrets, room) if isinstance(value, dict) else show_without_secrets(inner, secrets, room))
+    return dict(rows) if isinstance(value, dict) else rows
+
+
+def _show_field(name: str, value: Any, secrets: Collection[str], room: list[int]) -> tuple[str, Any]:
+    """A field of an object redacted: its name may say that its value is a secret."""
+    shown_name, shown = show_without_secrets(name, secrets, room), show_without_secrets(value, secrets, room)
+    together = f"{shown_name}={shown[:99]}" if isinstance(shown, str) else ""
+    return shown_name, shown if redact(together) == together else "***"
+
+
 def load_routing(path: Path) -> dict[str, str]:
     """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
     try:
@@ -17632,6 +17867,7 @@ class Gateway:
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
         self.tally = Tally()
+        self.request_log: RequestLog | None = None
         self.recipes: Callable[[], Mapping[str, str]] = dict        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
@@ -17640,11 +17876,14 @@ class Gateway:
         self._log = logging.getLogger("aicarousel.relay")
 
     def reconfigure(self, config: Config) -> None:
-        """Go on with another configuration; address, port and TLS stay what they were."""
+        """Go on with another configuration; address, port, TLS and the request log's file stay what they were."""
         self._good_hosts.clear()
         self.keys.accept(config.settings.api_keys)
         forget_changed(self.relay.state, self.config.providers, config.providers)
-        self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
+        old = self.config.settings
+        self.config = replace(config, settings=replace(config.settings, host=old.host, port=old.port, request_log=old.request_log))
+        if self.request_log is not None:
+            self.request_log.bodies, self.request_log.max_bytes, self.request_log.max_days = config.settings.log_bodies, self.bounds.request_log_bytes, self.bounds.request_log_days
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
@@ -18040,6 +18279,9 @@ class Gateway:
                 status = FORMATS[client].status(error)
                 self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
                                                told=error.message, wish=wish, models=job.models))
+                if self.request_log is not None:
+                    row = self._row(job, None, Usage(), self.world.utc(), job.id, status, "error", None, 0, 0)
+                    self.request_log.put(row, (), error.message, job.body, len(job.raw), self.config.secrets)
                 return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
@@ -18101,6 +18343,8 @@ class Gateway:
         for row in rows:
             self.usage.put(row)
             self.tally.add(row, () if row.outcome == "discarded" else settled.attempts)
+        if self.request_log is not None:
+            self.request_log.put(rows[0], settled.attempts, settled.told, job.body, len(job.raw), self.config.secrets)
         unknown_usd = 0.0
         if job.hold is not None:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
@@ -20971,6 +21215,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
     _fit_log(config)
+    request_log = _start_request_log(config)    # before the database is open: closing that by another way would undo its locks
     keys, mended = _open_state(home.database_path, config.settings)
     _check_exposure(config, keys)
     context = _server_context(config.settings)
@@ -20979,7 +21224,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path, utc=world.utc)
     usage.mended = mended
     gateway = Gateway(config, keys, usage, world)
-    gateway.recipes = page_recipes
+    gateway.recipes, gateway.request_log = page_recipes, request_log
     gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
@@ -21006,11 +21251,22 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
             await demo.drain(0.0)
         gateway.close()
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
+        if request_log is not None:
+            await asyncio.get_running_loop().run_in_executor(None, request_log.close)
         keys.close()
         found.close()
     if again:
         os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
+
+
+def _start_request_log(config: Config) -> RequestLog | None:
+    """The request log, if one is wanted. Raises ConfigError for a file that cannot be one."""
+    if not config.settings.request_log:
+        return None
+    path, bounds = Path(config.settings.request_log).expanduser(), config.carousel.limits
+    check_request_log(path)
+    return RequestLog(path, bodies=config.settings.log_bodies, max_bytes=bounds.request_log_bytes, max_days=bounds.request_log_days)
 
 
 def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
@@ -21328,7 +21584,7 @@ def _h11_trouble() -> str:
 
 def _flags_of(arguments: Any) -> dict[str, Any]:
     """What the command line set, by the names of Settings; what it left out is not there."""
-    names = ("host", "port", "log_level", "demo", "no_auth", "cors_origin", "tls_cert", "tls_key", "reload")
+    names = ("host", "port", "log_level", "request_log", "log_bodies", "demo", "no_auth", "cors_origin", "tls_cert", "tls_key", "reload")
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None and value is not False}
 
 
@@ -22150,6 +22406,8 @@ def _add_serve_parser(commands: Any, common: Any) -> None:
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
     served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
+    served.add_argument("--request-log", metavar="FILE", help="write a line of JSON for every request")
+    served.add_argument("--log-bodies", choices=("errors", "all"), help="put their bodies there too, without secrets")
     served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
     served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
     served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")
