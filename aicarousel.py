@@ -27,7 +27,7 @@ Contents
     14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
     15  World               time, chance, the network, alarms
     16  HTTP                heads by h11, bodies by hand
-    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations
+    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations; the request log
     18  Transport           the providers' side: connections, TLS, proxies, deadlines
     19  Server              the clients' side: accept, keep-alive, limits, drain
     20  Relay               attempts, commit, pump, keep-alives, cancellation
@@ -937,6 +937,8 @@ class Bounds:
     cool_payment_s: float = _bound(3600.0, 0.1, 86_400.0, "seconds", "a key after a `payment` failure")
     usage_rows: int = _bound(1_000_000, 1, 1_000_000_000, "rows", "the table `usage` keeps, the newest; some 300 MB")
     usage_days: int = _bound(0, 0, 36_600, "days", "it keeps; 0 for all")
+    request_log_bytes: int = _bound(64 << 20, 1 << 20, 1 << 33, "bytes", "of the request log, over all its files")
+    request_log_days: int = _bound(30, 1, 36_600, "days", "a line stays in it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -962,6 +964,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7123
     log_level: str = "info"
+    request_log: str = ""                                  #: a file that gets a line for every request, "" for none
+    log_bodies: str = ""                                   #: whose bodies stand in it: of errors, of all
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()                    #: further names a Host header may hold
     api_keys: tuple[str, ...] = field(default=(), repr=False)   #: gateway keys that stand in the environment
@@ -1775,6 +1779,8 @@ _SETTINGS = (
     _Setting("host", "host", ("AICAROUSEL_HOST",), _want_host),
     _Setting("port", "port", ("PORT",), _want_port),
     _Setting("log_level", "log_level", ("AICAROUSEL_LOG_LEVEL",), _want_word("debug", "info", "warning", "error")),
+    _Setting("request_log", "request_log", ("AICAROUSEL_REQUEST_LOG",), _want_text),
+    _Setting("log_bodies", "log_bodies", ("AICAROUSEL_LOG_BODIES",), _want_word("errors", "all")),
     _Setting("cors_origins", "cors_origin", ("AICAROUSEL_CORS_ORIGIN",), _want_parts(_want_origin)),
     _Setting("allowed_hosts", "", ("AICAROUSEL_ALLOWED_HOSTS",), _want_parts(_want_allowed_host)),
     _Setting("api_keys", "", ("API_KEYS",), _want_parts(_want_gateway_key)),
@@ -1804,6 +1810,8 @@ def _make_settings(load: _Load, flags: Mapping[str, Any]) -> Settings:
     if bool(settings.tls_cert) != bool(settings.tls_key):
         there, lacking = ("tls_cert", "tls_key") if settings.tls_cert else ("tls_key", "tls_cert")
         raise _Place(load.origins[f"settings.{there}"]).refuse(f"{there} without {lacking}", "both, or neither")
+    if settings.log_bodies and not settings.request_log:
+        raise _Place(load.origins["settings.log_bodies"]).refuse("log_bodies without request_log", "a file for them")
     load.secrets |= set(settings.api_keys)
     return settings
 
@@ -1815,7 +1823,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
     """The configuration that these say together.
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
-    flags: options of the command line by name (host, port, log_level, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
+    flags: options of the command line by name (host, port, log_level, request_log, log_bodies, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
     read_secret: gives what a file:/path, keyring:service/name or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
@@ -14389,6 +14397,233 @@ class UsageWriter:
             _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
 
 
+# Request log
+
+_LOG_FILES = 8              #: the newest and seven before it; each holds an eighth of what all may, in bytes and in days
+_LOG_BODY_BYTES = 64 << 10  #: of a request's body, as it is written
+_LOG_TEXT_BYTES = 1000      #: of any other text
+_LOG_TRIED_MAX = 100        #: attempts of one request
+_LOG_AHEAD_BYTES = 32 << 20     #: of bodies that wait for the disk
+_LOG_LOOK_S = 3600.0        #: how often age is looked at where nothing is written
+_SECRET_MAX = 16 << 10      #: characters; no secret is longer
+
+
+class LoggedRequest(NamedTuple):
+    """One request that ended, for the request log."""
+    row: UsageRow
+    attempts: Sequence[Attempt]
+    told: str                   #: what the client was told when it was refused
+    body: Any                   #: None where it is not wanted
+    n_bytes: int                #: of the body
+    secrets: Collection[str]
+
+
+def check_request_log(path: Path) -> None:
+    """Raises ConfigError for what can be no request log: not a file, not writable, or full of something else, as its older files may be."""
+    try:
+        os.close(_open_log(path))
+        for older in (path, *(_older_log(path, number) for number in range(1, _LOG_FILES))):
+            if older.exists() and older.stat().st_size and _first_at(older) is None:
+                raise ConfigError(str(older), "a file that holds something else", "a file of its own for the request log")
+    except OSError as error:
+        raise ConfigError(str(path), str(error.strerror or error), "a file that the request log can be written to") from error
+
+
+def _older_log(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _open_log(path: Path) -> int:
+    """A handle to append with. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    if os.fstat(handle).st_mode & 0o077:
+        os.chmod(path, 0o600)
+    return handle
+
+
+def _first_at(path: Path) -> float | None:
+    """When the request of a log's first line ended, in seconds since 1970; None when that line is none of ours."""
+    with open(path, "rb") as file:
+        match = re.match(rb'{"at_utc":"([0-9T:.+-]{19,40})",', file.read(100))
+    try:
+        return datetime.fromisoformat(match[1].decode()).timestamp() if match else None
+    except ValueError:
+        return None
+
+
+class RequestLog:
+    """Requests that ended, a line of JSON each.  Owner: the gateway; one thread, so that none of them waits for a disk.
+
+    What `path` holds becomes path.1 when it is an eighth of what all files may hold, path.1 becomes path.2, and what goes beyond `max_bytes` or `max_days` is deleted.
+    Lines that a disk does not take are lost, which is said once until it takes them again.
+    """
+
+    def __init__(self, path: Path, *, bodies: str = "", max_bytes: int = 64 << 20, max_days: float = 30, utc: Callable[[], float] = time.time) -> None:
+        self.path, self.bodies, self.max_bytes, self.max_days, self._utc = path, bodies, max_bytes, max_days, utc
+        self._queue: queue.SimpleQueue[LoggedRequest | threading.Event | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
+        self._n_dropped = self._n_taken = 0         # of the caller's thread: lines that found the queue full, bytes of bodies taken in
+        # What follows belongs to the thread.
+        self._n_done = self._n_lost = 0
+        self._began_at: float | None = None         #: when the first request in `path` ended, None before it was looked at
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
+        self._thread.start()
+
+    def put(self, row: UsageRow, attempts: Sequence[Attempt], told: str, body: Any, n_bytes: int, secrets: Collection[str]) -> None:
+        """Queue a request; never waits, never raises."""
+        if self._queue.qsize() >= _MAX_WAITING_ROWS:
+            self._n_dropped += 1
+            return
+        wanted = self.bodies == "all" or (self.bodies == "errors" and row.outcome == "error")
+        if not wanted or self._n_taken - self._n_done + n_bytes > _LOG_AHEAD_BYTES:
+            body, n_bytes = None, 0
+        self._n_taken += n_bytes
+        self._queue.put(LoggedRequest(row, attempts, told, body, n_bytes, secrets))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Whether everything queued before this call was written, or lost, within `timeout_s`."""
+        done = threading.Event()
+        self._queue.put(done)
+        self._hurry.set()
+        return done.wait(timeout_s)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Write what is queued and end the thread."""
+        self._queue.put(None)
+        self._hurry.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        items: list[LoggedRequest | threading.Event | None] = []
+        while None not in items:
+            items = []
+            with contextlib.suppress(queue.Empty):
+                items.append(self._queue.get(timeout=_LOG_LOOK_S))
+                self._hurry.wait(_BATCH_S)
+                self._hurry.clear()
+            while not self._queue.empty() and len(items) < _MAX_WAITING_ROWS:
+                items.append(self._queue.get())
+            requests = [item for item in items if isinstance(item, LoggedRequest)]
+            self._try(list(map(log_line, requests)))
+            self._n_done += sum([request.n_bytes for request in requests])
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _try(self, lines: list[bytes]) -> None:
+        """Write what can be written; say when that begins to fail, and when it goes on."""
+        something = bool(lines)
+        try:
+            self._write(lines)
+        except OSError as error:
+            self._n_lost += len(lines)
+            if not self._failing:
+                _STORE_LOG.warning("requests.failed path=%s error=%s", self.path, error)
+            self._failing = True
+            return
+        if self._failing and something:
+            _STORE_LOG.warning("requests.go_on path=%s lost=%d", self.path, self._n_lost + self._n_dropped)
+            self._failing = False
+
+    def _write(self, lines: list[bytes]) -> None:
+        """Append lines, moving on to a new file where that is due; takes those that were written out of the list. Raises OSError."""
+        if not lines:
+            self._make_room(0)
+        while lines:
+            ends = list(itertools.accumulate(map(len, lines)))
+            n_fitting = max(1, bisect.bisect_right(ends, self._make_room(ends[0])))
+            self._append(b"".join(lines[:n_fitting]))
+            del lines[:n_fitting]
+
+    def _make_room(self, n_bytes: int) -> int:
+        """How many bytes fit into the file, which is a new one where `n_bytes` did not fit or its time is over. Raises OSError."""
+        most, now = self.max_bytes // _LOG_FILES, self._utc()
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size and self._began_at is None:
+            self._began_at = _first_at(self.path) or now
+        if size and (size + n_bytes > most or now - (self._began_at or now) > self.max_days * 86_400 / _LOG_FILES):
+            for number in range(_LOG_FILES - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(_older_log(self.path, number - 1) if number > 1 else self.path, _older_log(self.path, number))
+            size = 0
+        if not size:
+            self._began_at = now
+        self._prune(most, now)
+        return most - size
+
+    def _prune(self, most: int, now: float) -> None:
+        """Delete older files that all together hold too much or whose lines will be too old before the next look."""
+        total, oldest_at = most, now - self.max_days * 86_400 * (_LOG_FILES - 1) / _LOG_FILES
+        for number in range(1, _LOG_FILES):
+            with contextlib.suppress(FileNotFoundError):
+                found = _older_log(self.path, number).stat()
+                total += found.st_size
+                if total > self.max_bytes or found.st_mtime < oldest_at:
+                    _older_log(self.path, number).unlink()
+
+    def _append(self, data: bytes) -> None:
+        """Write all of `data`, or nothing. Raises OSError."""
+        handle = _open_log(self.path)
+        try:
+            size = os.fstat(handle).st_size
+            if os.write(handle, data) < len(data):
+                os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+
+
+def log_line(request: LoggedRequest) -> bytes:
+    """A request as a line of JSON: the fields of its usage row, its attempts as `tried`, what the client was told, and its body where that is wanted; no secret in any of it."""
+    def clean(value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        return redact(value, request.secrets) if len(value) <= _LOG_TEXT_BYTES else show_without_secrets(value, request.secrets, [_LOG_TEXT_BYTES])
+
+    row = request.row._asdict()
+    told = {"at_utc": row.pop("at_utc"), **{name: clean(value) for name, value in row.items()}, "told": clean(request.told), "tried": [
+        {"route": clean(attempt.route.id), "status": attempt.status, "reason": clean(attempt.reason or "served"), "detail": clean(attempt.detail), "ms": attempt.ms,
+         "changed": list(map(clean, attempt.changed[:20]))}
+        for attempt in request.attempts[:_LOG_TRIED_MAX]]}
+    if request.body is not None:
+        told["body"] = show_without_secrets(request.body, request.secrets, [_LOG_BODY_BYTES - 2048])        # the rest is for what says that something was cut
+    return json.dumps(told, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def show_without_secrets(value: Any, secrets: Collection[str], room: list[int]) -> Any:
+    """`value` redacted, as far as it fits into room[0] bytes of JSON; "..." stands where something was cut."""
+    if isinstance(value, str):
+        most = max(room[0], 0)
+        text, was_cut = redact(value[:most + _SECRET_MAX], secrets), len(value) > most + _SECRET_MAX
+        if was_cut:
+            text = text[:-_SECRET_MAX]          # where a secret may have been cut in two
+        while (n_bytes := len(json.dumps(text))) > most + 2:
+            text, was_cut = text[:len(text) * most // n_bytes], True
+        room[0] -= n_bytes + 2
+        return f"{text}..." if was_cut else text
+    if not isinstance(value, (dict, list)):
+        room[0] -= len(json.dumps(value)) + 2
+        return value
+    room[0] -= 2
+    rows: list[Any] = []
+    for inner in value.items() if isinstance(value, dict) else value:
+        if room[0] <= 0:
+            rows.append(("...", "...") if isinstance(value, dict) else "...")
+            break
+        rows.append(_show_field(*inner, secrets, room) if isinstance(value, dict) else show_without_secrets(inner, secrets, room))
+    return dict(rows) if isinstance(value, dict) else rows
+
+
+def _show_field(name: str, value: Any, secrets: Collection[str], room: list[int]) -> tuple[str, Any]:
+    """A field of an object redacted: its name may say that its value is a secret."""
+    shown_name, shown = show_without_secrets(name, secrets, room), show_without_secrets(value, secrets, room)
+    together = f"{shown_name}={shown[:99]}" if isinstance(shown, str) else ""
+    return shown_name, shown if redact(together) == together else "***"
+
+
 def load_routing(path: Path) -> dict[str, str]:
     """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
     try:
@@ -16986,8 +17221,9 @@ a{color:var(--accent)}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:6px 12px;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.long{overflow-wrap:anywhere;min-width:130px}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.n,td.time{white-space:nowrap}
+td.long{overflow-wrap:anywhere;min-width:110px}
 pre{margin:0;padding:10px 12px;background:var(--fill);border-radius:8px;overflow-x:auto;font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 button,input,select{font:inherit;color:inherit}
 button{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:4px 12px;cursor:pointer}
@@ -17012,9 +17248,9 @@ figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
 .key.in::before{background:var(--in)}.key.outward::before{background:var(--out)}
 .ends{display:flex;justify-content:space-between}
 .bar{display:block;height:5px;border-radius:3px;background:var(--in);margin-top:3px}
-.heat{display:grid;grid-template-columns:34px repeat(24,1fr);gap:2px;align-items:center}
-.heat i{aspect-ratio:1;border-radius:2px;background:var(--fill)}
-.heat span{font-size:11px;color:var(--soft)}
+.heat{display:grid;grid-template-columns:26px repeat(24,minmax(0,1fr));gap:2px;align-items:center}
+.heat i{height:15px;border-radius:2px;background:var(--fill)}
+.heat span{font-size:11px;line-height:1.3;color:var(--soft)}
 .h1{background:color-mix(in srgb,var(--in) 30%,var(--fill))!important}.h2{background:color-mix(in srgb,var(--in) 55%,var(--fill))!important}.h3{background:color-mix(in srgb,var(--in) 80%,var(--fill))!important}.h4{background:var(--in)!important}
 .tabs{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}
 [aria-selected=true]{border-color:var(--accent);color:var(--accent)}
@@ -17024,7 +17260,9 @@ figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
 .warn{color:var(--bad)}
 footer{padding:24px 16px 40px}
 [hidden]{display:none!important}
-@media(max-width:520px){th,td{padding:6px 8px}.heat{gap:1px}.heat span{font-size:10px}}
+@media(max-width:960px){th,td{padding:6px 8px}}
+@media(min-width:830px){#p-heat{grid-column:span 2}}
+@media(max-width:700px){.list thead{display:none}.list tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:8px 12px;border-top:1px solid var(--line)}.list tr.more{border:0;padding-top:0}.list td{border:0;padding:0}.list td.n[title]::before{content:attr(title) " ";color:var(--soft)}.list .more td{flex:1;min-width:0}}
 """
 
 _PAGE_BODY = r"""
@@ -17036,15 +17274,15 @@ _PAGE_BODY = r"""
 <main>
 <form id="ask" autocomplete="off">
 <p class="soft">What the carousel does is shown to holders of an admin key: <code>python aicarousel.py key create --admin</code>. It is kept in this tab and sent to this server alone.</p>
-<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required><button class="main">Show</button>
+<input id="key" type="password" aria-label="Admin key" placeholder="sk-..." autocomplete="off" spellcheck="false" required pattern="\s*[!-~]+\s*" title="a key has no blanks and no letters of other scripts"><button class="main">Show</button>
 </form>
 <p id="trouble" class="warn" role="alert"></p>
 <div id="shown" hidden>
 <h2 id="t-carousel">The carousel</h2><div id="carousel" class="cards" aria-labelledby="t-carousel"></div>
-<h2>Now</h2><div class="wide"><table><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
+<h2>Now</h2><div class="wide"><table class="list"><thead><tr><th>Request<th>Model<th>Route<th>State<th class="n">For</tr></thead><tbody id="live"></tbody></table></div>
 <h2>Use in the last <select id="days" aria-label="Days"><option>7<option selected>30<option>90</select> days</h2>
 <div class="plots"><figure class="card" id="p-tokens"></figure><figure class="card" id="p-cost"></figure><figure class="card" id="p-model"></figure><figure class="card" id="p-key"></figure><figure class="card" id="p-heat"></figure></div>
-<h2>The last requests</h2><div class="wide"><table><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody></table></div>
+<h2>The last requests</h2><div class="wide"><table class="list"><thead><tr><th>Ended<th>Request<th>Model<th>Route<th>Outcome<th class="n">First words<th class="n">All</tr></thead><tbody id="last"></tbody><tbody id="none"><tr><td colspan="7" class="soft">None since the start.</tr></tbody></table></div>
 </div>
 <h2 id="t-connect">Connect</h2><div class="card"><div id="clients" class="tabs" role="tablist" aria-labelledby="t-connect"></div><div class="copied" role="tabpanel"><pre id="recipe" tabindex="0"></pre><button id="copy">Copy</button></div>
 <p class="soft small">In place of sk-... goes a gateway key: <code>python aicarousel.py key create NAME</code></p></div>
@@ -17091,7 +17329,7 @@ function showRoutes(routes, windows) {
         const tight = limits.sort((one, other) => one.left / one.limit - other.left / other.limit)[0];
         const left = tight ? tight.left / tight.limit : 1;
         const state = row.state === "free" ? "serving" : row.state + (row.left_s === null ? "" : " " + span(row.left_s) + (row.proven ? "" : " at most"));
-        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  " + row.key)), make("span", {class: "state " + row.state}, state)),
+        return make("div", {class: "route", "data-route": row.route, "data-state": row.state}, make("div", {class: "head"}, make("span", {}, row.model, make("span", {class: "soft small"}, "  key " + row.key)), make("span", {class: "state " + row.state}, state)),
           tight ? make("span", {class: "meter"}, make("i", {class: left <= 0 ? "none" : left < .2 ? "low" : "", width: Math.max(left * 100, left <= 0 ? 100 : 1) + "%"})) : null,
           tight ? make("div", {class: "soft small"}, number(tight.left) + " of " + number(tight.limit) + " " + tight.measure + " a " + tight.per + " left" + (tight.resets_in_s === null ? "" : ", resets in " + span(tight.resets_in_s)) + " (" + tight.origin + ")") : null,
           row.why ? make("div", {class: "small " + row.state}, row.why) : null,
@@ -17101,22 +17339,28 @@ function showRoutes(routes, windows) {
   if (!routes.length) fill("carousel", make("p", {class: "soft"}, "No provider takes part yet: put a key into .env, or run python aicarousel.py setup."));
 }
 
-function showRequests(seen) {
-  fill("live", ...(seen.live.length ? seen.live.map(row => make("tr", {}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
+function showLive(live) {
+  fill("live", ...(live.length ? live.map(row => make("tr", {"data-request": row.id}, make("td", {}, row.id, make("div", {class: "soft small"}, row.format + (row.streamed ? ", streamed" : ""))), make("td", {class: "long"}, row.model || "aicarousel"),
     make("td", {class: "long"}, row.route || "-"), make("td", {}, row.state), make("td", {class: "n"}, span(row.for_s)))) : [make("tr", {}, make("td", {colspan: 5, class: "soft"}, "Nothing is under way."))]));
-  const open = new Map([...at("last").querySelectorAll("[data-lines]")].map(node => [node.dataset.lines, node.textContent]));
-  fill("last", ...(seen.last.length ? seen.last.flatMap(row => {
-    const more = make("tr", {hidden: open.has(row.id) ? null : ""}, make("td", {colspan: 7}, make("pre", {"data-lines": open.has(row.id) ? row.id : null}, open.get(row.id) || "")));
-    const why = make("button", {class: "plain", "aria-expanded": open.has(row.id), onclick: async () => {
-      const pre = more.querySelector("pre"), closed = more.hidden;
-      if (closed) { try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; } pre.dataset.lines = row.id; }
-      else delete pre.dataset.lines;
-      more.hidden = !closed; why.setAttribute("aria-expanded", closed);
-    }}, row.id);
-    return [make("tr", {"data-request": row.id}, make("td", {}, new Date(row.at_utc * 1000).toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
-      make("td", {class: row.outcome === "ok" ? "free" : "cooling"}, (row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status) + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
-      make("td", {class: "n"}, ms(row.first_ms || null)), make("td", {class: "n"}, ms(row.total_ms))), more];
-  }) : [make("tr", {}, make("td", {colspan: 7, class: "soft"}, "None since the start."))]));
+}
+// What ended does not change: its rows stay in their place, and with them the focus and what was opened.
+const kept = new Map();
+function showLast(last) {
+  const there = new Set(last.map(row => row.id));
+  for (const [id, rows] of kept) if (!there.has(id)) { rows.forEach(row => row.remove()); kept.delete(id); }
+  for (const row of last.reverse()) if (!kept.has(row.id)) { kept.set(row.id, lastRows(row)); at("last").prepend(...kept.get(row.id)); }
+  at("none").hidden = kept.size > 0;
+}
+function lastRows(row) {
+  const pre = make("pre", {}), more = make("tr", {class: "more", hidden: ""}, make("td", {colspan: 7}, pre)), ended = new Date(row.at_utc * 1000);
+  const why = make("button", {class: "plain", "aria-expanded": "false", title: "why it went there", onclick: async () => {
+    if (more.hidden) try { pre.textContent = (await ask("/admin/explain?id=" + encodeURIComponent(row.id))).lines.join("\n"); } catch (error) { pre.textContent = error.message; }
+    more.hidden = !more.hidden; why.setAttribute("aria-expanded", !more.hidden);
+  }}, row.id);
+  const outcome = row.outcome === "ok" ? "served" : row.outcome === "client_closed" ? "client left" : "failed " + row.status;
+  return [make("tr", {"data-request": row.id}, make("td", {class: "time", title: ended.toLocaleString()}, ended.toLocaleTimeString()), make("td", {}, why), make("td", {class: "long"}, row.model || "aicarousel"), make("td", {class: "long"}, row.route || "-"),
+    make("td", {class: row.outcome === "ok" ? "free" : row.outcome === "client_closed" ? "soft" : "cooling"}, outcome + (row.attempts > 1 ? ", " + row.attempts + " tries" : "")),
+    make("td", {class: "n", title: "first words"}, ms(row.first_ms || null)), make("td", {class: "n", title: "all"}, ms(row.total_ms))), more];
 }
 
 const inward = row => row.input + row.cached + row.cache_write;
@@ -17138,7 +17382,7 @@ function showStats(days, models, keys, n_days) {
   const byDay = new Map(days.groups.map(row => [row.day, row])), none = {input: 0, cached: 0, cache_write: 0, output: 0, cost_usd: 0}, all = [];
   for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
   columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
-  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd || 0);
+  columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd);
   if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
   bars("p-model", "By model", models.groups, "model");
   bars("p-key", "By key", keys.groups, "key");
@@ -17158,7 +17402,7 @@ async function look() {
       const [routes, quota, requests, ...stats] = await Promise.all(["/admin/routes", "/admin/quota", "/admin/requests", ...(due ? [`/admin/stats?days=${n_days}&by=day&heatmap=1`, `/admin/stats?days=${n_days}&by=model`, `/admin/stats?days=${n_days}&by=key`] : [])].map(ask));
       if (mine !== turn) return;
       at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
-      showRoutes(routes.routes, quota.windows); showRequests(requests);
+      showRoutes(routes.routes, quota.windows); showLive(requests.live); showLast(requests.last);
       at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
       if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
     }
@@ -17169,7 +17413,7 @@ async function look() {
   }
   timer = setTimeout(look, 2000);
 }
-function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
+function forget() { clearTimeout(timer); turn++; look.statsAt = 0; sessionStorage.removeItem("key"); ["carousel", "live", "last", "p-tokens", "p-cost", "p-model", "p-key", "p-heat", "about"].forEach(id => fill(id)); kept.clear(); at("shown").hidden = true; at("ask").hidden = false; at("forget").hidden = true; at("key").value = ""; at("key").focus(); }
 at("ask").addEventListener("submit", event => { event.preventDefault(); at("trouble").textContent = ""; sessionStorage.setItem("key", at("key").value.trim()); look(); });
 at("forget").addEventListener("click", () => { at("trouble").textContent = ""; forget(); });
 at("days").addEventListener("change", () => { look.statsAt = 0; look(); });
@@ -17183,8 +17427,8 @@ function pick(name) { tabs.forEach(tab => { const mine = tab.textContent === nam
 at("clients").append(...tabs);
 if (tabs.length) pick(tabs[0].textContent);
 at("copy").addEventListener("click", async () => {
-  try { await navigator.clipboard.writeText(at("recipe").textContent); } catch { getSelection().selectAllChildren(at("recipe")); }
-  at("copy").textContent = "Copied"; setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
+  try { await navigator.clipboard.writeText(at("recipe").textContent); at("copy").textContent = "Copied"; } catch { getSelection().selectAllChildren(at("recipe")); at("copy").textContent = "Selected"; }
+  setTimeout(() => { at("copy").textContent = "Copy"; }, 1500);
 });
 if (sessionStorage.getItem("key")) look(); else at("key").focus();
 """
@@ -17623,7 +17867,8 @@ class Gateway:
         self._saved_at = world.clock()
         self.decisions: deque[Decision] = deque(maxlen=_DECISIONS_MAX)      #: of the requests that ended last
         self.tally = Tally()
-        self.recipes: Mapping[str, str] = {}        #: set-ups of clients by name, with {url} and {key} in them
+        self.request_log: RequestLog | None = None
+        self.recipes: Callable[[], Mapping[str, str]] = dict        #: set-ups of clients by name, with {url} and {key} in them
         self.n_requests = 0
         self._id_prefix = secrets.token_hex(4)      # with the count behind it: unique over restarts, and no system call per request
         self._good_hosts: set[str] = set()
@@ -17631,11 +17876,14 @@ class Gateway:
         self._log = logging.getLogger("aicarousel.relay")
 
     def reconfigure(self, config: Config) -> None:
-        """Go on with another configuration; address, port and TLS stay what they were."""
+        """Go on with another configuration; address, port, TLS and the request log's file stay what they were."""
         self._good_hosts.clear()
         self.keys.accept(config.settings.api_keys)
         forget_changed(self.relay.state, self.config.providers, config.providers)
-        self.config = replace(config, settings=replace(config.settings, host=self.config.settings.host, port=self.config.settings.port))
+        old = self.config.settings
+        self.config = replace(config, settings=replace(config.settings, host=old.host, port=old.port, request_log=old.request_log))
+        if self.request_log is not None:
+            self.request_log.bodies, self.request_log.max_bytes, self.request_log.max_days = config.settings.log_bodies, self.bounds.request_log_bytes, self.bounds.request_log_days
         self.relay.configure(self.config)
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
@@ -17768,7 +18016,7 @@ class Gateway:
     async def front_page(self, request: Request, exchange: Exchange) -> None:
         """GET /: the page for a browser, a few lines for all else."""
         if "text/html" in request.headers.get("accept", ""):
-            return exchange.respond(200, *render_page(self.recipes))
+            return exchange.respond(200, *render_page(self.recipes()))
         exchange.respond(200, [("content-type", "text/plain; charset=utf-8")], FRONT_PAGE.format(version=__version__).encode())
 
     async def docs(self, request: Request, exchange: Exchange) -> None:
@@ -18031,6 +18279,9 @@ class Gateway:
                 status = FORMATS[client].status(error)
                 self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
                                                told=error.message, wish=wish, models=job.models))
+                if self.request_log is not None:
+                    row = self._row(job, None, Usage(), self.world.utc(), job.id, status, "error", None, 0, 0)
+                    self.request_log.put(row, (), error.message, job.body, len(job.raw), self.config.secrets)
                 return sink.respond(status, [*headers, ("x-aicarousel-request-id", job.id)], answer)
         exchange.cancel_when_gone()
         await self.relay.run(job, sink)
@@ -18092,6 +18343,8 @@ class Gateway:
         for row in rows:
             self.usage.put(row)
             self.tally.add(row, () if row.outcome == "discarded" else settled.attempts)
+        if self.request_log is not None:
+            self.request_log.put(rows[0], settled.attempts, settled.told, job.body, len(job.raw), self.config.secrets)
         unknown_usd = 0.0
         if job.hold is not None:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
@@ -19632,17 +19885,29 @@ def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, 
     return changes
 
 
-def snippet(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[tuple[str, str]]:
-    """(where, what to put there) of a client; where is "" for what goes into no file."""
+def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str) -> list[tuple[str, str]]:
+    """(where, what to put there) of a client; where is "" for what goes into no file. environment: None for the usual places, whatever this machine has."""
     if not client.files:
         return [("", fill(client.recipe, url, key))]
     rows = []
     for file in client.files:
         usual = Path(file.folder).expanduser() / file.names[-1]
-        path = client_path(file, environment)
+        path = client_path(file, environment) if environment is not None else usual.resolve()
         rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
                      merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
     return rows
+
+
+def snippet_text(places: Iterable[tuple[str, str]]) -> str:
+    """What snippet() found, as it is printed."""
+    return "\n\n".join((f"# {path}\n" if path else "") + text for path, text in places)
+
+
+@functools.cache
+def page_recipes() -> Mapping[str, str]:
+    """What `config` prints, by the titles of the clients, with {url} and {key} in it: for the page, which anybody may see."""
+    url = "http://aicarousel.invalid"           # braces would be quoted in some files where an address and a key are not
+    return {client.title: snippet_text(snippet(client, None, url, NEW_KEY)).replace(url, "{url}").replace(NEW_KEY, "{key}") for client in CLIENTS.values()}
 
 
 def known_key(client: ClientSetup, environment: Mapping[str, str], database: Path) -> str:
@@ -21026,6 +21291,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     config = read_config(home, flags)
     seen += map(_stamp, map(Path, config.secret_files))
     _fit_log(config)
+    request_log = _start_request_log(config)    # before the database is open: closing that by another way would undo its locks
     keys, mended = _open_state(home.database_path, config.settings)
     _check_exposure(config, keys)
     context = _server_context(config.settings)
@@ -21034,6 +21300,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage = UsageWriter(home.database_path, utc=world.utc)
     usage.mended = mended
     gateway = Gateway(config, keys, usage, world)
+    gateway.recipes, gateway.request_log = page_recipes, request_log
     gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
@@ -21060,11 +21327,22 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
             await demo.drain(0.0)
         gateway.close()
         await asyncio.get_running_loop().run_in_executor(None, usage.close)
+        if request_log is not None:
+            await asyncio.get_running_loop().run_in_executor(None, request_log.close)
         keys.close()
         found.close()
     if again:
         os.execv(sys.executable, [*own_command(), *sys.argv[1:]])
     return 0
+
+
+def _start_request_log(config: Config) -> RequestLog | None:
+    """The request log, if one is wanted. Raises ConfigError for a file that cannot be one."""
+    if not config.settings.request_log:
+        return None
+    path, bounds = Path(config.settings.request_log).expanduser(), config.carousel.limits
+    check_request_log(path)
+    return RequestLog(path, bodies=config.settings.log_bodies, max_bytes=bounds.request_log_bytes, max_days=bounds.request_log_days)
 
 
 def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
@@ -21383,7 +21661,7 @@ def _h11_trouble() -> str:
 
 def _flags_of(arguments: Any) -> dict[str, Any]:
     """What the command line set, by the names of Settings; what it left out is not there."""
-    names = ("host", "port", "log_level", "demo", "no_auth", "cors_origin", "tls_cert", "tls_key", "reload")
+    names = ("host", "port", "log_level", "request_log", "log_bodies", "demo", "no_auth", "cors_origin", "tls_cert", "tls_key", "reload")
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None and value is not False}
 
 
@@ -21931,7 +22209,7 @@ def _client_command(arguments: Any) -> int:
     if arguments.json:
         print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
         return 0
-    print("\n\n".join((f"# {path}\n" if path else "") + text for path, text in places))
+    print(snippet_text(places))
     print(f"# then: {CLIENTS[name].then}\n# --write puts this in, with a gateway key made for it; --undo takes it back" if CLIENTS[name].files else f"# a key: python aicarousel.py key create {name}", file=sys.stderr)
     return 0
 
@@ -22287,6 +22565,8 @@ def _add_serve_parser(commands: Any, common: Any) -> None:
     served.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     served.add_argument("--port", type=int, help="port to listen on (default 7123; 0 for any)")
     served.add_argument("--log-level", choices=_LOG_LEVELS, help="how much is logged (default info)")
+    served.add_argument("--request-log", metavar="FILE", help="write a line of JSON for every request")
+    served.add_argument("--log-bodies", choices=("errors", "all"), help="put their bodies there too, without secrets")
     served.add_argument("--reload", action="store_true", help="start again when aicarousel.py changes")
     served.add_argument("--demo", action="store_true", help="add a provider that answers offline")
     served.add_argument("--no-auth", action="store_true", help="ask no gateway key (loopback only)")

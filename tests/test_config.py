@@ -224,7 +224,7 @@ REFUSED = [
     ({**SEED, "carousel": {"limits": {"bodyBytes": "32MB"}}}, "carousel.limits.bodyBytes", 'string "32MB"', "a whole number from 1024 to 1073741824"),
     ({**SEED, "carousel": {"limits": {"bodyBytes": 2048.5}}}, "carousel.limits.bodyBytes", "number 2048.5", "a whole number"),
     ({**SEED, "carousel": {"limits": {"retryBudget": -0.1}}}, "carousel.limits.retryBudget", "number -0.1", "of the requests under way, a number from 0 to 10"),
-    *(({**SEED, "carousel": {"limits": {name: value}}}, f"carousel.limits.{name}", f"number {value}", f"from {row.metadata['low']:g} to ")
+    *(({**SEED, "carousel": {"limits": {name: value}}}, f"carousel.limits.{name}", f"number {value}", f"from {row.metadata['low']:.10g} to ")
       for name, field in aicarousel._BOUND_FIELDS.items() for row in [aicarousel.Bounds.__dataclass_fields__[field.name]]
       for value in (-1, row.metadata["high"] + 1)),
     ({**SEED, "carousel": {"max_wait": 1}}, "carousel.max_wait", "unknown", 'did you mean "maxWait"?'),
@@ -600,6 +600,7 @@ PRECEDENCE = [   # setting, flag, flag value, variable, text, value, default
     ("host", "host", "::1", "AICAROUSEL_HOST", "0.0.0.0", "0.0.0.0", "127.0.0.1"),
     ("port", "port", 8000, "PORT", "9000", 9000, 7123),
     ("log_level", "log_level", "error", "AICAROUSEL_LOG_LEVEL", "debug", "debug", "info"),
+    ("request_log", "request_log", "a.jsonl", "AICAROUSEL_REQUEST_LOG", "b.jsonl", "b.jsonl", ""),
     ("cors_origins", "cors_origin", ["https://a.example", "https://b.example"], "AICAROUSEL_CORS_ORIGIN", "http://c.example:1, *",
      ("http://c.example:1", "*"), ()),
 ]
@@ -649,6 +650,8 @@ def test_settings_of_every_kind_load():
     ({"API_KEYS": "test-key"}, {}, "environment API_KEYS", "test-key", "16 characters"),
     ({"API_KEYS": "sk-0123456789abcdef,short"}, {}, "environment API_KEYS", "5 characters", "16 characters"),
     ({"https_proxy": "socks5://h:1"}, {}, "environment https_proxy", "not shown", "http://host:3128"),
+    ({"AICAROUSEL_LOG_BODIES": "some", "AICAROUSEL_REQUEST_LOG": "log"}, {}, "environment AICAROUSEL_LOG_BODIES", "some", "errors"),
+    ({}, {"log_bodies": "all"}, "flag --log-bodies", "log_bodies without request_log", "a file for them"),
     ({"AICAROUSEL_TLS_CERT": "c.pem"}, {}, "environment AICAROUSEL_TLS_CERT", "tls_cert without tls_key", "both"),
     ({}, {"tls_key": "k.pem"}, "flag --tls-key", "tls_key without tls_cert", "both"),
 ])

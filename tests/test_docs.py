@@ -313,7 +313,8 @@ def test_settings_of_the_table_really_set(name: str) -> None:
         return
     samples = {"PORT": "9", "AICAROUSEL_HOST": "::1", "AICAROUSEL_LOG_LEVEL": "error", "API_KEYS": "a-key-of-sixteen-characters", "AICAROUSEL_SECRET_COMMANDS": "true"}
     pair = {"AICAROUSEL_TLS_CERT": "x", "AICAROUSEL_TLS_KEY": "x"}
-    environment = pair if name in pair else {name: samples.get(name, "https://app.example" if "ORIGIN" in name else "name.example")}
+    log = {"AICAROUSEL_REQUEST_LOG": "log", "AICAROUSEL_LOG_BODIES": "all"}
+    environment = pair if name in pair else log if name in log else {name: samples.get(name, "https://app.example" if "ORIGIN" in name else "name.example")}
     config = aicarousel.load_config(None, models_path="models.json", environment=environment, dotenv={}, flags={})
     assert config.settings != aicarousel.Settings() and f"environment {name}" in config.origins.values()
 

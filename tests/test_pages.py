@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,9 +54,46 @@ def test_the_page_runs_its_own_script_alone_and_loads_nothing(build: Build) -> N
 
 def test_recipes_stand_in_the_page_as_data_that_cannot_end_it(build: Build) -> None:
     house = build(a=healthy())
-    house.gateway.recipes = {"odd": "</script><script>alert(1)</script> {url} {key}"}
+    house.gateway.recipes = lambda: {"odd": "</script><script>alert(1)</script> {url} {key}"}
     text = page(house).body.decode()
     assert text.count("</script>") == 2 and "\\u003c/script>\\u003cscript>alert(1)" in text
+
+
+def test_the_page_has_what_config_prints_of_every_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("CLAUDE_CONFIG_DIR", "CODEX_HOME", "CLINE_DATA_DIR", "XDG_CONFIG_HOME", "CONTINUE_GLOBAL_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, client in aicarousel.CLIENTS.items():
+        assert aicarousel.main(["config", name, "--home", str(tmp_path), "--key", "sk-of-mine"]) == 0
+        assert capsys.readouterr().out == aicarousel.page_recipes()[client.title].replace("{url}", "http://127.0.0.1:7123").replace("{key}", "sk-of-mine") + "\n"
+    # The page is shown to anyone: of this machine's own places it says nothing.
+    (tmp_path / ".config" / "opencode").mkdir(parents=True)
+    (tmp_path / ".config" / "opencode" / "opencode.jsonc").write_text("{}")
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    aicarousel.page_recipes.cache_clear()
+    assert str(tmp_path) not in str(aicarousel.page_recipes())
+
+
+def luminance(color: str) -> float:
+    """Relative luminance after WCAG 2."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    parts = [int(digits[place:place + 2], 16) / 255 for place in (0, 2, 4)]
+    return sum(share * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4) for share, part in zip((0.2126, 0.7152, 0.0722), parts))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_everything_can_be_read_and_told_apart(theme: int) -> None:
+    assert contrast("#000", "#ffffff") == pytest.approx(21.0)
+    colors = dict(re.findall(r"--(\w+):(#[0-9a-f]+)", re.findall(r":root\{([^}]*)\}", aicarousel._PAGE_STYLE)[theme]))
+    words = [(ink, ground) for ink in ("ink", "soft", "accent", "good", "warm", "bad") for ground in ("paper", "card")] + [("ink", "fill"), ("paper", "accent")]
+    shapes = [(bar, ground) for bar in ("in", "out", "good", "warm", "bad") for ground in ("card", "fill")]
+    assert not {pair: contrast(colors[pair[0]], colors[pair[1]]) for pair in words if contrast(colors[pair[0]], colors[pair[1]]) < 4.5}
+    assert not {pair: contrast(colors[pair[0]], colors[pair[1]]) for pair in shapes if contrast(colors[pair[0]], colors[pair[1]]) < 3.0}
 
 
 def test_requests_under_way_and_ended_are_listed(build: Build, provider: Provider) -> None:
