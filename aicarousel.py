@@ -19241,7 +19241,7 @@ def make_entry(home: Home, name: str, given: Json) -> Json:
         asked = _load_home(home, json.dumps({name: {**_entry_of("?", ["?"]), **given, "default": "?", "models": ["?"]}}), _read_text(home.env_path))
         provider = asked.providers[0]
         if not provider.credentials:
-            raise Refused(f"{name} cannot be asked for its models: {provider.why_out}; login comes first for a key, --no-key where none is needed, or name them: --models LIST")
+            raise Refused(f"{name} cannot be asked for its models yet ({provider.why_out}); name them, --models LIST, and log in then; or --no-key, where none is needed")
         try:
             models = run_asking(lambda transport: list_offers(transport, provider, provider.credentials[0], asked.settings), f"asking {name}")
         except UpstreamFailure as failure:
@@ -21081,11 +21081,11 @@ _TOP = {"1": "set-up, step by step", **{number: menu.label for number, menu in _
 def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
     """What `read` makes of the first answer that it takes; None for a mere Enter."""
     while True:
-        text = input(f"{prompt}: ").strip()
-        if not text:
-            return None
         try:
-            return read(text)
+            text = input(f"{prompt}: ").strip()
+            return read(text) if text else None
+        except UnicodeDecodeError:
+            print("  that is no text")
         except Refused as refused:
             print(f"  {printable(str(refused))}")
 
@@ -21104,7 +21104,10 @@ def _choose(choices: Mapping[str, str]) -> str | None:
 def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
     """Asks for a provider's key, unseen, and for its owner where the key does not tell; what take_key() told, None for a mere Enter. Raises Refused and ConfigError."""
     import getpass
-    key = getpass.getpass(f"{prompt}: ")
+    try:
+        key = getpass.getpass(f"{prompt}: ")
+    except UnicodeDecodeError as error:
+        raise Refused("that is no key") from error
     form = key_form(clean_key(key))
     if key.strip() and name is None and (form is None or not form.sure):
         names = list(form.providers) if form is not None else [known for known, preset in PRESETS.items() if preset.key_variables and preset.default]
@@ -21726,7 +21729,10 @@ def _login_command(arguments: Any) -> int:
     if not arguments.stdin and sys.stdin and sys.stdin.isatty():
         told = ask_key(home, arguments.provider, f"Key of {arguments.provider or 'a provider'} (it is not shown)")
         return _say_done(arguments, told or "no key came", told is not None)
-    text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
+    try:
+        text, state, place = take_key(home, sys.stdin.readline() if sys.stdin else "", arguments.provider)
+    except UnicodeDecodeError as error:
+        raise Refused("that is no key") from error
     return _say_done(arguments, text, provider=place.provider.name, key=place.credential.id, state=state)
 
 

@@ -40,9 +40,9 @@ class Terminal:
         start, self._at = self._at, found + len(words)
         return self.transcript[start:self._at]
 
-    def type(self, line: str, end: str = "\n") -> None:
+    def type(self, line: str | bytes) -> None:
         """Types a line and Enter."""
-        os.write(self._master, (line + end).encode())
+        os.write(self._master, (line.encode() if isinstance(line, str) else line) + b"\n")
 
     def answer(self, prompt: str, line: str) -> str:
         """Waits for a prompt and types an answer; what came before it."""

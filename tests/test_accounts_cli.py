@@ -184,7 +184,7 @@ REFUSALS = [
     ("provider test zzz", "there is no provider zzz"),
     ("provider add groq", "groq is there already"),
     ("provider add carousel --models x", "carousel is a reserved name"),
-    ("provider add lab --url https://lab.example/v1", "lab cannot be asked for its models"),
+    ("provider add lab --url https://lab.example/v1", "lab cannot be asked for its models yet (no key: LAB_API_KEY is not set)"),
     ("provider add lab --url http://127.0.0.1:9/v1 --no-key", "lab does not list its models (refused"),
     ("model add groq a", "groq has a already"),
     ("model add zzz a", "there is no provider zzz"),
@@ -275,13 +275,12 @@ def test_a_linked_file_stays_a_link(desk: Desk, tmp_path: Path) -> None:
     assert desk.models.is_symlink() and '"enabled": false}' in (tmp_path / "kept.json").read_text()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_home_that_cannot_be_written_is_one_line(desk: Desk) -> None:
-    desk.write(THREE)
-    desk.home.chmod(0o500)
-    status, _, err = desk.run("provider", "disable", "groq")
-    desk.home.chmod(0o700)
-    assert status == 2 and "expected a file that can be replaced" in err and desk.models.read_text() == THREE
+def test_a_home_that_is_no_folder_is_one_line(desk: Desk) -> None:
+    desk.home.write_text("a file")
+    for words in (["provider", "add", "groq"], ["alias", "set", "x", "groq"], ["login", "groq", "--stdin"], ["logout", "groq"]):
+        status, out, err = desk.run(*words, stdin=GROQ_KEY)
+        assert status == 2 and out == "" and err.count("\n") == 1 and ("Not a directory" in err or "File exists" in err), err
+    assert desk.home.read_text() == "a file"
 
 
 def test_a_disk_that_fails_leaves_the_file_whole(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +448,13 @@ def test_a_key_that_is_none_is_refused_and_shown_to_nobody(desk: Desk, provider:
     desk.write({**json.loads(THREE), "ollama": {"default": "g", "enableFallback": True, "models": ["g"]}})
     told = desk.refused(*command.split(), "--stdin", stdin=key)
     assert why in told and (len(key) < 8 or key not in told)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_bytes_that_are_no_text_are_no_key(desk: Desk, encoding: str) -> None:
+    desk.write(THREE)
+    ran = subprocess.run([*invocation(ROOT / "aicarousel.py"), "login", "groq", "--stdin", "--home", str(desk.home)], input=b"\xff\xfe\n", capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=30)
+    assert ran.returncode == 1 and b"that is no key" in ran.stderr and ran.stderr.count(b"\n") == 1 and not desk.env.exists()
 
 
 def test_fifty_keys_are_enough(desk: Desk) -> None:

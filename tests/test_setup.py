@@ -107,7 +107,7 @@ def running(room: Room, gateway_factory: Callable[..., Gateway], provider: Provi
     gateway = gateway_factory({
         "groq": at(provider.script("groq", vendor(good=GROQ_KEY, models={"data": [{"id": "m"}, {"id": "fresh"}]})), keys=["env:GROQ_API_KEY"], models=["m", "n", "o"]),
         "own": at(provider.script("own", vendor()), keys=[]), "off": at(provider.script("off", vendor()), keys=[], enabled=False)}, {"GROQ_API_KEY": GROQ_KEY})
-    room.home, room.environment = gateway.home, gateway.environment | {"GITHUB_COPILOT_HOST": provider.script("github", answer({"message": "down"}, 503)).removesuffix("/v1")}
+    room.home, room.environment = gateway.home, gateway.environment | {"PYTHONIOENCODING": "utf-8:strict", "GITHUB_COPILOT_HOST": provider.script("github", answer({"message": "down"}, 503)).removesuffix("/v1")}
     terminals: list[Terminal] = []
 
     def sit_down() -> Terminal:
@@ -138,6 +138,11 @@ def test_providers_and_their_order(room: Room, running: Any, provider: Provider)
     for wrong in ("0", "7", "set-up", "4 4", "-1"):
         it.answer("Number: ", wrong)
         it.expect("  one of 1, 2, 3, 4, 5, 6, q\n")
+    it.expect("Number: ")
+    it.type(b"\xff\xfe")
+    it.expect("  that is no text\n")
+    it.answer("Number: ", "\x1b[A")
+    it.expect("  one of 1, 2, 3, 4, 5, 6, q\n")
     it.answer("Number: ", "4")
     it.expect("  3  off ")
     it.answer("Number: ", "9")
@@ -273,7 +278,10 @@ def test_keys_of_providers(room: Room, running: Any) -> None:
     it.answer("Number: ", "x")
     it.expect("  one of 1, 2, 3, 4, q\n")
     it.answer("Number: ", "1")
-    it.answer("Paste a key (it is not shown; Enter: back): ", "gsk_" + "C" * 48)
+    it.expect("Paste a key (it is not shown; Enter: back): ")
+    it.type(b"\xff\xfe")
+    it.expect("  that is no key\n")
+    it.answer("One more key (Enter: that is all): ", "gsk_" + "C" * 48)
     it.expect("  not kept: GroqCloud answers 401")
     it.answer("One more key (Enter: that is all): ", "a-key-of-my-own")
     it.answer("Number or name: ", "own")
