@@ -1172,12 +1172,12 @@ def _want_key(value: Any, place: _Place) -> dict[str, Any]:
 
 
 def _want_reference(value: Any, place: _Place) -> str:
-    """The NAME of env:NAME, or file:/path, or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
-    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s])[^\r\n\0]*)", value) if isinstance(value, str) else None
+    """The NAME of env:NAME, or file:/path, keyring:service/name or cmd:words.  A key typed here is refused unseen: this file is shown, shared and committed."""
+    match = re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)|((?:file:/|cmd:\s*[^\s]|keyring:[^\s/]+/(?=[^\s]))[^\r\n\0]*)", value) if isinstance(value, str) else None
     if match:
         return match[1] or match[2]
     name = variable_name(place.path.split(".keys", 1)[0], "API_KEY")
-    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
+    raise place.refuse(_shown_kind(value), f'"env:NAME", "file:/path", "keyring:service/name" or "cmd:program ..."; keys do not belong in this file: put {name}=<the key> in .env and write "env:{name}" here')
 
 
 def _want_url(value: Any, place: _Place) -> str:
@@ -1463,7 +1463,7 @@ class _Load:
     may_run: bool = False
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """(value, origin) of a variable or of what a file:/path or cmd:words holds; two empty strings, and a warning, when that cannot be had."""
+        """(value, origin) of a variable or of what another reference leads to; two empty strings, and a warning, when that cannot be had."""
         kind, found, target = reference.partition(":")
         if not found:
             return self.look(reference)
@@ -1824,7 +1824,7 @@ def load_config(models_text: str | None, *, models_path: str, environment: Mappi
 
     models_text: contents of models.json, None when there is none.    models_path: its name for complaints.
     flags: options of the command line by name (host, port, log_level, request_log, log_bodies, cors_origin, no_auth, demo, demo_url, tls_cert, tls_key), None where not given.
-    read_secret: gives what a file:/path or cmd:words holds, or raises ConfigError.
+    read_secret: gives what a file:/path, keyring:service/name or cmd:words holds, or raises ConfigError.
     raises: ConfigError.
     """
     load = _Load(environment, dotenv, read_secret=read_secret)
@@ -16810,7 +16810,7 @@ class _Run:
         """What configuration, earlier refusals and the client's own wish change in requests to a route."""
         provider, wish, state = route.provider, self._job.wish, self._relay.state
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
-        if self._shrink is not None and self._shrink[0] is route:
+        if self._shrink is not None and self._shrink[0].id == route.id:
             repairs += self._shrink[1],
         elif state.windows and (room := self._needs.room(route)) is not None:
             repairs += shorten(room)
@@ -18691,6 +18691,27 @@ class Home(NamedTuple):
         return self.data / "aicarousel.db"
 
 
+def read_contexts(home: Home) -> Json:
+    """Gateways elsewhere that commands may ask: {"current": name or "", "contexts": {name: {"server", "key"}}}. Raises ConfigError."""
+    path = home.folder / "contexts.json"
+    text = _read_text(path)
+    try:
+        told = json.loads(text) if text is not None else {"current": "", "contexts": {}}
+        if not all(isinstance(row["server"], str) and isinstance(row["key"], str) for row in told["contexts"].values()) or not isinstance(told["current"], str):
+            raise TypeError
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(str(path), "no list of contexts", "what `context add` writes") from error
+    return told
+
+
+def change_contexts(home: Home, change: Callable[[Json], None]) -> None:
+    """Change what read_contexts() gives, for this user's eyes alone. Raises ConfigError, and what `change` raises."""
+    with _locked(home):
+        told = read_contexts(home)
+        change(told)
+        replace_file(home.folder / "contexts.json", json.dumps(told, indent=1) + "\n", 0o600)
+
+
 def find_home(named: str | None) -> Home:
     """--home, else AICAROUSEL_HOME, else the program's folder if it holds a models.json, else the XDG folders."""
     named = named or os.environ.get("AICAROUSEL_HOME")
@@ -18732,10 +18753,17 @@ def _load_home(home: Home, models_text: str | None, env_text: str | None, flags:
 
 
 def read_secret(reference: str) -> str:
-    """What a file:/path holds or what the program of cmd:words prints. Raises ConfigError, which repeats neither."""
+    """What a file:/path holds, the system's keyring for keyring:service/name, or what the program of cmd:words prints. Raises ConfigError, which repeats none of it."""
     import shlex
+    import shutil
     import subprocess
     kind, _, target = reference.partition(":")
+    if kind == "keyring":
+        service, _, name = target.partition("/")
+        tools = (["secret-tool", "lookup", "service", service, "username", name], ["security", "find-generic-password", "-s", service, "-a", name, "-w"])
+        target = next((shlex.join(words) for words in tools if shutil.which(words[0])), "")
+        if not target:
+            raise ConfigError(redact(reference), "neither secret-tool (Linux) nor security (macOS)", "one of these programs")
     try:
         if kind == "file":
             with open(target, encoding="utf-8") as file:
@@ -19058,6 +19086,15 @@ def store_key(home: Home, name: str, key: str) -> KeyPlace:
     return place
 
 
+def set_variable(home: Home, name: str, value: str) -> Config:
+    """Set a variable in .env; the configuration then, which it must make. Raises ConfigError."""
+    with _locked(home):
+        env_text = set_dotenv(_read_text(home.env_path) or "", name, value)
+        config = _load_home(home, _read_text(home.models_path), env_text)
+        replace_file(home.env_path, env_text, 0o600)
+    return config
+
+
 def forget_keys(home: Home, name: str) -> str:
     """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
     only, name = name if "/" in name else "", name.partition("/")[0]
@@ -19278,11 +19315,11 @@ def _github_urls(host: str) -> tuple[str, str]:
 
 def _trusted_api(url: Any, host: str) -> str:
     """An address for a login's requests, "" for one that is none of GitHub's."""
-    try:
-        scheme, name, _, _ = split_url(url) if isinstance(url, str) and re.fullmatch(r"https?://[\w.:/-]+", url, re.ASCII) else ("", "", 0, "")
-    except ValueError:
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[\w.-]+(?::[0-9]{1,5})?(?:/[\w./-]*)?", url, re.ASCII):
         return ""
-    own = is_loopback(name) if "://" in host else scheme == "https" and (name == "githubcopilot.com" or name.endswith((".githubcopilot.com", f".{host}") if host != "github.com" else ".githubcopilot.com"))
+    scheme, name = split_url(url)[:2]
+    homes = ("githubcopilot.com", *((host,) if host != "github.com" else ()))
+    own = is_loopback(name) if "://" in host else scheme == "https" and any(name == home or name.endswith(f".{home}") for home in homes)
     return url.rstrip("/") if own else ""
 
 
@@ -19428,10 +19465,16 @@ async def copilot_login(world: World, transport: Transport, provider: Provider, 
         raise Refused("GitHub's answer holds no code, or an address that is not its own")
     tell(address, shown)
     interval_s, within_s = (float(value) if isinstance(value := begun.get(name), (int, float)) and 0 < value < 7200 else usual for name, usual in (("interval", _POLL_S), ("expires_in", 900.0)))
-    ends_at = world.clock() + within_s
+    ends_at, told, n_failed = world.clock() + within_s, {}, 0
     while world.clock() < ends_at:
         await world.sleep(interval_s)
-        told = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code")
+        try:
+            told, n_failed = await ask("/login/oauth/access_token", device_code=code, grant_type="urn:ietf:params:oauth:grant-type:device_code"), 0
+        except UpstreamFailure:
+            n_failed += 1               # a network that is gone for a moment does not cost the code
+            if n_failed >= 3:
+                raise
+            continue
         if isinstance(told.get("access_token"), str):
             return told["access_token"]
         if told.get("error") == "slow_down":
@@ -19793,7 +19836,7 @@ def merge_text(kind: str, text: str, tree: Json, where: str, begins: Json = {}) 
         made = merge(plain, tree)
         if read(made) != _merged(known, tree):
             raise ValueError("a form that cannot be changed safely")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, ConfigError) as error:
         told = redact(f"{error.found}" if isinstance(error, ConfigError) else str(error))
         raise ConfigError(where, printable(told)[:200], f"{kind.upper()} that can be read and changed; nothing was written, the values can be put in by hand") from error
     return made.replace("\n", "\r\n") if windows else made
@@ -19875,7 +19918,7 @@ def known_key(client: ClientSetup, environment: Mapping[str, str], database: Pat
         path = client_path(file, environment)
         try:
             tree: Any = _KINDS[file.kind][0](_text_of(path, _read_bytes(path)))
-        except (ValueError, ConfigError):
+        except (ValueError, RecursionError, ConfigError):
             continue                                        # whoever writes will complain
         for key in _shown_keys(file.values, tree):
             found = find_key(database, key)
@@ -20362,7 +20405,7 @@ def _speak_messages(stage: Stage) -> Iterator[str]:
     _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
     yield "a prompt that is too long"
     reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
-    _want(reply.status == 400 and "prompt is too long" in reply.body.decode(), "400 in the words that begin compaction", reply.body.decode())
+    _want(reply.status == 400 and "prompt is too long" in _text(_dig(reply.json, "error", "message")), "400 in the words that begin compaction", reply.body.decode())
     yield "cancel"
     stage.cast.left.clear()
     stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
@@ -20458,7 +20501,7 @@ def _tree_of(path: Path, kind: str) -> Any:
     data = _read_bytes(path)
     try:
         return _KINDS[kind][0](_text_of(path, data)) if data else {}
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         raise ConfigError(str(path), printable(redact(str(error)))[:200], f"{kind.upper()} that can be read") from error
 
 
@@ -20482,9 +20525,9 @@ def _up_to_root(folder: Path) -> list[Path]:
 def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     """Its settings files go before the environment; a token goes before an API key wherever either stands."""
     paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
-    rows = [*((str(path), _dig(_tree_of(path, "json"), "env")) for path in paths), (_ENVIRONMENT, environment)]
-    layers = [Layer(where, _text(_dig(dict(row), "ANTHROPIC_BASE_URL")), _text(_dig(dict(row), "ANTHROPIC_AUTH_TOKEN"))) for where, row in rows]
-    return [*layers, *(Layer(where, "", _text(_dig(dict(row), "ANTHROPIC_API_KEY"))) for where, row in rows)]
+    trees = [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+    layers = [Layer(where, *(_text(_dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
+    return [*layers, *(Layer(where, "", _text(_dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
 
 
 def _codex_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
@@ -20504,9 +20547,9 @@ def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[s
     if not provider:
         faults += [f"model_provider is {name!r}, and there is no [model_providers.{name}]"] if name not in ("", "openai") else []
         faults += ["the built-in provider tries a WebSocket at every start"] if name in ("", "openai") and tree.get("openai_base_url") else []
-    elif provider.get("wire_api", "responses") != "responses":
-        faults.append(f"wire_api is {provider['wire_api']!r}, which Codex no longer takes: it must be responses")
-    elif provider.get("supports_websockets") is True:
+    elif _dig(provider, "wire_api") not in ("responses", {}):
+        faults.append(f"wire_api is {_dig(provider, 'wire_api')!r}, which Codex no longer takes: it must be responses")
+    elif _dig(provider, "supports_websockets") is True:
         faults.append("supports_websockets is true, and this gateway speaks HTTP alone")
     return faults
 
@@ -20587,16 +20630,20 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     checks = [Check(name, "configuration", False, fault, write, name) for fault in faults]
     if top is None:
         return checks or [Check(name, "configuration", None, "it is not pointed at a gateway", write)]
-    trouble = _url_trouble(top.url, client, around)
+    trouble, shown = _url_trouble(top.url, client, around), _without_login(top.url)
     hidden = next((layer for layer in layers[layers.index(top) + 1:] if layer.url and not _url_trouble(layer.url, client, around)), None) if trouble else None
     if hidden is not None:
-        checks.append(Check(name, "address", False, f"{top.url} of {top.where} hides {hidden.url} of {hidden.where}", f"take the address out of {top.where}"))
+        checks.append(Check(name, "address", False, f"{shown} of {top.where} hides {_without_login(hidden.url)} of {hidden.where}", f"take the address out of {top.where}"))
     elif trouble:
-        checks.append(Check(name, "address", False, f"{top.url} of {top.where} {trouble}", *_mend(name, top.where, around)))
+        checks.append(Check(name, "address", False, f"{shown} of {top.where} {trouble}", *_mend(name, top.where, around)))
     else:
-        checks.append(Check(name, "address", True, f"{top.url} of {top.where}"))
+        checks.append(Check(name, "address", True, f"{shown} of {top.where}"))
         checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
     return checks
+
+
+def _without_login(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 def _mend(name: str, where: str, around: Surroundings) -> tuple[str, str]:
@@ -20658,7 +20705,7 @@ def _judge_key(name: str, holder: Layer | None, top: Layer, around: Surroundings
     elif row.expires_at is not None and row.expires_at <= time.time():
         told = f"has expired (id {row.id}, {row.name})"
     elif answer.status:
-        return Check(name, "key", False, f"{where} is good here, and the server at {top.url} refuses it: it runs with another home", "start the server with this --home")
+        return Check(name, "key", False, f"{where} is good here, and the server at {root_of(top.url)} refuses it: it runs with another home", "start the server with this --home")
     else:
         return Check(name, "key", True, f"{where} is good (id {row.id}, {row.name})")
     return Check(name, "key", False, f"{where} {told}", *_mend(name, holder.where, around))
@@ -20857,6 +20904,15 @@ def _show_broken_streams(stage: Stage) -> str:
     return "text that breaks off ends in the error event of each format, never as if whole"
 
 
+def _show_made_up_faults(stage: Stage) -> str:
+    key, _ = create_key(stage.database, "admin", limits={"admin": True})
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("well", "tools"), key=key, x_aicarousel_mock="500")
+    _want(reply.status == 200 and reply.headers.get("x-aicarousel-provider") == "tools" and reply.headers.get("x-aicarousel-attempts") == "2", "the second provider's answer", reply.body.decode())
+    refused = stage.ask("POST", "/v1/chat/completions", _chat_body("well"), x_aicarousel_mock="500")
+    _want(refused.status == 403, "403 without an admin key", str(refused.status))
+    return "x-aicarousel-mock: 500 by an admin key sent the next request to the next provider; try it on your own"
+
+
 def _show_cancel(stage: Stage) -> str:
     stage.cast.left.clear()
     stage.leave("/v1/chat/completions", _chat_body("slow"))
@@ -20884,7 +20940,8 @@ def _show_errors(stage: Stage) -> str:
 
 
 _SCENES: Mapping[str, Callable[[Stage], str]] = {
-    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
+    "failover": _show_failover, "held tool calls": _show_held_calls, "broken streams": _show_broken_streams, "made-up faults": _show_made_up_faults,
+    "cancel": _show_cancel, "limits": _show_limits, "error shapes": _show_errors}
 
 
 def selftest(tell: Callable[[Check], None]) -> None:
@@ -20975,6 +21032,7 @@ class _Question(NamedTuple):
     """What is asked for, and how an answer becomes words of the command: (home, answer, words so far) -> words. Raises Refused."""
     prompt: str
     read: Callable[[Home, str, Sequence[str]], list[str]]
+    shown: tuple[str, ...] = ()         #: the command that shows what can be answered; the last word so far goes with it
 
 
 class _Action(NamedTuple):
@@ -21045,7 +21103,7 @@ def _read_models(home: Home, text: str, words: Sequence[str]) -> list[str]:
 
 
 _PROVIDER = _Question("Provider (number or name)", _read_provider)
-_MODEL = _Question("Model (number or name)", _read_known_model)
+_MODEL = _Question("Model (number or name)", _read_known_model, ("model", "list"))
 _KEY_ID = _Question("Id of the key", _read_count)
 
 _MENUS: Mapping[str, _Menu] = {
@@ -21068,10 +21126,10 @@ _MENUS: Mapping[str, _Menu] = {
                                                  _Question("Its models, with commas (- for those that are known, or that it lists)", _read_models))),
         _Action("remove one", ("provider", "remove"), (_PROVIDER,)),
     )),
-    "5": _Menu("models", ("model", "list"), (
+    "5": _Menu("models", ("provider", "list"), (
         _Action("choose a default", ("model", "default"), (_PROVIDER, _MODEL)),
         _Action("try the others after the default, or not", ("model", "fallback"), (_PROVIDER, _Question("on or off", _read_switch))),
-        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word))),
+        _Action("add one", ("model", "add"), (_PROVIDER, _Question("Name of the model", _read_word, ("model", "list")))),
         _Action("remove one", ("model", "remove"), (_PROVIDER, _MODEL)),
         _Action("move one", ("model", "move"), (_PROVIDER, _MODEL, _Question("Its place, from 1", _read_count))),
         _Action("ask the providers what they list now", ("model", "refresh")),
@@ -21092,14 +21150,14 @@ def _ask(prompt: str, read: Callable[[str], Any]) -> Any:
             print(f"  {printable(str(refused))}")
 
 
-def _choose(choices: Mapping[str, str]) -> str | None:
+def _choose(choices: Mapping[str, str], title: str = "") -> str | None:
     """The key of the choice that was made, None for a mere Enter."""
     def read(text: str) -> str:
         if text.lower() not in choices:
             raise Refused(f"one of {', '.join(choices)}")
         return text.lower()
 
-    print("", *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
+    print("", *([title] if title else []), *(f"  {key}  {label}" for key, label in choices.items()), sep="\n")
     return _ask("Number", read)
 
 
@@ -21116,7 +21174,20 @@ def ask_key(home: Home, name: str | None, prompt: str) -> str | None:
         print("  Whose key is it?", *(f"  {number:>2}  {owner}" for number, owner in enumerate(names, 1)), sep="\n")
         own = [provider.name for provider in read_config(home, {}).providers if provider.preset is CUSTOM_PRESET]
         name = _ask("Number or name", lambda text: _pick(text, names if text.isdecimal() else [*PRESETS, *own], "provider"))
-    return take_key(home, key, name)[0] if key.strip() and (name or form) else None
+    if not key.strip() or not (name or form):
+        return None
+    told, _, place = take_key(home, key, name)
+    for variable in place.provider.preset.needs if place.provider.why_out.startswith("no account") else ():
+        def fill_in(text: str) -> str:
+            try:
+                set_variable(home, variable, text)
+            except ConfigError as error:
+                raise Refused(str(error)) from error
+            return f"{told.partition(';')[0]}; {variable} is kept too"
+
+        print(f"  {printable(told)}")
+        told = _ask(f"{variable} (Enter: later)", fill_in) or told
+    return told
 
 
 def _take_keys(home: Home, prompt: str) -> None:
@@ -21155,6 +21226,8 @@ def _do(home: Home, action: _Action, run: Callable[[Sequence[str]], int]) -> Non
     while True:
         words = list(action.words)
         for question in action.questions:
+            if question.shown:
+                run([*question.shown, words[-1]])
             answer = _ask(f"{question.prompt} (Enter: back)", lambda text: question.read(home, text, words))
             if answer is None:
                 return
@@ -21180,7 +21253,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
                 continue
             menu = _MENUS[choice]
             labels = {str(number): action.label for number, action in enumerate(menu.actions, 1)}
-            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"})) not in (None, "q"):
+            while run(menu.shown) == 0 and (number := _choose({**labels, "q": "back"}, "What shall be done?")) not in (None, "q"):
                 _do(home, menu.actions[int(number) - 1], run)
     except (EOFError, KeyboardInterrupt):
         print()
@@ -21425,6 +21498,7 @@ def client_recipes(address: str, key: str) -> list[str]:
         "curl:",
         f"  curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\",
         '    -d \'{"model": "aicarousel", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'',
+        f"Into a client's own files, by itself: python aicarousel.py config NAME --write, NAME being {', '.join(name for name, client in CLIENTS.items() if client.files)}",
     ]
 
 
@@ -21669,6 +21743,9 @@ def _print_keys(keys: Sequence[GatewayKey], as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
+    if not rows:
+        print("there are no gateway keys")
+        return 0
     fields = ("id", "prefix", "name", "created", "last_used", "active", "usage", "admin", "expires", "limits")
     for row in rows:
         row["limits"] = " ".join(f"{name}={','.join(value) if isinstance(value, list) else f'{value:g}'}" for name, value in row["limits"].items() if value)
@@ -21788,10 +21865,14 @@ def _setup_command(arguments: Any) -> int:
 
 
 def _stats_command(arguments: Any) -> int:
-    """What was used, from the usage table; a running server writes it within a moment of each request's end."""
-    path = find_home(arguments.home).database_path
-    stats = read_stats(path, since_utc_s=stats_since(arguments.days, time.time()), by=stats_groups(arguments.by), provider=arguments.provider, model=arguments.model,
-                       heatmap=arguments.heatmap)
+    """What was used, from the usage table; a running server writes it within a moment of each request's end. A gateway elsewhere is asked."""
+    since_utc_s, by = stats_since(arguments.days, time.time()), stats_groups(arguments.by)
+    if arguments.server:
+        from urllib.parse import urlencode
+        asked = {"days": arguments.days, "by": arguments.by, "provider": arguments.provider, "model": arguments.model, "heatmap": "1" if arguments.heatmap else None}
+        stats = _ask_admin(arguments, "GET", "/admin/stats?" + urlencode({name: value for name, value in asked.items() if value is not None}))
+    else:
+        stats = read_stats(find_home(arguments.home).database_path, since_utc_s=since_utc_s, by=by, provider=arguments.provider, model=arguments.model, heatmap=arguments.heatmap)
     if arguments.json:
         print(redact(json.dumps(stats, indent=1)))
         return 0
@@ -21808,26 +21889,37 @@ def _server_of(home: Home, settings: Settings) -> str:
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
     """What the running gateway answers to an admin request, by a key made for it that is gone afterwards. Raises ConfigError."""
     home = find_home(arguments.home)
-    settings = read_config(home, {}).settings
-    address = arguments.server or _server_of(home, settings)
+    address = arguments.server or _server_of(home, read_config(home, {}).settings)
+    known = getattr(arguments, "key", None)
+    fitting = "an https address, or a gateway on this machine" if known else _OWN_GATEWAY
     try:
         scheme, host, port, _ = split_url(address)
     except ValueError as error:
-        raise ConfigError("--server", str(error), _OWN_GATEWAY) from error
-    if scheme not in ("http", "https") or not is_loopback(host):        # the key below is for no one else to see
-        raise ConfigError("--server", address, _OWN_GATEWAY)
+        raise ConfigError("--server", str(error), fitting) from error
+    if scheme not in (("https",) if known and not is_loopback(host) else ("http", "https")) or not (known or is_loopback(host)):     # a key made here is for no one else to see
+        raise ConfigError("--server", address, fitting)
+    if known:
+        return _read_told(host, port, *_ask_with(known, scheme, host, port, method, path, body))
     if not home.database_path.exists():
         raise ConfigError(str(home.database_path), "no database", "one that a gateway has made (python aicarousel.py serve)")
     key, row = create_key(home.database_path, f"command {arguments.command}", limits={"admin": True, "expires_at": int(time.time()) + _ADMIN_KEY_S})
     try:
-        raw = None if body is None else body if isinstance(body, bytes) else dump_json(body)
-        status, answer = _ask_http(scheme, host, port, method, path, raw, {"authorization": f"Bearer {key}", **({} if raw is None else {"content-type": "application/json"})}, 10.0)
+        return _read_told(host, port, *_ask_with(key, scheme, host, port, method, path, body))
     finally:
         delete_key(home.database_path, row.id)
+
+
+def _ask_with(key: str, scheme: str, host: str, port: int, method: str, path: str, body: Any) -> tuple[int, bytes]:
+    raw = None if body is None else body if isinstance(body, bytes) else dump_json(body)
+    return _ask_http(scheme, host, port, method, path, raw, {"authorization": f"Bearer {key}", **({} if raw is None else {"content-type": "application/json"})}, 10.0)
+
+
+def _read_told(host: str, port: int, status: int, answer: bytes) -> Json:
+    """The JSON of a gateway's answer. Raises ConfigError for what is none."""
     try:
         told = json.loads(answer)
     except (ValueError, RecursionError):
-        raise ConfigError(f"gateway at {host}:{port}", "no answer", "one that runs with this home (python aicarousel.py serve)") from None
+        raise ConfigError(f"gateway at {host}:{port}", "no answer", "one that runs (python aicarousel.py serve)") from None
     if status != 200:
         message = told["error"]["message"] if isinstance(told, dict) and isinstance(told.get("error"), dict) else f"status {status}"
         raise ConfigError(f"gateway at {host}:{port}", f"{status}: {message}", "an answer")
@@ -21874,6 +21966,65 @@ def _explain_command(arguments: Any) -> int:
             raise ConfigError("--dry", f"{arguments.dry}: {error.strerror}", "a file with the body of a request") from error
         told = _ask_admin(arguments, "POST", f"/admin/explain?format={arguments.format}", body)
     return _print_told(arguments, told, told["lines"])
+
+
+def _read_typed_key(from_stdin: bool) -> str:
+    """A gateway key, typed unseen or from standard input; "" for none. Raises Refused."""
+    import getpass
+    try:
+        typed = sys.stdin.isatty() and not from_stdin
+        key = (getpass.getpass("Its gateway key, an admin key for stats and the like (it is not shown; Enter for none): ") if typed else sys.stdin.readline()).strip()
+    except (UnicodeDecodeError, EOFError) as error:
+        raise Refused("that is no key") from error
+    if key and not (len(key) <= 512 and key.isascii() and key.isprintable() and " " not in key):
+        raise Refused("that is no key")
+    return key
+
+
+def _context_command(arguments: Any) -> int:
+    """Gateways elsewhere, remembered: the one in use answers every command that takes --server."""
+    home = find_home(arguments.home)
+
+    def known(told: Json, name: str) -> None:
+        if name not in told["contexts"]:
+            raise Refused(f"there is no context {ascii(name)[1:-1][:80]}; " + (f"there are: {', '.join(told['contexts'])}" if told["contexts"] else "none was added yet"))
+
+    def change(told: Json) -> None:
+        if arguments.action == "add":
+            told["contexts"][arguments.name] = {"server": server, "key": key}
+        elif arguments.action == "use":
+            if arguments.name != "none":
+                known(told, arguments.name)
+            told["current"] = "" if arguments.name == "none" else arguments.name
+        else:
+            known(told, arguments.name)
+            del told["contexts"][arguments.name]
+            told["current"] = "" if told["current"] == arguments.name else told["current"]
+
+    if arguments.action == "add":
+        if not arguments.name.isprintable() or arguments.name in ("", "none"):
+            raise ConfigError("context", ascii(arguments.name), "a name")
+        server, key = _address_of(arguments, home), _read_typed_key(arguments.stdin)
+    if arguments.action != "list":
+        change_contexts(home, change)
+    told = read_contexts(home)
+    rows = [{"name": name, "server": row["server"], "key": f"...{row['key'][-4:]}" if row["key"] else None, "current": name == told["current"]} for name, row in told["contexts"].items()]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_lines(align_columns([["", "name", "server", "key"], *(["*" if row["current"] else "", row["name"], row["server"], row["key"] or "-"] for row in rows)], 4) if rows else ["no context: commands ask the gateway of this home"])
+    return 0
+
+
+def _apply_context(arguments: Any) -> None:
+    """Where no server is named, the context in use says which and with what key."""
+    if not hasattr(arguments, "server") or arguments.server or arguments.command == "context":
+        return
+    told = read_contexts(find_home(arguments.home))
+    row = told["contexts"].get(told["current"])
+    if row is not None:
+        arguments.server = row["server"]
+        arguments.key = getattr(arguments, "key", None) or row["key"] or None
 
 
 def _quota_command(arguments: Any) -> int:
@@ -22294,6 +22445,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int]] = {
     "run": _run_command,
     "doctor": _doctor_command,
     "selftest": _selftest_command,
+    "context": _context_command,
     "bundle": _bundle_command,
     "version": _version_command,
 }
@@ -22374,7 +22526,8 @@ def _add_why_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that ask a running gateway about itself."""
     import argparse
     server = argparse.ArgumentParser(add_help=False)
-    server.add_argument("--server", metavar="URL", help="address of the gateway (default: this machine)")
+    server.add_argument("--server", metavar="URL", help="address of the gateway (default: that of the context in use, else this machine)")
+    server.add_argument("-k", "--key", help="an admin key of that gateway (default: one made for this, on this machine)")
     told = commands.add_parser("explain", parents=[common, as_json, server], help="why a request went where it went")
     asked = told.add_mutually_exclusive_group(required=True)
     asked.add_argument("id", nargs="?", help="its x-aicarousel-request-id")
@@ -22424,6 +22577,18 @@ def _add_serve_parser(commands: Any, common: Any) -> None:
     served.add_argument("--tls-key", metavar="FILE", help="the certificate's private key")
 
 
+def _add_context_parsers(commands: Any, common: Any, as_json: Any) -> None:
+    """Gateways elsewhere."""
+    actions = commands.add_parser("context", help="gateways elsewhere, remembered").add_subparsers(dest="action", required=True, metavar="ACTION")
+    added = actions.add_parser("add", parents=[common, as_json], help="remember one; its key is asked for")
+    added.add_argument("name")
+    added.add_argument("--server", metavar="URL", required=True, help="its address")
+    added.add_argument("--stdin", action="store_true", help="read its key from standard input")
+    actions.add_parser("list", parents=[common, as_json], help="show all")
+    actions.add_parser("use", parents=[common, as_json], help="ask this one from now on (none: the gateway of this home)").add_argument("name")
+    actions.add_parser("remove", parents=[common, as_json], help="forget one").add_argument("name")
+
+
 def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
     """The commands that tell what was used, and that use it."""
     counted = commands.add_parser("stats", parents=[common, as_json], help="what was used, and what it cost")
@@ -22432,6 +22597,8 @@ def _add_use_parsers(commands: Any, common: Any, as_json: Any) -> None:
     counted.add_argument("--provider", metavar="P", help="of one provider alone")
     counted.add_argument("--model", metavar="M", help="of one model alone, by the name asked for or the provider's")
     counted.add_argument("--heatmap", action="store_true", help="also a map of requests by weekday and hour")
+    counted.add_argument("--server", metavar="URL", help="ask this gateway (default: that of the context in use, else the usage table of this home)")
+    counted.add_argument("-k", "--key", help="an admin key of that gateway")
 
     called = commands.add_parser("call", parents=[common], help="ask a running gateway one thing")
     called.add_argument("prompt")
@@ -22465,6 +22632,7 @@ def make_parser() -> Any:
     commands.add_parser("status", parents=[common, as_json], help="what is configured and what runs")
 
     _add_use_parsers(commands, common, as_json)
+    _add_context_parsers(commands, common, as_json)
     _add_why_parsers(commands, common, as_json)
 
     actions = commands.add_parser("db", help="the state database").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -22490,6 +22658,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     arguments = make_parser().parse_args(argv)
     try:
+        _apply_context(arguments)
         return _COMMANDS[arguments.command](arguments)
     except Refused as refused:
         return _say_done(arguments, str(refused), False)

@@ -33,6 +33,17 @@ def test_a_reference_is_read_from_its_file_or_program(tmp_path: Path) -> None:
     assert a.read_secret(f"cmd:cat '{tmp_path}/key'") == "k-of-a-file"
 
 
+@pytest.mark.parametrize("tool,words", [("secret-tool", "lookup service llm username my groq"), ("security", "find-generic-password -s llm -a my groq -w")])
+def test_a_reference_to_the_keyring_asks_the_tool_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, words: str) -> None:
+    (tmp_path / tool).write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert a.read_secret("keyring:llm/my groq") == words
+    (tmp_path / tool).unlink()
+    with pytest.raises(a.ConfigError, match="neither secret-tool"):
+        a.read_secret("keyring:llm/my groq")
+
+
 @pytest.mark.parametrize("reference,found", [
     ("file:/nothing/here", "No such file or directory"),
     ("file:{folder}/raw", "no UTF-8 text"),

@@ -186,7 +186,7 @@ def test_what_could_not_be_done_is_status_1(place: Place, words: list[str], comp
 
 
 COMMANDS = ["setup", "stop", "info", "serve", "key create", "key list", "key set", "key revoke", "key delete", "status", "stats", "explain", "quota", "route list", "route reset", "call", "db migrate", "db rollback", "config show",
-            "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
+            "context add", "context list", "context use", "context remove", "bundle", "version", "provider list", "provider add", "provider order", "provider test", "login", "logout", "model list", "model move", "model fallback", "alias set",
             "run", "doctor", "selftest"]
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import aicarousel as a
 from fakes import HANG_S, ROOT, Gateway, Provider, answer, clean_environment, invocation
@@ -560,6 +562,7 @@ def no_authorities(place: Place, _demo: Gateway) -> None:
 FAULTS: list[tuple[str, str, Callable[[Place, Gateway], None], str, str]] = [
     # name, subject, what is wrong, what is told, the fix that is named ("--write": and --fix does it)
     ("wrong URL", "claude-code", edit("claude-code", "127.0.0.1:{port}", "gate.example"), "is not this gateway, which is at", "--write"),
+    ("a login in the URL", "cline", edit("cline", "127.0.0.1:{port}", "me:my-password@gate.example"), "http://***@gate.example/v1 of ", "--write"),
     ("no URL", "cline", edit("cline", "http://127.0.0.1:{port}", "127.0.0.1"), "is no address", "--write"),
     ("missing /v1", "codex", edit("codex", "{port}/v1", "{port}"), "lacks /v1 at its end", "--write"),
     ("missing /v1, aider", "aider", edit("aider", "{port}/v1", "{port}/"), "lacks /v1 at its end", "--write"),
@@ -810,18 +813,19 @@ def test_a_gateway_that_does_not_let_go_is_found(heard: Any, monkeypatch: pytest
 def test_selftest_shows_everything(place: Place) -> None:
     began = time.monotonic()
     status, told = place.read("selftest")
-    assert status == 0 and told["ok"] and [check["what"] for check in told["checks"]] == ["failover", "held tool calls", "broken streams", "cancel", "limits", "error shapes"]
+    assert status == 0 and told["ok"] and [check["what"] for check in told["checks"]] == ["failover", "held tool calls", "broken streams", "made-up faults", "cancel", "limits", "error shapes"]
     assert time.monotonic() - began < 30 and not place.home.exists()
     status, out, _ = place.run("selftest")
-    assert status == 0 and out.count("\nok  ") == 5 and out.endswith("all is well\n")
+    assert status == 0 and out.count("\nok  ") == 6 and out.endswith("all is well\n")
 
 
 WORSE = {
     "failover": ("_CAST", {"limited": a._CAST["half-chat"]}),
     "held tool calls": ("_CAST", {"tools": a._CAST["well"]}),
     "broken streams": ("_CAST", {"half-messages": a._CAST["well"]}),
+    "made-up faults": ("create_key", lambda path, name, real=a.create_key, **more: real(path, name, **more if name != "admin" else {})),
     "cancel": ("_CAST", {"slow": a._CAST["down"]}),
-    "limits": ("create_key", lambda path, name, real=a.create_key, **_: real(path, name)),
+    "limits": ("create_key", lambda path, name, real=a.create_key, **more: real(path, name, **more if name != "limited" else {})),
     "error shapes": ("_CAST", {"refusing": a._CAST["down"]}),
 }
 
@@ -852,3 +856,47 @@ def test_the_stage_leaves_nothing_behind(place: Place, monkeypatch: pytest.Monke
     with pytest.raises(KeyError):
         a.on_stage(fail)
     assert list(place.work.iterdir()) == []
+
+
+# ---------------------------------------------------------------- whatever stands in a file
+
+NAMES = ["env", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "model", "provider", "aicarousel", "options", "baseURL", "apiKey", "lastUsedProvider", "providers", "openai-compatible", "settings", "security", "auth"]
+TREES = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["aicarousel", "http://127.0.0.1:1", "://", "http://[", "openai-compatible", ""]),
+                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), max_leaves=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=st.dictionaries(st.sampled_from(NAMES), TREES, max_size=4), name=st.sampled_from(["claude-code", "cline", "opencode", "gemini-cli"]))
+def test_whatever_stands_in_a_json_file_is_judged_and_changed_or_refused(place: Place, tree: Json, name: str) -> None:
+    path = place.write(name, json.dumps(tree, indent=2))
+    around = a.Surroundings("http://127.0.0.1:1", place.database, a.Settings(), os.environ, place.work)
+    assert all(isinstance(check, a.Check) and "\n" not in check.told for check in a.examine_client(name, around))
+    try:
+        [change, *_] = a.plan_changes(a.CLIENTS[name], os.environ, URL, KEY) or [None]
+        assert change is None or holds(json.loads(change.after), values_of(name, URL, KEY)[0])
+    except a.ConfigError as error:
+        assert error.where == str(path)
+
+
+@pytest.mark.parametrize("name,text", [("claude-code", "[" * 5000), ("claude-code", '{"env":' * 5000), ("codex", "a = " + "[" * 3000), ("codex", 'model_provider = 1\nmodel_providers = "x"\n'),
+                                       ("codex", 'model_provider = "x"\nmodel_providers.x = 7\n'), ("continue", "models: x\n"), ("aider", "model: [1]\nopenai-api-base: [x]\n"), ("aider", "\0")])
+def test_files_that_no_client_would_read(place: Place, name: str, text: str) -> None:
+    place.write(name, text)
+    around = a.Surroundings("http://127.0.0.1:1", place.database, a.Settings(), os.environ, place.work)
+    assert a.examine_client(name, around)
+    with contextlib.suppress(a.ConfigError):
+        a.plan_changes(a.CLIENTS[name], os.environ, URL, KEY)
+
+
+# ---------------------------------------------------------------- recipes without a file
+
+@pytest.mark.parametrize("name", ["openai-sdk", "anthropic-sdk", "curl"])
+def test_what_is_to_be_pasted_works(demo: Gateway, tmp_path: Path, name: str) -> None:
+    [(_, recipe)] = a.snippet(a.CLIENTS[name], os.environ, demo.url, demo.key)
+    if name != "curl":
+        names: Json = {}
+        exec(recipe.replace("\nclient.", "\ntold = client."), names)      # here, as the SDKs take seconds to load
+        assert a.Demo.ANSWER in str(names["told"])
+    elif shutil.which("curl"):
+        ran = subprocess.run(["sh", "-c", recipe], env=clean_environment(tmp_path), capture_output=True, text=True, timeout=HANG_S)
+        assert ran.returncode == 0 and ran.stdout.count("data: ") > 20 and ran.stdout.rstrip().endswith("data: [DONE]")

@@ -174,6 +174,8 @@ REFUSED = [
     (entry(keys=["env:1A"]), "x.keys[0]", "not shown", "env:NAME"),
     (entry(keys=["file:secret"]), "x.keys[0]", "not shown", "file:/path"),
     (entry(keys=["cmd: "]), "x.keys[0]", "not shown", "cmd:program"),
+    (entry(keys=["keyring:groq"]), "x.keys[0]", "not shown", "keyring:service/name"),
+    (entry(keys=["keyring:groq/"]), "x.keys[0]", "not shown", "keyring:service/name"),
     (entry(keys=["cmd:a\nb"]), "x.keys[0]", "not shown", "cmd:program"),
     (entry(keys=[{"label": "b"}]), "x.keys[0].key", "nothing", 'the field "key"'),
     (entry(keys=[{"key": "env:A", "lable": "b"}]), "x.keys[0].lable", "unknown", 'did you mean "label"?'),
@@ -369,11 +371,11 @@ def reading(values):
 
 
 def test_references_to_files_and_programs_are_read_and_never_shown():
-    models = entry(keys=["file:/run/a", {"key": "cmd:pass show groq", "label": "b"}, "file:/run/gone", "env:C_KEY"])
-    values = {"file:/run/a": "k-a", "cmd:pass show groq": "k-b1,k-b2"}
+    models = entry(keys=["file:/run/a", {"key": "cmd:pass show groq", "label": "b"}, "file:/run/gone", "env:C_KEY", "keyring:llm/my groq"])
+    values = {"keyring:llm/my groq": "k-d", "file:/run/a": "k-a", "cmd:pass show groq": "k-b1,k-b2"}
     config = load(models, {"C_KEY": "k-c", "AICAROUSEL_SECRET_COMMANDS": "yes"}, read_secret=reading(values))
-    assert credentials(config, "x") == [("x/1", "k-a", "file:/run/a"), ("x/2", "k-b1", "cmd:pass show groq"), ("x/3", "k-b2", "cmd:pass show groq"), ("x/4", "k-c", "env:C_KEY")]
-    assert config.secrets == {"k-a", "k-b1", "k-b2", "k-c"} and config.secret_files == ("/run/a", "/run/gone")
+    assert credentials(config, "x") == [("x/1", "k-a", "file:/run/a"), ("x/2", "k-b1", "cmd:pass show groq"), ("x/3", "k-b2", "cmd:pass show groq"), ("x/4", "k-c", "env:C_KEY"), ("x/5", "k-d", "keyring:llm/my groq")]
+    assert config.secrets == {"k-a", "k-b1", "k-b2", "k-c", "k-d"} and config.secret_files == ("/run/a", "/run/gone")
     assert config.warnings == ("file:/run/gone: found no such file; expected a key",)
     assert config.origins["x.keys.1"] == "file:/run/a"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import aicarousel as a
-from fakes import ROOT, Gateway, Provider, Request, answer, chat_answer, clean_environment, invocation
+from fakes import ROOT, Gateway, Provider, Request, answer, chat_answer, chat_stream, clean_environment, invocation, stream
 from house import KEY, House
 from terminal import Terminal
 from test_cli import wait_for
@@ -79,6 +79,8 @@ class GitHub:
             return answer(b"unauthorized: token expired\n", 401)
         if path == "/api/models":
             return answer(self.catalogue)
+        if path == "/api/chat/completions" and request.streamed:
+            return stream(chat_stream("Hel", "lo."))
         return answer({"/api/v1/messages": MESSAGE, "/api/responses": RESPONSE}.get(path, chat_answer("Hello.")))
 
     def mints(self) -> list[Request]:
@@ -273,6 +275,15 @@ def test_each_model_is_asked_where_it_speaks(house: Callable[..., CopilotHouse],
     assert github.asked()[-1].path == {"chat": by_chat, "messages": by_messages, "responses": by_responses}[client]
 
 
+def test_answers_are_streamed_on_and_a_refused_token_costs_no_stream(house: Callable[..., CopilotHouse], github: GitHub) -> None:
+    gateway = house()
+    for _ in range(2):
+        reply = gateway.chat("github-copilot/gemini-3.8-flash", stream=True)
+        assert reply.status == 200 and reply.text == "Hello." and reply.done
+        github.valid.clear()
+    assert [request.headers["authorization"] for request in github.asked()] == ["Bearer tid=t1;exp=1:mac", "Bearer tid=t1;exp=1:mac", "Bearer tid=t2;exp=1:mac"]
+
+
 @pytest.mark.parametrize("catalogue", [{"data": []}, b"<html>", {"data": [{"id": "gpt-6-luna", "capabilities": {"limits": 5, "supports": None}}]}])
 def test_without_a_catalogue_models_are_asked_as_they_are_known(house: Callable[..., CopilotHouse], github: GitHub, catalogue: Any) -> None:
     github.catalogue = catalogue
@@ -407,8 +418,8 @@ def test_slow_down_is_obeyed(github: GitHub) -> None:
             transport.close()
 
     github.begin["interval"] = 5
-    github.polls = [{"error": "authorization_pending"}, {"error": "slow_down"}, {"error": "slow_down", "interval": 30}, {"access_token": LOGIN}]
-    assert asyncio.run(log_in()) == LOGIN and waits == [5.0, 5.0, 10.0, 30.0]
+    github.polls = [{"error": "authorization_pending"}, {"error": "slow_down"}, [], [], {"error": "slow_down", "interval": 30}, {"access_token": LOGIN}]
+    assert asyncio.run(log_in()) == LOGIN and waits == [5.0, 5.0, 10.0, 10.0, 10.0, 30.0], "two answers that are none do not end it"
 
 
 def test_a_login_can_be_brought_along(place: Place, github: GitHub) -> None:

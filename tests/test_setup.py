@@ -211,12 +211,13 @@ def test_models(room: Room, running: Any) -> None:
     gateway, sit_down, soon = running
     it = sit_down()
     it.answer("Number: ", "5")
-    it.expect("groq\n  1 * m\n  2   n\n  3   o\n")
+    it.expect("  1  groq ")
 
     it.answer("Number: ", "1")
     it.answer("Provider (number or name) (Enter: back): ", "x")
     it.expect("  there is no provider x")
     it.answer("Provider (number or name) (Enter: back): ", "groq")
+    it.expect("groq\n  1 * m\n  2   n\n  3   o\n")
     it.answer("Model (number or name) (Enter: back): ", "4")
     it.expect("  there is no model 4; a number from 1 to 3, or a name")
     it.answer("Model (number or name) (Enter: back): ", "2")
@@ -309,6 +310,19 @@ def test_keys_of_providers(room: Room, running: Any) -> None:
     it.answer("Number: ", "")
     it.answer("Number: ", "q")
     assert it.end() == 0
+
+
+def test_a_provider_that_wants_an_account_is_asked_for_it(room: Room, provider: Provider) -> None:
+    room.environment |= {"CLOUDFLARE_BASE_URL": provider.script("cloudflare", vendor()) + "/{CLOUDFLARE_ACCOUNT_ID}"}
+    with room.sit_down("login", "cloudflare") as it:
+        it.answer("(it is not shown): ", "cf-" * 13)
+        it.expect("cloudflare takes no part yet: no account: CLOUDFLARE_ACCOUNT_ID is not set")
+        it.answer("CLOUDFLARE_ACCOUNT_ID (Enter: later): ", "with blanks")
+        it.expect("expected letters, digits, - _ and .")
+        it.answer("CLOUDFLARE_ACCOUNT_ID (Enter: later): ", "0123abcd")
+        it.expect("CLOUDFLARE_ACCOUNT_ID is kept too")
+        assert it.end() == 0
+    assert room.env == {"CLOUDFLARE_API_TOKEN": "cf-" * 13, "CLOUDFLARE_ACCOUNT_ID": "0123abcd"}
 
 
 def test_keys_of_the_gateway_and_status(running: Any) -> None:
