@@ -17232,7 +17232,7 @@ button.main{background:var(--accent);border-color:var(--accent);color:var(--pape
 button.plain{border:0;background:none;padding:0;color:var(--accent);text-align:left}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 input,select,textarea{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:5px 10px;min-width:0}
-textarea{width:100%;min-height:170px;color:inherit;font:13px/1.45 ui-monospace,monospace}
+textarea{width:100%;color:inherit;font:13px/1.45 ui-monospace,monospace}
 form{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0}
 form input{flex:1 1 260px}
 .plots{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}
@@ -17256,13 +17256,15 @@ figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:8px}
 [aria-selected=true]{border-color:var(--accent);color:var(--accent)}
 .copied{position:relative}
 .copied button{position:absolute;top:6px;right:6px}
-.copied pre{padding-right:80px}
+.copied pre{padding-right:80px;white-space:pre}
+#calls{display:grid;grid-template-columns:minmax(0,1fr);gap:8px}
+summary{overflow-wrap:anywhere;cursor:pointer}
 .warn{color:var(--bad)}
 footer{padding:24px 16px 40px}
 [hidden]{display:none!important}
 @media(max-width:960px){th,td{padding:6px 8px}}
 @media(min-width:830px){#p-heat{grid-column:span 2}}
-@media(max-width:700px){.list thead{display:none}.list tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:8px 12px;border-top:1px solid var(--line)}.list tr.more{border:0;padding-top:0}.list td{border:0;padding:0}.list td.n[title]::before{content:attr(title) " ";color:var(--soft)}.list .more td{flex:1;min-width:0}}
+@media(max-width:700px){.list thead{display:none}.list tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:8px 12px;border-top:1px solid var(--line)}.list tr.more{border:0;padding-top:0}.list td{border:0;padding:0}.list td.n[title]::before{content:attr(title) " ";color:var(--soft)}.list .more td{flex:1;min-width:0}.copied pre{padding:46px 12px 10px}}
 """
 
 _PAGE_BODY = r"""
@@ -17549,7 +17551,7 @@ async function send(method, path, body, out, button) {
 for (const [path, methods] of Object.entries(api.paths)) for (const [method, call] of Object.entries(methods)) {
   const sample = call.requestBody && call.requestBody.content["application/json"].example, out = make("pre", {tabindex: "0", "aria-live": "polite"});
   const where = make("input", {"aria-label": "Path", value: path + (call.parameters || []).filter(one => one.in === "query" && one.example !== undefined).map((one, place) => (place ? "&" : "?") + one.name + "=" + one.example).join("")});
-  const body = sample === undefined ? null : make("textarea", {"aria-label": "Body", spellcheck: "false"}, JSON.stringify(sample, null, 2));
+  const body = sample === undefined ? null : make("textarea", {"aria-label": "Body", spellcheck: "false", rows: JSON.stringify(sample, null, 2).split("\n").length + 1}, JSON.stringify(sample, null, 2));
   const button = make("button", {class: "main", onclick: () => send(method.toUpperCase(), where.value, body && body.value, out, button)}, "Send");
   at("calls").append(make("details", {class: "card"}, make("summary", {}, make("b", {}, method.toUpperCase() + " " + path), " ", make("span", {class: "soft"}, call.summary)),
     make("form", {onsubmit: event => { event.preventDefault(); button.click(); }}, where), ...(body ? [body] : []), make("p", {}, button), out));

@@ -60,8 +60,8 @@ class Page:
         return found
 
     def look(self) -> None:
-        """Have it ask now, statistics too."""
-        self.run("look.statsAt = 0; look()")
+        """Have it ask now, statistics too, and show what it is told."""
+        self.run("look.statsAt = 0; return look()")
 
     def enter(self) -> None:
         """The admin key, typed."""
@@ -111,10 +111,12 @@ def test_a_live_request_appears_and_goes(build: Build, browser: Any, provider: P
     assert page.all("#live tr") == ["Nothing is under way."] and page.all("#none tr") == ["None since the start."] and page.all("#last tr") == []
     with house.start_chat("a/m") as client:
         provider.wait_paused("more")
+        page.look()
         [row] = page.wait(lambda: page.all("#live [data-request]"))
         assert "a/m" in row and "chat, streamed" in row and "answering" in row
         provider.release("more")
         client.read_all()
+    page.look()
     page.wait(lambda: not page.all("#live [data-request]"))
     [row] = page.wait(lambda: page.all("#last [data-request]"))
     assert "served" in row and "a/1:m" in row and page.all("#none tr") == []
@@ -233,10 +235,10 @@ def test_by_keyboard_alone(build: Build, browser: Any) -> None:  # noqa: F811
     page.wait(lambda: "tried, in order" in page.text("#last pre"))
     # What comes meanwhile takes neither the focus nor what is open.
     second = house.chat("aicarousel").headers["x-aicarousel-request-id"]
+    page.look()
     page.wait(lambda: page.all("#last button") == [second, first])
-    for _ in range(2):
-        seen = page.text("#about")
-        page.wait(lambda: page.text("#about") != seen)
+    page.look()
+    page.look()
     assert page.focus() == first and "tried, in order" in page.text("#last pre") and len(page.all("#last pre")) == 1
     page.press(keys.SPACE)
     page.wait(lambda: page.all("#last pre") == [])
