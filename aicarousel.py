@@ -15856,6 +15856,8 @@ class Server:
         """The life of one connection; the only place that catches what nobody expected."""
         assert isinstance(inbox, _ClientInbox)
         n_over = len(self._links) - self.max_connections
+        if n_over >= 0:                 # of a burst, who made room may not be gone yet
+            n_over = sum(not link.writer.transport.is_closing() for link in self._links) - self.max_connections
         if n_over >= _SURPLUS or not self.open:
             writer.transport.abort()
             return

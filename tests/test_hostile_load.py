@@ -187,7 +187,7 @@ def test_fds_idle_clients_make_room(poor: Gateway) -> None:
         assert poor.chat("a/m").text == TEXT
     for link in idle:
         link.close()
-    assert "connections are limited to 96" in poor.log and "Too many open files" not in poor.log
+    assert wait_for(lambda: "connections are limited to 96" in poor.log) and "Too many open files" not in poor.log
 
 
 @pytest.mark.parametrize("client", FORMATS)

@@ -150,7 +150,7 @@ def test_a_provider_that_cannot_be_reached_is_left_out_as_long_as_is_set(build: 
 # ---------------------------------------------------------------- all of them
 
 def test_every_limit_has_a_test_here_or_is_named_there() -> None:
-    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, what the relay does with the budget and the deadline by test_faults, usage by test_storage."""
+    """What is shown elsewhere: drain by test_server's signals, queue by test_waiting, what the relay does with the budget and the deadline by test_faults, usage by test_storage, the request log by test_request_log."""
     text = open(__file__, encoding="utf-8").read()
-    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast", "usageRows", "usageDays"}
+    elsewhere = {"drain", "queue", "requestTotal", "retryBudget", "retryBudgetLeast", "usageRows", "usageDays", "requestLogBytes", "requestLogDays"}
     assert {name for name in aicarousel._BOUND_FIELDS if name not in text} == set() and elsewhere <= set(aicarousel._BOUND_FIELDS)

@@ -87,7 +87,7 @@ def test_from_an_empty_folder_to_a_streamed_answer_in_claude_code(tmp_path: Path
 
 
 def plain(screen: str, folder: Path, port: int) -> str:
-    """A screen without what differs from run to run: keys, folders, the port, the log."""
+    """A screen without what differs from run to run: keys, folders, the port, the log, what newer clients say of a model that they do not know."""
     screen = re.sub(r"sk-[0-9a-f]{64}", "sk-...", screen.replace(str(folder.resolve()), "~").replace(str(folder), "~").replace(f":{port}", ":7123"))
-    lines = [line.rstrip() for line in screen.split("\n") if not re.match(r"\d{4}-\d\d-\d\d \d\d:", line)]
+    lines = [line.rstrip() for line in screen.split("\n") if not re.match(r"\d{4}-\d\d-\d\d \d\d:|Claude Code doesn't recognize|\[claude-code:", line)]
     return "\n".join(lines).strip() + "\n"
