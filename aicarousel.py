@@ -11,37 +11,61 @@ to a machine and run: Python 3.11 and the package h11 are all it needs, certifi 
 It fetches nothing for clients, phones nowhere, and connects to the configured providers alone.
 
 Contents
-     1  Vocabulary          records and words every section may use
-     2  Errors              three families: for the client, the policy, the operator
-     3  Presets             what is known of each provider: one row each
-     4  Configuration       models.json, .env, environment and flags -> Config
-     5  Failures            what an answer or a broken connection means
-     6  Quotas              what providers grant, what is used of it, when there is room
-     7  Routing policy      which route, in which order, what cools for how long
-     8  Event streams       server-sent events, incremental and bounded
-     9  Hub                 the neutral request, parts and deltas, and every rule that formats share
-    10  OpenAI Chat         requests checked, streams watched on their way through, and the six names
-    11  OpenAI Responses    the same for Responses
-    12  Anthropic Messages  the same for Messages
-    13  Plain endpoints     what came before Chat, and Gemini's own way of asking
-    14  Translation         the FORMATS table, pass-through, stream coupling, token estimate
-    15  World               time, chance, the network, alarms
-    16  HTTP                heads by h11, bodies by hand
-    17  Store               SQLite: gateway keys and their limits, usage, statistics, migrations; the request log
-    18  Transport           the providers' side: connections, TLS, proxies, deadlines
-    19  Server              the clients' side: accept, keep-alive, limits, drain
-    20  Relay               attempts, commit, pump, keep-alives, cancellation
-    21  Pages               the page, the API described, metrics, the list of models, answers as text
-    22  Endpoints           the running whole, its URLs and who may call them
-    23  Accounts            the home folder and changes to its files, keys checked and stored, logins
-    24  Clients             each client's files and dialogue, launcher, doctor, selftest
-    25  Bundle              the copy that needs nothing installed
-    26  Set-up              the dialogue of `setup`
-    27  Command line        arguments, commands, main
+     1  Vocabulary             records and words every section may use
+     2  Errors                 three families: for the client, the policy, the operator
+     3  Presets                what is known of each provider: one row each
+     4  Configuration          models.json, .env, environment and flags -> Config
+     5  File edits             models.json and .env changed as text
+     6  Failures               what an answer or a broken connection means
+     7  Quotas                 what providers grant, what is used of it, when there is room
+     8  Routing policy         which route, in which order, what cools for how long
+     9  Event streams          server-sent events, incremental and bounded
+    10  Hub                    the neutral request, parts and deltas, and every rule that formats share
+    11  Identifiers and seals  ids that every side accepts, thinking that finds its way back
+    12  Turns                  calls paired with results, parts that a target does not take
+    13  Tools                  names, schemas and choice, as each target takes them
+    14  Request fields         effort, sampling, limits, cache marks, users
+    15  Preparation            payload rules and repairs; prepare(), which joins the rules above
+    16  Answers                stop reasons, usage and errors of every format
+    17  Stream rules           what readers of streams share: order of deltas, held calls
+    18  OpenAI Chat            requests checked, streams watched on their way through
+    19  Chat translation       Chat read into the hub and written from it
+    20  OpenAI Responses       requests checked, read into the hub, written from it
+    21  Responses answers      its answers, whole, streamed and passing
+    22  Anthropic Messages     requests checked, read into the hub, written from it
+    23  Messages answers       its answers, whole, streamed and passing
+    24  Plain endpoints        what came before Chat, and Gemini's own way of asking
+    25  Token estimate         tokens counted without a tokenizer, and what usage teaches of it
+    26  Translation            the FORMATS table, pass-through, stream coupling
+    27  Resumption             the rest of a text that broke off: asked for, judged, joined
+    28  World                  time, chance, the network, alarms
+    29  HTTP                   heads by h11, bodies by hand
+    30  Store                  SQLite: opening, schema, migrations, damage and copies
+    31  Gateway keys           made, listed, revoked, found in memory
+    32  Usage                  rows written by a thread of their own, statistics over them
+    33  Request log            a line of JSON for every request, within caps of size and age
+    34  Key limits             requests, tokens and money of each key, reserved and settled
+    35  Transport              the providers' side: connections, TLS, proxies, deadlines
+    36  Server                 the clients' side: accept, keep-alive, limits, drain
+    37  Relay                  attempts, commit, pump, keep-alives, cancellation
+    38  Model lists            what providers offer, asked for behind whoever looks
+    39  Pages                  the page, the API described, metrics
+    40  Reports                lists of models, answers to why, statistics, as text and JSON
+    41  Endpoints              the running whole, its URLs and who may call them
+    42  Home                   the home folder and changes to its files
+    43  Accounts               provider keys recognised, checked, stored; GitHub Copilot; what is shown of them
+    44  Clients                each client's files: what is set, written, taken back
+    45  Launcher               run -- claude: a client, and a gateway if none runs
+    46  Dialogues              built-in providers, and what each client says to a gateway
+    47  Doctor                 what would not work, and what mends it; selftest
+    48  Bundle                 the copy that needs nothing installed
+    49  Set-up                 the dialogue of `setup`
+    50  Serving                the server's life: sockets, signals, reloads, the log
+    51  Command line           arguments, commands, main
 
 Life of a request
-    Server reads it (19) -> admit and check (22) -> plan (7) -> attempt (20)
-    -> Transport.request (18) -> failure: classify (5), cool (7), next route | success: commit, pump -> settle (17)
+    Server reads it (36) -> admit and check (41) -> plan (8) -> attempt (37)
+    -> Transport.request (35) -> failure: classify (6), cool (8), next route | success: commit, pump -> settle (30)
 
 Promises
     Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
@@ -122,7 +146,7 @@ __all__ = [
 
 
 ##############################################################################
-# 1. Vocabulary                                             pure | uses -
+# 1. Vocabulary                                           pure | uses -
 ##############################################################################
 # Records and words every section may use.  A record here is a value: it is made once, never changed, and says
 # nothing about how it is stored or sent.  Words are those of the README: client, provider, credential, route, attempt.
@@ -297,7 +321,7 @@ class Attempt:
 
 
 ##############################################################################
-# 2. Errors                                                 pure | uses 1
+# 2. Errors                                               pure | uses -
 ##############################################################################
 # Three audiences, three families: GatewayError for the client, UpstreamFailure for the policy, ConfigError for the
 # operator.  Whose fault it is lies in the type, never in the text.  No text here holds a secret or a URL.
@@ -422,7 +446,7 @@ class ConfigError(Exception):
 
 
 ##############################################################################
-# 3. Presets                                                pure | uses 1
+# 3. Presets                                              pure | uses 1
 ##############################################################################
 # What is known of each provider: one row each, data only, in the order in which they are tried when there is no
 # models.json.  A row says only what differs from Preset's defaults.  Names and limits age fast: live answers win over them.
@@ -892,7 +916,7 @@ DEFAULT_MODELS: Mapping[str, Json] = MappingProxyType({
 
 
 ##############################################################################
-# 4. Configuration                                          pure | uses 1-3
+# 4. Configuration                                        pure | uses 1-3
 ##############################################################################
 # models.json, the environment and the flags become one Config, or one ConfigError that says where, found, expected.
 # Three layers: checkers (`_want_*`: a value and its place -> the value as we keep it, or a complaint), tables of
@@ -1022,14 +1046,14 @@ def parse_dotenv(text: str) -> dict[str, str]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = _DOTENV_LINE.fullmatch(line)
+        match = DOTENV_LINE.fullmatch(line)
         if match is None:
             raise ConfigError(f".env line {number}", "something else", 'NAME=value, with quotes closed on the same line and # comments after a space')
         values[match["name"]] = _dotenv_value(match)
     return values
 
 
-_DOTENV_LINE = re.compile(r"""\s*(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*
+DOTENV_LINE = re.compile(r"""\s*(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*
     (?:"(?P<double>(?:[^"\\]|\\.)*)"|'(?P<single>[^']*)'|(?P<plain>(?!["'])(?:(?!\s\#).)*?|\#.*?))(?:\s+\#.*|\s*)""", re.VERBOSE)
 
 
@@ -1916,6 +1940,11 @@ _OPAQUE_MIN = 8
 _OPAQUE = re.compile(r"(?=(?:.*[0-9]){4})(?=.*[A-Za-z])[A-Za-z0-9_+/=.\-]{20,}")        #: what is no word and no URL
 
 
+##############################################################################
+# 5. File edits                                           pure | uses 4
+##############################################################################
+# An edit changes what it names and nothing else: order, blanks and comments stay as somebody wrote them.  Guarded by tests/test_edits.py.
+
 # Edits.
 #
 # Files that people write are changed as text: what an edit does not touch stays as it was, byte for byte.  Texts that come here have been loaded before.
@@ -2030,7 +2059,7 @@ def set_dotenv(text: str, name: str, value: str) -> str:
     lines = re.split(r"(\r\n|\r|\n)", text)
     for number in range(len(lines) - 1, -1, -2):
         line = lines[number]
-        match = _DOTENV_LINE.fullmatch(line, 1 if line.startswith("\ufeff") else 0) if not line.lstrip().startswith("#") else None
+        match = DOTENV_LINE.fullmatch(line, 1 if line.startswith("\ufeff") else 0) if not line.lstrip().startswith("#") else None
         if match is not None and match["name"] == name:
             group = next(group for group in ("double", "single", "plain") if match[group] is not None)
             start, end = match.span(group) if group == "plain" else (match.start(group) - 1, match.end(group) + 1)
@@ -2049,7 +2078,7 @@ def cut_dotenv(text: str, name: str) -> str:
 
 
 ##############################################################################
-# 5. Failures                                               pure | uses 1-4
+# 6. Failures                                             pure | uses 1-2, 4
 ##############################################################################
 # What came back from a provider, made into an UpstreamFailure: which kind, which finer reason, what cools, for how long.
 # A failure is judged once, from top to bottom: rows of _SIGNS (words and codes of one provider, or too plain to mistake),
@@ -2952,7 +2981,7 @@ def _tell(lead: str, failures: Sequence[UpstreamFailure], attempts: Sequence[Att
 
 
 ##############################################################################
-# 6. Quotas                                                 pure | uses 1-3, 5
+# 7. Quotas                                               pure | uses 1, 6
 ##############################################################################
 # What providers grant, what of it is used, and when there is room again: arithmetic, with `now` handed in.
 # A bucket is what a provider counts by (Preset.bucket); it holds windows: requests or tokens in a second, a minute, a day.
@@ -3751,14 +3780,14 @@ def _load_window(bucket: Bucket, saved: Json, shift: float, now: float) -> None:
 
 
 ##############################################################################
-# 7. Routing policy                                         pure | uses 1-6
+# 8. Routing policy                                       pure | uses 1-2, 4, 6-7
 ##############################################################################
 # Which routes, in which order, and why not the others: functions of configuration and state, with `now` handed in.
 # A Catalogue is worked out once per configuration; resolve() turns a model name into a Choice; plan() orders its routes for
 # one request; cool() and clear() keep the cooldowns.  Nothing here logs, sleeps or picks at random: jitter arrives.
-# A burst is spread because every request that goes out is reserved in section 6's ledger before the next one is planned.
+# A burst is spread because every request that goes out is reserved in section 7's ledger before the next one is planned.
 # Guessed cooldowns end with a probe: one real request is let through, the others wait for what it finds.
-# What fits a request is section 14's to say: plan() is handed it, and asks it as seldom as it can.
+# What fits a request is section 26's to say: plan() is handed it, and asks it as seldom as it can.
 # A conversation stays where its prompt is cached, and waits there no longer than another provider would take to read that part anew.
 # One more strategy: a function of what less is better of, a line in _METRICS, its word in section 4; a row in tests/test_quota.py shows it.
 
@@ -3775,7 +3804,7 @@ _PREFILL_PER_S = 2000.0     #: tokens of a prompt that a provider reads in a sec
 _CACHE_S = 300.0            #: how long a cache is waited for: most providers forget a prompt after five to ten minutes
 _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter prompts no provider keeps
 
-#: Why a route will not do for one request, by the words of misfit() in section 14 and of the relay.
+#: Why a route will not do for one request, by the words of misfit() in section 26 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
     "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
     "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
@@ -4586,7 +4615,7 @@ def load_cooldowns(state: RoutingState, rows: Mapping[str, Json], now: float) ->
 
 
 ##############################################################################
-# 8. Event streams                                          pure | uses 1-2
+# 9. Event streams                                        pure | uses 2
 ##############################################################################
 # Nothing here waits: feed() returns what a chunk completes and keeps the rest.  Bytes are held until a frame is whole and
 # text is decoded per frame, so a chunk may end inside a UTF-8 sequence or between CR and LF.
@@ -4741,7 +4770,7 @@ def write_alike(before: bytes, texts: Sequence[str], after: bytes) -> bytes:
 
 
 ##############################################################################
-# 9. Hub                                                    pure | uses 1-2
+# 10. Hub                                                 pure | uses 2
 ##############################################################################
 # The neutral form between the wire formats, and every rule that all formats share, each one function here: a format's reader
 # recognises shapes, its writer renders shapes, and neither pairs calls, invents ids or cleans schemas.
@@ -5239,6 +5268,12 @@ def mend_text(value: Any) -> Any:
     return value
 
 
+##############################################################################
+# 11. Identifiers and seals                               pure | uses 10
+##############################################################################
+# Rules of the hub, part two: ids are fitted to what a side accepts and found again, and what only its own vendor can read travels sealed.
+# Guarded by tests/test_hub.py.
+
 # ---- Identifiers
 
 _COUNTER_LIKE = re.compile(r"[:_.\-]\d{1,3}\Z")
@@ -5261,17 +5296,18 @@ def mint(prefix: str, seed: str, number: int = 0) -> str:
     return prefix + base64.b64encode(hashlib.sha256(f"{prefix}|{seed}|{number}".encode("utf-8", "replace")).digest(), b"Aa")[:24].decode()
 
 
-def _hex(text: str, length: int) -> str:
+def short_hex(text: str, length: int) -> str:
+    """The first characters of a text's SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
 def _fit_anthropic(call_id: str) -> str:
     clean = re.sub(r"[^a-zA-Z0-9_-]", "_", call_id)
-    return call_id if clean == call_id else f"{clean}_{_hex(call_id, 8)}"
+    return call_id if clean == call_id else f"{clean}_{short_hex(call_id, 8)}"
 
 
 def _fit_openai(call_id: str) -> str:
-    return call_id if len(call_id) <= 64 else f"{call_id[:40]}_{_hex(call_id, 23)}"
+    return call_id if len(call_id) <= 64 else f"{call_id[:40]}_{short_hex(call_id, 23)}"
 
 
 def _fit_mistral(call_id: str) -> str:
@@ -5420,7 +5456,7 @@ def _details_seal(entry: Json) -> Json:
     return {"family": "openrouter", "model": "", "field": "reasoning_details", "data": [entry]}
 
 
-def _details_for(part: Json, model: str) -> list[Json]:
+def details_for(part: Json, model: str) -> list[Json]:
     """The entries of a think part that this model's vendor made."""
     wanted = next((form for start, form in _DETAIL_VENDORS.items() if model.startswith(start)), None)
     entries = details_of(part.get("seal") or {}, part["text"])
@@ -5481,6 +5517,12 @@ def _recall_turn(turn: Json, memo: Memo) -> Json:
     thinking = next((found["think"] for found in kept.values() if "think" in found), [])
     return {**turn, "parts": [*thinking, *parts] if lost else parts}
 
+
+##############################################################################
+# 12. Turns                                               pure | uses 2, 10-11
+##############################################################################
+# Rules of the hub, part three: what a conversation must look like before a provider takes it.  Everything here gives new lists and is idempotent.
+# Guarded by tests/test_hub.py and tests/test_properties.py.
 
 # ---- Turns: pairing and order
 
@@ -5647,7 +5689,7 @@ def system_text(hub: Json) -> str:
     return "\n\n".join(part["text"] for part in hub.get("system", ()))
 
 
-def _apply_tool_changes(ready: Json, profile: Profile) -> None:
+def apply_tool_changes(ready: Json, profile: Profile) -> None:
     """Tools that a system turn adds or removes, where the target has no such turns."""
     if not any(part["type"] == "tool_change" for turn in ready["turns"] for part in turn["parts"]):
         return
@@ -5733,13 +5775,13 @@ def _fit_media(part: Json, hub: Json, profile: Profile) -> Json:
 _PART_RULES: Mapping[str, Callable[[Json, Json, Profile], Json]] = {"image": _fit_image, "file": _fit_file, "audio": _fit_media, "video": _fit_media}
 
 
-def _fit_part(part: Json, hub: Json, profile: Profile) -> list[Json]:
+def fit_part(part: Json, hub: Json, profile: Profile) -> list[Json]:
     """A part as the target takes it, and what it became instead."""
     kind = part["type"]
     if kind == "opaque":
         return [part] if part["family"] == profile.family and part.get("format", profile.format) == profile.format else _opaque_parts(part)
     if kind == "result":
-        return [{**part, "parts": [fitted for inner in part["parts"] for fitted in _fit_part(inner, hub, profile)]}]
+        return [{**part, "parts": [fitted for inner in part["parts"] for fitted in fit_part(inner, hub, profile)]}]
     if kind == "refusal" and profile.format == "messages":
         return [text_part(part["text"])]
     return [_PART_RULES[kind](part, hub, profile)] if kind in _PART_RULES else [part]
@@ -5763,7 +5805,7 @@ def _fit_result(result: Json, images: list[Json], profile: Profile) -> Json:
     return {name: value for name, value in result.items() if name != "error"} | {"parts": parts}
 
 
-def _fit_results(turns: list[Json], profile: Profile) -> list[Json]:
+def fit_results(turns: list[Json], profile: Profile) -> list[Json]:
     """User turns whose results hold only what their target's tool results can; images follow the last result."""
     fitted = []
     for turn in turns:
@@ -5802,7 +5844,7 @@ def _replay_tag(part: Json, profile: Profile) -> Json | None:
 def _replay_details(part: Json, profile: Profile) -> Json | None:
     if "details" in part:
         return part
-    details = _details_for(part, profile.model)
+    details = details_for(part, profile.model)
     return {"type": "think", "text": part["text"], "details": details} if details else None
 
 
@@ -5827,7 +5869,7 @@ def replay_thinking(turns: Sequence[Json], profile: Profile) -> list[Json]:
     return replayed
 
 
-def _without_bare_thinking(turns: Sequence[Json], profile: Profile) -> list[Json]:
+def without_bare_thinking(turns: Sequence[Json], profile: Profile) -> list[Json]:
     """Turns without thinking that led to nothing: one that holds nothing else, and for Responses what stands last in its turn."""
     kept = []
     for turn in turns:
@@ -5838,7 +5880,7 @@ def _without_bare_thinking(turns: Sequence[Json], profile: Profile) -> list[Json
     return kept
 
 
-def _lost_thinking(turns: Sequence[Json]) -> bool:
+def lost_thinking(turns: Sequence[Json]) -> bool:
     """Whether a tool turn of the current loop came back without its thinking."""
     for turn in reversed(turns):
         kinds = {part["type"] for part in turn["parts"]}
@@ -5849,7 +5891,7 @@ def _lost_thinking(turns: Sequence[Json]) -> bool:
     return False
 
 
-def _fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
+def fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
     """Calls with the notes of the target's own family as bare data; a step's first call gets the stand-in for a lost one."""
     fitted = []
     for turn in turns:
@@ -5869,6 +5911,11 @@ def _fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
         fitted.append({**turn, "parts": parts})
     return fitted
 
+
+##############################################################################
+# 13. Tools                                               pure | uses 10-12
+##############################################################################
+# Rules of the hub, part four: tools as clients declare them, made into what a target can call and back again.  Guarded by tests/test_hub.py.
 
 # ---- Tools: names, schemas, choice
 
@@ -5903,7 +5950,7 @@ def flat_name(name: str, namespace: str = "") -> str:
 def fit_name(name: str) -> str:
     """A tool name of at most 64 letters, digits, _ and -."""
     clean = re.sub(r"[^a-zA-Z0-9_-]", "_", name) or "_"
-    return clean if len(clean) <= 64 else f"{clean[:55]}_{_hex(name, 8)}"
+    return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hex(name, 8)}"
 
 
 class Names:
@@ -6154,7 +6201,7 @@ def _fit_tool(tool: Json, profile: Profile, own: bool) -> Json | None:
     return kept if profile.cache_control else {name: value for name, value in kept.items() if name != "cache"}
 
 
-def _fit_tools(ready: Json, profile: Profile, names: Names) -> None:
+def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
     """`ready["tools"]` as the target takes them, each with its wire name; what it cannot take is dropped."""
     own = profile.vendor and ready["client"] == profile.format
     fitted: list[Json] = []
@@ -6177,7 +6224,7 @@ def _fit_tools(ready: Json, profile: Profile, names: Names) -> None:
         ready["tools"] = fitted
 
 
-def _stub_tools(ready: Json, names: Names) -> None:
+def stub_tools(ready: Json, names: Names) -> None:
     """Anthropic wants tools wherever the history has calls: one stub per name, not to be called."""
     called = dict.fromkeys(part["name"] for turn in ready["turns"] for part in turn["parts"] if part["type"] == "call")
     if called:
@@ -6198,13 +6245,14 @@ def _fit_call(part: Json, names: Names, profile: Profile) -> Json:
     return fitted
 
 
-def _fit_calls(turns: Sequence[Json], names: Names, profile: Profile) -> list[Json]:
+def fit_calls(turns: Sequence[Json], names: Names, profile: Profile) -> list[Json]:
+    """Calls and results under the names and in the kinds that the target knows."""
     fitted = [{**turn, "parts": [_fit_call(part, names, profile) if part["type"] in ("call", "result") else part for part in turn["parts"]]} for turn in turns]
     ids = [part["id"] for turn in fitted for part in turn["parts"] if part["type"] == "call"]
     return mend(fitted, profile) if len(set(ids)) < len(ids) else fitted
 
 
-def _fit_choice(ready: Json, profile: Profile, names: Names) -> None:
+def fit_choice(ready: Json, profile: Profile, names: Names) -> None:
     """`choice` and `parallel` in a form the target has; a forced tool that is not there is a reason to go elsewhere."""
     choice = ready.get("choice")
     tools = ready.get("tools", [])
@@ -6240,6 +6288,11 @@ def _fit_choice(ready: Json, profile: Profile, names: Names) -> None:
         ready.pop("parallel", None)
 
 
+##############################################################################
+# 14. Request fields                                      pure | uses 10-13
+##############################################################################
+# Rules of the hub, part five: one function for each group of fields, from what was asked for to what a target takes.  Guarded by tests/test_hub.py.
+
 # ---- Limits, effort, sampling, output format
 
 EFFORTS: tuple[str, ...] = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -6266,7 +6319,7 @@ def fit_effort(effort: str, allowed: Sequence[str] | None) -> str | None:
     return lower[-1] if lower else higher[0] if higher and effort != "none" else None
 
 
-def _fit_think(ready: Json, profile: Profile) -> None:
+def fit_think(ready: Json, profile: Profile) -> None:
     """`ready["think"]` in the target's terms: Messages form, budget, effort, display; others mode, effort, show."""
     think = dict(ready.pop("think", None) or {})
     if think.get("effort") not in (None, *EFFORTS):     # a word of one provider, such as Groq's default
@@ -6342,7 +6395,8 @@ def think_fields(think: Json | None, profile: Profile) -> Json:
     return fields
 
 
-def _fit_max_out(ready: Json, profile: Profile) -> None:
+def fit_max_out(ready: Json, profile: Profile) -> None:
+    """The longest answer, within what the model can give."""
     limit, asked = profile.max_out_limit, ready.get("max_out")
     if asked is None and profile.format == "messages":
         asked = min(profile.default_max_out, limit or profile.default_max_out)
@@ -6354,7 +6408,7 @@ def _fit_max_out(ready: Json, profile: Profile) -> None:
         ready["max_out"] = max(16, asked) if profile.format == "responses" else asked
 
 
-def _fit_sampling(ready: Json, profile: Profile) -> None:
+def fit_sampling(ready: Json, profile: Profile) -> None:
     """Sampling values that the target takes; the rest is dropped, by name when it would have made a difference."""
     given = {name: value for name, value in (ready.pop("sampling", None) or {}).items() if value is not None}
     if not given:
@@ -6390,7 +6444,8 @@ _SAMPLING: Mapping[str, Callable[[Profile], bool]] = {
 }
 
 
-def _fit_stop(ready: Json, profile: Profile) -> None:
+def fit_stop(ready: Json, profile: Profile) -> None:
+    """Stop sequences, as many as the target takes; the others are dropped and told."""
     stop = ready.pop("stop", None) or []
     if profile.format == "messages":
         stop = [text for text in stop if not is_blank(text)]
@@ -6404,7 +6459,7 @@ def _fit_stop(ready: Json, profile: Profile) -> None:
 _JSON_LINE = "Answer with a single JSON object and nothing else."
 
 
-def _fit_format(ready: Json, profile: Profile) -> None:
+def fit_format(ready: Json, profile: Profile) -> None:
     """Structured output in the strongest form the target has; weaker forms are asked for in words."""
     wanted = ready.pop("format", None)
     if not wanted:
@@ -6453,7 +6508,8 @@ def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
     ready["turns"] = [{**turn, "parts": [inside(part) for part in turn["parts"]]} for turn in ready["turns"]]
 
 
-def _fit_marks(ready: Json, profile: Profile) -> None:
+def fit_marks(ready: Json, profile: Profile) -> None:
+    """Cache marks where the target has them, four at most."""
     if not profile.cache_control:
         if any("cache" in part for part in _markable(ready)):
             _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
@@ -6486,14 +6542,15 @@ def user_id(user: Any, limit: int = 64) -> str | None:
     """A user id that may be shown to a provider: a personal or long one is hashed, Claude Code's is left out."""
     if not isinstance(user, str) or not user or session_of(user) is not None:
         return None
-    return _hex(user, 64) if len(user) > limit or _PERSONAL.search(user) else user
+    return short_hex(user, 64) if len(user) > limit or _PERSONAL.search(user) else user
 
 
 _CLAUDE_TIERS: Mapping[str, str] = {"auto": "auto", "default": "standard_only"}
 _OPENAI_TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast"})
 
 
-def _fit_meta(ready: Json, profile: Profile) -> None:
+def fit_meta(ready: Json, profile: Profile) -> None:
+    """User, session, tier and metadata, as far as the target knows them."""
     meta = dict(ready["meta"])
     if (meta.get("n") or 1) > 1 and profile.format != "chat":
         raise unsupported("n > 1 is not supported for this model")
@@ -6537,7 +6594,7 @@ _BOUND: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _fit_extra(ready: Json, profile: Profile) -> None:
+def fit_extra(ready: Json, profile: Profile) -> None:
     """Fields with meaning in one format: kept for it, else refused, dropped by name, or dropped in silence."""
     extra = ready.pop("extra", None) or {}
     ready["extra"] = {profile.format: extra[profile.format]} if profile.format in extra else {}
@@ -6551,6 +6608,11 @@ def _fit_extra(ready: Json, profile: Profile) -> None:
         if fields.get("store") is True and client == "chat":
             drop(ready, "store")
 
+
+##############################################################################
+# 15. Preparation                                         pure | uses 2, 10, 12-14
+##############################################################################
+# Where the rules above come together: prepare() makes a request ready for one target.  Idempotent and deterministic, as prefix caches compare bytes.
 
 # ---- Edits: payload rules and repairs
 
@@ -6643,21 +6705,21 @@ def prepare(hub: Json, profile: Profile) -> Json:
     ready: Json = {**hub, "meta": dict(hub.get("meta") or {}), "dropped": list(hub["dropped"]), "prepared": profile}
     if not ready["turns"]:
         ready["turns"] = [{"role": "user", "parts": ready.pop("system", [])}]      # some clients send system text alone
-    _apply_tool_changes(ready, profile)
+    apply_tool_changes(ready, profile)
     names = name_map(ready, profile)
     _prepare_turns(ready, profile, names)
     if "system" in ready:
         ready["system"] = system_parts(ready["system"], profile)
-    _fit_tools(ready, profile, names)
+    fit_tools(ready, profile, names)
     if profile.family == "anthropic" and profile.format == "messages" and "tools" not in ready:
-        _stub_tools(ready, names)
+        stub_tools(ready, names)
     if ready.get("choice", {}).get("mode") != "none" or "tools" in hub:
-        _fit_choice(ready, profile, names)
-    _fit_max_out(ready, profile)
-    if profile.must_replay and profile.format == "chat" and _lost_thinking(ready["turns"]):
+        fit_choice(ready, profile, names)
+    fit_max_out(ready, profile)
+    if profile.must_replay and profile.format == "chat" and lost_thinking(ready["turns"]):
         ready["think"] = {"mode": "off"}
-    _fit_think(ready, profile)
-    for rule in (_fit_sampling, _fit_stop, _fit_format, _fit_marks, _fit_meta, _fit_extra):
+    fit_think(ready, profile)
+    for rule in (fit_sampling, fit_stop, fit_format, fit_marks, fit_meta, fit_extra):
         rule(ready, profile)
     if not ready.get("system"):
         ready.pop("system", None)
@@ -6675,13 +6737,13 @@ def _prepare_turns(ready: Json, profile: Profile, names: Names) -> None:
     if _is_talk(ready["turns"]):
         return
     turns = late_system(ready["turns"], profile, ready["client"])
-    turns = [{**turn, "parts": [fitted for part in turn["parts"] for fitted in _fit_part(part, ready, profile)]} for turn in turns]
+    turns = [{**turn, "parts": [fitted for part in turn["parts"] for fitted in fit_part(part, ready, profile)]} for turn in turns]
     turns = mend(turns, profile)
     if any(part["type"] == "think" for turn in turns for part in turn["parts"]):
-        turns = mend(_without_bare_thinking(replay_thinking(turns, profile), profile), profile)
-    turns = _fit_notes(_fit_calls(turns, names, profile), profile)
+        turns = mend(without_bare_thinking(replay_thinking(turns, profile), profile), profile)
+    turns = fit_notes(fit_calls(turns, names, profile), profile)
     if profile.format != "messages":
-        turns = _fit_results(turns, profile)
+        turns = fit_results(turns, profile)
     if turns and turns[0]["role"] == "system" and all(part["type"] == "text" for part in turns[0]["parts"]):
         first, *turns = turns               # what stood before it held nothing: it leads
         if turns:
@@ -6710,20 +6772,25 @@ def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...
     return body, tuple(names)
 
 
+##############################################################################
+# 16. Answers                                             pure | uses 2, 10
+##############################################################################
+# Tables between the formats' words for how an answer ends, what it used and what went wrong.  One more word: a row.  Guarded by tests/test_hub.py.
+
 # ---- Answers: how they stop, what they used, how they fail
 
-_END, _LENGTH, _TOOL, _FILTER = "end", "length", "tool", "filter"
+STOP_END, _LENGTH, _TOOL, _FILTER = "end", "length", "tool", "filter"
 
 #: What a wire format's word for the end means; None: not the end, "error": a failure.  Unknown words mean end.
 READ_STOPS: Mapping[str, Mapping[str, str | None]] = {
-    "chat": {"stop": _END, "eos": _END, "end_turn": _END, "STOP": _END, "stop_sequence": _END, "length": _LENGTH, "max_tokens": _LENGTH, "model_length": _LENGTH,
+    "chat": {"stop": STOP_END, "eos": STOP_END, "end_turn": STOP_END, "STOP": STOP_END, "stop_sequence": STOP_END, "length": _LENGTH, "max_tokens": _LENGTH, "model_length": _LENGTH,
              "MAX_TOKENS": _LENGTH, "tool_calls": _TOOL, "function_call": _TOOL, "tool_use": _TOOL, "content_filter": _FILTER, "SAFETY": _FILTER, "RECITATION": _FILTER,
              "PROHIBITED_CONTENT": _FILTER, "BLOCKLIST": _FILTER, "sensitive": _FILTER, "refusal": "refusal", "context_length_exceeded": "context",
              "model_context_window_exceeded": "context", "error": "error", "abort": "error", "insufficient_system_resource": "error", "MALFORMED_FUNCTION_CALL": "error",
              "network_error": "error", "": None},
-    "messages": {"end_turn": _END, "max_tokens": _LENGTH, "tool_use": _TOOL, "stop_sequence": "sequence", "refusal": "refusal", "pause_turn": "pause", "compaction": "pause",
+    "messages": {"end_turn": STOP_END, "max_tokens": _LENGTH, "tool_use": _TOOL, "stop_sequence": "sequence", "refusal": "refusal", "pause_turn": "pause", "compaction": "pause",
                  "model_context_window_exceeded": "context", "": None},
-    "responses": {"completed": _END, "max_output_tokens": _LENGTH, "max_tokens": _LENGTH, "content_filter": _FILTER, "incomplete": _LENGTH, "failed": "error", "cancelled": "error",
+    "responses": {"completed": STOP_END, "max_output_tokens": _LENGTH, "max_tokens": _LENGTH, "content_filter": _FILTER, "incomplete": _LENGTH, "failed": "error", "cancelled": "error",
                   "in_progress": None, "queued": None, "": None},
 }
 
@@ -6739,12 +6806,12 @@ WRITE_STOPS: Mapping[str, Mapping[str, Any]] = {
 
 def read_stop_reason(format: str, word: Any) -> str | None:
     """The hub's reason for a provider's word; None while the answer goes on, "error" for a failure."""
-    return READ_STOPS[format].get(word, _END) if isinstance(word, str) else None
+    return READ_STOPS[format].get(word, STOP_END) if isinstance(word, str) else None
 
 
 def correct_stop(reason: str, n_calls: int) -> str:
     """`end` with calls is `tool`, `tool` without any is `end`; a cut by length stays one."""
-    return _TOOL if reason == _END and n_calls else _END if reason == _TOOL and not n_calls else reason
+    return _TOOL if reason == STOP_END and n_calls else STOP_END if reason == _TOOL and not n_calls else reason
 
 
 def _token_count(value: Any) -> int | None:
@@ -6967,6 +7034,12 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
     return (name, compact(value)) if isinstance(value, dict) and name in tool_names else None
 
 
+##############################################################################
+# 17. Stream rules                                        pure | uses 10-11, 13, 16
+##############################################################################
+# What every reader of a stream needs and no format owns: the order deltas must have, ids for calls, calls held until they are whole.
+# Guarded by tests/test_held_calls.py and tests/test_properties.py.
+
 # ---- Streams: what readers are told, and the rules they share
 
 class Source(NamedTuple):
@@ -7186,7 +7259,7 @@ class Serialiser:
         self._release_all()
         if self._usage:
             self.deltas.append(usage_delta(self._usage))
-        reason = correct_stop(self.finished or _END, self.n_calls)
+        reason = correct_stop(self.finished or STOP_END, self.n_calls)
         self.deltas.append({**(self._stop or stop_delta(reason)), "reason": reason})
         self._closed = True
         return self.take()
@@ -7389,7 +7462,7 @@ class CallHolder:
 
 
 ##############################################################################
-# 10. OpenAI Chat                                           pure | uses 1-3, 8-9
+# 18. OpenAI Chat                                         pure | uses 1-2, 9-10, 15
 ##############################################################################
 # Chat Completions as clients send it and providers answer it, relayed in the provider's own bytes.  ChatPassage watches a
 # stream go by and looks closely only where an event differs from the one before it in more than its text.
@@ -7571,7 +7644,7 @@ def _count(value: Any) -> int:
 
 
 #: What a delta or a message must hold one of to be an answer at all.
-_CONTENT_FIELDS = ("content", "tool_calls", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "refusal", "function_call", "audio", "images", "annotations")
+CONTENT_FIELDS = ("content", "tool_calls", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "refusal", "function_call", "audio", "images", "annotations")
 #: Stops that may rightly come with nothing to show.
 _SILENT_STOPS = frozenset({"length", "content_filter", "max_tokens"})
 
@@ -7596,11 +7669,11 @@ def _content_bytes(part: Any) -> int:
     """How much of an answer a delta or a message holds, for an estimate."""
     if not isinstance(part, dict):
         return 0
-    return sum(len(value.encode("utf-8", "replace")) if isinstance(value, str) else len(dump_json(value)) for name in _CONTENT_FIELDS if (value := part.get(name)))
+    return sum(len(value.encode("utf-8", "replace")) if isinstance(value, str) else len(dump_json(value)) for name in CONTENT_FIELDS if (value := part.get(name)))
 
 
 def _has_content(part: Any) -> bool:
-    return isinstance(part, dict) and any(part.get(name) for name in _CONTENT_FIELDS)
+    return isinstance(part, dict) and any(part.get(name) for name in CONTENT_FIELDS)
 
 
 def find_chat_error(body: Any) -> Any:
@@ -7822,7 +7895,7 @@ class ChatPassage:
         text = delta.get("content") if isinstance(delta, dict) else None
         if not isinstance(delta, dict) or not isinstance(text, str) or not text or self._echo or not raw.endswith(b"\n\n") or b"\r" in raw:
             return
-        if any(delta.get(name) for name in _CONTENT_FIELDS[1:]) or choices[0].get("finish_reason") or raw.count(b'"content"') != 1:
+        if any(delta.get(name) for name in CONTENT_FIELDS[1:]) or choices[0].get("finish_reason") or raw.count(b'"content"') != 1:
             return
         start = _CONTENT_START.search(raw)
         end = _STRING_END.match(raw, start.end()) if start else None
@@ -7854,6 +7927,29 @@ class ChatPassage:
         return owed + (mark if mark.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")) else b"data: [DONE]\n\n")
 
 
+def _is_flat_tool(tool: Any) -> bool:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else ""
+    return kind in ("function", "custom") and isinstance(tool.get("name"), str) and not isinstance(tool.get(kind), dict)
+
+
+def _nested_tool(tool: Json) -> Json:
+    kind = tool.get("type", "function")
+    return {"type": kind, kind: rest_of(tool, ("type",))}
+
+
+def _nested_tools(body: Any) -> Any:
+    """The body with tools that are flat, as Responses has them and Cursor sends them here, in the form of this format."""
+    tools = body.get("tools") if isinstance(body, dict) else None
+    if not isinstance(tools, list) or not any(map(_is_flat_tool, tools)):
+        return body
+    return {**body, "tools": [_nested_tool(tool) if _is_flat_tool(tool) else tool for tool in tools]}
+
+
+##############################################################################
+# 19. Chat translation                                    pure | uses 2, 9-11, 13-14, 16-18
+##############################################################################
+# The six names of Chat: requests and answers, read and written, whole and as streams.  Guarded by tests/test_translate_chat.py.
+
 # ---- Translation: requests read into the hub
 
 #: Fields that the hub has a place for; the rest goes to extra, for Chat providers.
@@ -7883,7 +7979,7 @@ _CHAT_THINK_MODES: Mapping[str, str] = {"enabled": "on", "disabled": "off", "ada
 def chat_read_request(body: Any) -> Json:
     """The hub request for a Chat body. Raises GatewayError 400.
 
-    in:      {"model", "messages", "tools"?, ...}; tools and choices in the flat form of Responses too    out: hub request (section 9)
+    in:      {"model", "messages", "tools"?, ...}; tools and choices in the flat form of Responses too    out: hub request (section 10)
     dropped: `name` of messages.    kept in extra, for Chat providers only: prediction, modalities, provider, ... and what is unknown.
     """
     body = check_chat_request(body)
@@ -7921,24 +8017,6 @@ def _chat_object(value: Any) -> Json:
 def _chat_inner(value: Json, name: str) -> Json:
     """The object under `name`, or the object itself where a client wrote it flat."""
     return value[name] if isinstance(value.get(name), dict) else value
-
-
-def _is_flat_tool(tool: Any) -> bool:
-    kind = tool.get("type", "function") if isinstance(tool, dict) else ""
-    return kind in ("function", "custom") and isinstance(tool.get("name"), str) and not isinstance(tool.get(kind), dict)
-
-
-def _nested_tools(body: Any) -> Any:
-    """The body with tools that are flat, as Responses has them and Cursor sends them here, in the form of this format."""
-    tools = body.get("tools") if isinstance(body, dict) else None
-    if not isinstance(tools, list) or not any(map(_is_flat_tool, tools)):
-        return body
-    return {**body, "tools": [_nested_tool(tool) if _is_flat_tool(tool) else tool for tool in tools]}
-
-
-def _nested_tool(tool: Json) -> Json:
-    kind = tool.get("type", "function")
-    return {"type": kind, kind: rest_of(tool, ("type",))}
 
 
 def _read_chat_message(hub: Json, message: Json, where: str) -> None:
@@ -8190,7 +8268,7 @@ def _chat_extra(body: Json) -> Json:
 # ---- Translation: requests written for a provider
 
 def chat_write_request(hub: Json, profile: Profile) -> Json:
-    """The Chat body for a prepared hub request (section 9, prepare).
+    """The Chat body for a prepared hub request (section 15, prepare).
 
     out:     {"model", "messages", "tools"?, ...}; what a message cannot hold in order (text behind a call) is put in front of it by prepare()
     source:  OpenAI API reference, Chat Completions, read 2026-11; providers' own words by the profile.
@@ -8891,7 +8969,7 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
             continue
         choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
         delta = _chat_object(choice.get("delta"))
-        if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in _CONTENT_FIELDS if name not in _BEFORE_TEXT):
+        if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in CONTENT_FIELDS if name not in _BEFORE_TEXT):
             return None
         text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
         if not isinstance(text, (str, type(None))) or thinks and (pieces or text):
@@ -8993,14 +9071,14 @@ def _chat_joined(old: Any, new: Any) -> Any:
 
 
 ##############################################################################
-# 11. OpenAI Responses                                      pure | uses 1-2, 8-9
+# 20. OpenAI Responses                                    pure | uses 2, 10-13
 ##############################################################################
 # Responses as clients send it and providers answer it: requests are lists of items, answers too, streams tell of each item's birth,
 # growth and end.  Items live by output_index, since some providers change an item's id between events; what `output_item.done` holds is
 # the truth, the deltas before it are display.  The writer has one open item; deltas of text are bytes around one escaped string.
 # Before editing: Codex runs a tool call as soon as it sees its output_item.done, so nothing half-made may be closed.
 # Source: OpenAI API reference, Responses, and SDK types, read 2026-11.  Guarded by tests/test_format_responses.py.
-# One more kind of item: a row in _ITEM_READERS for requests, in _CALL_ITEM_KINDS if clients run it; what has no row is opaque or dropped by name.
+# One more kind of item: a row in ITEM_READERS for requests, in CALL_ITEM_KINDS if clients run it; what has no row is opaque or dropped by name.
 
 # ---- What a request must look like
 
@@ -9109,19 +9187,20 @@ def _nested_form(value: Json, name: str) -> Json:
     return inner if isinstance(inner, dict) else value
 
 
-def _dict_in(value: Json, name: str) -> Json:
+def dict_in(value: Json, name: str) -> Json:
     """The object under `name`, {} for anything else: what others send is never trusted to have its shape."""
     inner = value.get(name)
     return inner if isinstance(inner, dict) else {}
 
 
-def _dicts_in(value: Json, name: str) -> list[Json]:
+def dicts_in(value: Json, name: str) -> list[Json]:
     """The objects in the list under `name`."""
     inner = value.get(name)
     return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
 
 
-def _str_in(value: Json, name: str) -> str:
+def str_in(value: Json, name: str) -> str:
+    """A text under a name, empty where there is none."""
     inner = value.get(name)
     return inner if isinstance(inner, str) else ""
 
@@ -9133,7 +9212,7 @@ _RESPONSES_READ = frozenset((
     "model input instructions stream max_output_tokens temperature top_p tools tool_choice parallel_tool_calls reasoning text include store user safety_identifier "
     "prompt_cache_key service_tier metadata top_logprobs truncation previous_response_id").split())
 #: Fields the answer repeats as they were asked, with what it says when they were not.
-_ECHOED: Json = {
+ECHOED: Json = {
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None,
     "reasoning": {"effort": None, "summary": None}, "service_tier": None, "store": False, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
     "tools": [], "top_logprobs": None, "top_p": None, "truncation": "disabled", "user": None, "prompt_cache_key": None, "safety_identifier": None, "background": False}
@@ -9155,14 +9234,14 @@ def responses_read_request(body: Json) -> Json:
     check_responses_request(body)
     check_responses_state(body)
     hub = new_hub("responses", body.get("model") or "", bool(body.get("stream")))
-    hub["echo"] = {name: body[name] for name in _ECHOED if body.get(name) is not None}
+    hub["echo"] = {name: body[name] for name in ECHOED if body.get(name) is not None}
     instructions = body.get("instructions")
     if instructions:
         hub["system"] = [text_part(instructions)] if isinstance(instructions, str) else _read_item_content(instructions, "instructions")
     merge_tools(hub, _read_responses_tools(body.get("tools") or ()))
     items = body.get("input") or []
     for index, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
-        reader = _ITEM_READERS.get(item.get("type", "message"))
+        reader = ITEM_READERS.get(item.get("type", "message"))
         if reader is None:
             drop(hub, f"input.{item['type']}")
         else:
@@ -9211,12 +9290,12 @@ def _read_item_content(content: Any, where: str) -> list[Json]:
 
 
 def _read_item_text(part: Json, where: str) -> Json:
-    return text_part(_str_in(part, "text"), {"type": "ephemeral"} if part.get("prompt_cache_breakpoint") else None)
+    return text_part(str_in(part, "text"), {"type": "ephemeral"} if part.get("prompt_cache_breakpoint") else None)
 
 
 def _read_item_image(part: Json, where: str) -> Json:
-    detail = _str_in(part, "detail") or None
-    url = _str_in(_dict_in(part, "image_url"), "url") or _str_in(part, "image_url")
+    detail = str_in(part, "detail") or None
+    url = str_in(dict_in(part, "image_url"), "url") or str_in(part, "image_url")
     if url:
         return image_part(url, detail)
     if isinstance(part.get("file_id"), str):
@@ -9227,7 +9306,7 @@ def _read_item_image(part: Json, where: str) -> Json:
 def _read_item_file(part: Json, where: str) -> Json:
     name = {"name": part["filename"]} if isinstance(part.get("filename"), str) else {}
     if isinstance(part.get("file_data"), str):
-        return file_part(part["file_data"], _str_in(part, "filename") or None)
+        return file_part(part["file_data"], str_in(part, "filename") or None)
     if isinstance(part.get("file_url"), str):
         return {"type": "file", "url": part["file_url"], **name}
     if isinstance(part.get("file_id"), str):
@@ -9237,30 +9316,30 @@ def _read_item_file(part: Json, where: str) -> Json:
 
 def _read_item_audio(part: Json, where: str) -> Json:
     audio = _nested_form(part, "input_audio")
-    return {"type": "audio", "data": _str_in(audio, "data"), "format": _str_in(audio, "format")}
+    return {"type": "audio", "data": str_in(audio, "data"), "format": str_in(audio, "format")}
 
 
 _ITEM_PART_READERS: Mapping[str, Callable[[Json, str], Json]] = {
-    "input_text": _read_item_text, "output_text": _read_item_text, "text": _read_item_text, "refusal": lambda part, where: {"type": "refusal", "text": _str_in(part, "refusal")},
+    "input_text": _read_item_text, "output_text": _read_item_text, "text": _read_item_text, "refusal": lambda part, where: {"type": "refusal", "text": str_in(part, "refusal")},
     "input_image": _read_item_image, "image_url": _read_item_image, "input_file": _read_item_file, "input_audio": _read_item_audio}
 
 
-def _joined_reasoning(item: Json) -> tuple[str, str]:
+def joined_reasoning(item: Json) -> tuple[str, str]:
     """Summary and open thinking of a reasoning item, each in one string."""
-    return "\n\n".join(_str_in(part, "text") for part in _dicts_in(item, "summary")), "".join(_str_in(part, "text") for part in _dicts_in(item, "content"))
+    return "\n\n".join(str_in(part, "text") for part in dicts_in(item, "summary")), "".join(str_in(part, "text") for part in dicts_in(item, "content"))
 
 
 def _read_reasoning_item(hub: Json, item: Json, where: str) -> None:
     seal = read_seal(item.get("encrypted_content"), "openai", "encrypted")
-    summary, texts = _dicts_in(item, "summary"), _joined_reasoning(item)
+    summary, texts = dicts_in(item, "summary"), joined_reasoning(item)
     text = texts[0] or texts[1]
     if text or seal:
         _add_parts(hub, "assistant", {"type": "think", "text": text, **({"seal": seal} if seal else {}), **({"summary": summary} if len(summary) > 1 else {})})
 
 
 def _read_function_call(hub: Json, item: Json, where: str) -> None:
-    name, namespace = item["name"], _str_in(item, "namespace")
-    part = call_part(_str_in(item, "call_id"), name, args_text(item.get("arguments")), "function", "" if namespace == name else namespace)
+    name, namespace = item["name"], str_in(item, "namespace")
+    part = call_part(str_in(item, "call_id"), name, args_text(item.get("arguments")), "function", "" if namespace == name else namespace)
     # A tool that the hosted tool search loaded comes back in a namespace of its own name, which is not how it was offered.
     _add_parts(hub, "assistant", {**part, "raw": {"namespace": namespace}} if namespace and namespace == name else part)
 
@@ -9268,47 +9347,47 @@ def _read_function_call(hub: Json, item: Json, where: str) -> None:
 def _read_custom_call(hub: Json, item: Json, where: str) -> None:
     text = item.get("input")
     args = freeform_args(text if isinstance(text, str) else args_text(text))
-    _add_parts(hub, "assistant", call_part(_str_in(item, "call_id"), item["name"], args, "custom", _str_in(item, "namespace")))
+    _add_parts(hub, "assistant", call_part(str_in(item, "call_id"), item["name"], args, "custom", str_in(item, "namespace")))
 
 
 def _read_shell_call(hub: Json, item: Json, where: str) -> None:
-    _add_parts(hub, "assistant", call_part(_str_in(item, "call_id") or _str_in(item, "id"), "local_shell", _call_item_args(item), "shell"))
+    _add_parts(hub, "assistant", call_part(str_in(item, "call_id") or str_in(item, "id"), "local_shell", call_item_args(item), "shell"))
 
 
 def _read_vendor_call(hub: Json, item: Json, where: str) -> None:
     name, args = ("shell", item.get("action")) if item["type"] == "shell_call" else ("apply_patch", item.get("operation"))
-    _add_parts(hub, "assistant", {**call_part(_str_in(item, "call_id"), name, compact(args or {})), "raw": item})
+    _add_parts(hub, "assistant", {**call_part(str_in(item, "call_id"), name, compact(args or {})), "raw": item})
 
 
 def _read_search_call(hub: Json, item: Json, where: str) -> None:
-    if _is_hosted_search(item):
+    if is_hosted_search(item):
         _read_hosted(hub, item, where)
     else:
-        _add_parts(hub, "assistant", call_part(item["call_id"], "tool_search", _call_item_args(item), "search"))
+        _add_parts(hub, "assistant", call_part(item["call_id"], "tool_search", call_item_args(item), "search"))
 
 
-def _is_hosted_search(item: Json) -> bool:
+def is_hosted_search(item: Json) -> bool:
     """Whether the provider ran this tool search itself."""
-    return item.get("execution") == "server" or not _str_in(item, "call_id")
+    return item.get("execution") == "server" or not str_in(item, "call_id")
 
 
 def _read_output(hub: Json, item: Json, where: str) -> None:
     kind = {"custom_tool_call_output": "custom", "local_shell_call_output": "shell"}.get(item["type"], "function")
-    call_id = _str_in(item, "call_id") or (_str_in(item, "id") if kind == "shell" else "")
+    call_id = str_in(item, "call_id") or (str_in(item, "id") if kind == "shell" else "")
     part = result_part(call_id, _read_item_content(item.get("output"), f"{where}.output"), kind=kind)
     _add_parts(hub, "user", part)
 
 
 def _read_vendor_output(hub: Json, item: Json, where: str) -> None:
     output = item.get("output")
-    text = output if isinstance(output, str) else compact(output) if output is not None else _str_in(item, "status")
-    _add_parts(hub, "user", {**result_part(_str_in(item, "call_id"), [text_part(text)]), "raw": item})
+    text = output if isinstance(output, str) else compact(output) if output is not None else str_in(item, "status")
+    _add_parts(hub, "user", {**result_part(str_in(item, "call_id"), [text_part(text)]), "raw": item})
 
 
 def _read_search_output(hub: Json, item: Json, where: str) -> None:
-    tools = _read_responses_tools(_dicts_in(item, "tools"))
+    tools = _read_responses_tools(dicts_in(item, "tools"))
     merge_tools(hub, [{**tool, "placed": True} for tool in tools])
-    if _is_hosted_search(item):
+    if is_hosted_search(item):
         _read_hosted(hub, item, where)
     else:
         names = "\n".join(flat_name(tool["name"], tool.get("namespace", "")) for tool in tools)
@@ -9316,7 +9395,7 @@ def _read_search_output(hub: Json, item: Json, where: str) -> None:
 
 
 def _read_more_tools(hub: Json, item: Json, where: str) -> None:
-    merge_tools(hub, [{**tool, "placed": True} for tool in _read_responses_tools(_dicts_in(item, "tools"))])
+    merge_tools(hub, [{**tool, "placed": True} for tool in _read_responses_tools(dicts_in(item, "tools"))])
     _add_parts(hub, "user", _opaque_item(item))
 
 
@@ -9330,8 +9409,8 @@ def _read_hosted(hub: Json, item: Json, where: str) -> None:
 
 
 def _read_picture(hub: Json, item: Json, where: str) -> None:
-    result = _str_in(item, "result")
-    image = {"image": {"type": "image", "mime": f"image/{_str_in(item, 'output_format') or 'png'}", "data": result}} if result else {}
+    result = str_in(item, "result")
+    image = {"image": {"type": "image", "mime": f"image/{str_in(item, 'output_format') or 'png'}", "data": result}} if result else {}
     _add_parts(hub, "user", {**_opaque_item(item), **image})
 
 
@@ -9344,7 +9423,7 @@ def _read_compaction(hub: Json, item: Json, where: str) -> None:
 #: Items of a conversation that are not the model's.
 _USER_ITEMS = frozenset({"mcp_approval_response", "computer_call_output"})
 
-_ITEM_READERS: Mapping[str, Callable[[Json, Json, str], None]] = {
+ITEM_READERS: Mapping[str, Callable[[Json, Json, str], None]] = {
     "message": _read_message_item,
     "reasoning": _read_reasoning_item,
     "function_call": _read_function_call,
@@ -9373,7 +9452,7 @@ def _read_responses_options(hub: Json, body: Json) -> None:
     choice = _read_responses_choice(body["tool_choice"]) if body.get("tool_choice") is not None else None
     found = {"choice": choice, "parallel": body.get("parallel_tool_calls"), "max_out": body.get("max_output_tokens"),
              "sampling": {name: body[name] for name in ("temperature", "top_p") if body.get(name) is not None} or None,
-             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": _read_text_format(_dict_in(_dict_in(body, "text"), "format")) or None}
+             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": _read_text_format(dict_in(dict_in(body, "text"), "format")) or None}
     hub.update({name: value for name, value in found.items() if value is not None})
     include = [name for name in body.get("include") or () if isinstance(name, str)]
     hub["meta"] = _read_responses_meta(body, include)
@@ -9388,14 +9467,14 @@ def _read_responses_options(hub: Json, body: Json) -> None:
 
 def _read_responses_meta(body: Json, include: Sequence[str]) -> Json:
     meta = {name: body.get(field_name) for name, field_name in _RESPONSES_META.items()}
-    meta |= {"metadata": body.get("metadata") or None, "store": body.get("store"), "verbosity": _str_in(_dict_in(body, "text"), "verbosity") or None,
+    meta |= {"metadata": body.get("metadata") or None, "store": body.get("store"), "verbosity": str_in(dict_in(body, "text"), "verbosity") or None,
              "logprobs": True if _INCLUDE_LOGPROBS in include or body.get("top_logprobs") else None}
     return {name: value for name, value in meta.items() if value is not None}
 
 
 def _read_reasoning_field(reasoning: Json) -> Json:
     """What was asked of thinking: an effort asks for it, a summary alone leaves it to the model."""
-    effort, show = _str_in(reasoning, "effort"), _str_in(reasoning, "summary") or _str_in(reasoning, "generate_summary")
+    effort, show = str_in(reasoning, "effort"), str_in(reasoning, "summary") or str_in(reasoning, "generate_summary")
     if effort == "none":
         return {"mode": "off"}
     shown = {"show": show} if show else {}
@@ -9408,7 +9487,7 @@ def _read_text_format(form: Json) -> Json:
     if form["type"] == "json_object":
         return {"kind": "json"}
     inner = _nested_form(form, "json_schema")
-    return {"kind": "schema", "schema": _dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
+    return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
 
 
 _RESPONSES_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
@@ -9421,7 +9500,7 @@ def _read_responses_choice(value: Any) -> Json | None:
     kind = value.get("type")
     if kind == "allowed_tools":
         allowed = _nested_form(value, "allowed_tools")
-        names = [_responses_choice_name(tool) for tool in _dicts_in(allowed, "tools")]
+        names = [_responses_choice_name(tool) for tool in dicts_in(allowed, "tools")]
         return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
     if isinstance(kind, str) and kind in _RESPONSES_CHOICES:
         return {"mode": _RESPONSES_CHOICES[kind]}
@@ -9431,8 +9510,8 @@ def _read_responses_choice(value: Any) -> Json | None:
 
 
 def _responses_choice_name(value: Json) -> str:
-    kind = _str_in(value, "type") or "function"
-    return _str_in(_nested_form(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
+    kind = str_in(value, "type") or "function"
+    return str_in(_nested_form(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
 
 
 def _hosted_name(raw: Json) -> str:
@@ -9455,7 +9534,7 @@ def _read_responses_tools(tools: Iterable[Json], namespace: str = "") -> list[Js
 def _read_responses_tool(tool: Json, namespace: str) -> list[Json]:
     kind = tool.get("type") or "function"
     if kind == "namespace":
-        return _read_responses_tools(_dicts_in(tool, "tools"), _str_in(tool, "name"))
+        return _read_responses_tools(dicts_in(tool, "tools"), str_in(tool, "name"))
     home = {"namespace": namespace} if namespace else {}
     if kind == "function":
         return [{**_read_flat_function(_nested_form(tool, "function")), **home, **_responses_tool_rest(tool)}]
@@ -9477,8 +9556,8 @@ def _responses_tool_rest(tool: Json) -> Json:
 
 
 def _read_flat_function(function: Json) -> Json:
-    tool: Json = {"name": _str_in(function, "name"), "kind": "function"}
-    if _str_in(function, "description"):
+    tool: Json = {"name": str_in(function, "name"), "kind": "function"}
+    if str_in(function, "description"):
         tool["description"] = function["description"]
     if isinstance(function.get("parameters"), dict):
         tool["schema"] = function["parameters"]
@@ -9488,10 +9567,10 @@ def _read_flat_function(function: Json) -> Json:
 
 
 def _read_flat_custom(custom: Json) -> Json:
-    form = _nested_form(_dict_in(custom, "format"), "grammar")
-    grammar = {"grammar": {"syntax": _str_in(form, "syntax"), "definition": form["definition"]}} if _str_in(form, "definition") else {}
-    about = {"description": custom["description"]} if _str_in(custom, "description") else {}
-    return {"name": _str_in(custom, "name"), "kind": "custom", **about, **grammar}
+    form = _nested_form(dict_in(custom, "format"), "grammar")
+    grammar = {"grammar": {"syntax": str_in(form, "syntax"), "definition": form["definition"]}} if str_in(form, "definition") else {}
+    about = {"description": custom["description"]} if str_in(custom, "description") else {}
+    return {"name": str_in(custom, "name"), "kind": "custom", **about, **grammar}
 
 
 # ---- Requests: hub to body
@@ -9558,7 +9637,7 @@ def _placed_tools(turns: Sequence[Json]) -> set[str]:
     """Names of the tools that stand in the conversation itself and need not be told again."""
     items = [part["data"] for turn in turns for part in turn["parts"] if part["type"] == "opaque"]
     items += [part["raw"] for turn in turns for part in turn["parts"] if part["type"] == "result" and part["kind"] == "search" and "raw" in part]
-    return {tool["name"] for item in items if item.get("type") in ("additional_tools", "tool_search_output") for tool in _read_responses_tools(_dicts_in(item, "tools"))}
+    return {tool["name"] for item in items if item.get("type") in ("additional_tools", "tool_search_output") for tool in _read_responses_tools(dicts_in(item, "tools"))}
 
 
 def _write_responses_tools(tools: Sequence[Json], hub: Json, profile: Profile) -> list[Json]:
@@ -9673,7 +9752,7 @@ def _write_call_item(part: Json, kinds: Mapping[str, str]) -> Json:
         return {**_without_id(raw), "call_id": part["id"]}
     head: Json = {"call_id": part["id"], "name": part["name"]}
     if part["kind"] == "shell":
-        return {"type": "local_shell_call", "call_id": part["id"], "status": "completed", "action": _shell_action(part["args"])}
+        return {"type": "local_shell_call", "call_id": part["id"], "status": "completed", "action": shell_action(part["args"])}
     if part["kind"] == "search":
         return {"type": "tool_search_call", "call_id": part["id"], "execution": "client", "status": "completed", "arguments": args_object(part["args"])}
     home = {"namespace": part["namespace"]} if part.get("namespace") else raw
@@ -9699,7 +9778,7 @@ def _without_id(item: Json) -> Json:
     return {name: value for name, value in item.items() if name != "id"}
 
 
-def _shell_action(args: str) -> Json:
+def shell_action(args: str) -> Json:
     """The action of a local_shell_call; models call its folder workdir, as the function's schema does."""
     fields = args_object(args)
     if "workdir" in fields:
@@ -9712,22 +9791,29 @@ _ITEM_WRITERS: Mapping[str, Callable[[Json, Mapping[str, str]], Json]] = {
     "think": _write_reasoning_item, "call": _write_call_item, "result": _write_result_item, "opaque": lambda part, kinds: part["data"]}
 
 
-# ---- Answers: events to deltas
-
-#: Items that are calls for the client to run, and their kind in the hub.
-_CALL_ITEM_KINDS: Mapping[str, str] = {"function_call": "function", "custom_tool_call": "custom", "local_shell_call": "shell", "tool_search_call": "search"}
+CALL_ITEM_KINDS: Mapping[str, str] = {"function_call": "function", "custom_tool_call": "custom", "local_shell_call": "shell", "tool_search_call": "search"}
 
 
-def _call_item_args(item: Json) -> str:
+def call_item_args(item: Json) -> str:
     """The arguments of a call item as the hub holds them."""
     kind = item["type"]
     if kind == "function_call":
         return args_text(item.get("arguments"))
     if kind == "custom_tool_call":
-        return freeform_args(_str_in(item, "input"))
+        return freeform_args(str_in(item, "input"))
     if kind == "local_shell_call":
-        return compact({name: value for name, value in _dict_in(item, "action").items() if name != "type" and value is not None})
+        return compact({name: value for name, value in dict_in(item, "action").items() if name != "type" and value is not None})
     return args_text(item.get("arguments")) or "{}"
+
+
+##############################################################################
+# 21. Responses answers                                   pure | uses 1-2, 9-11, 16-17, 20
+##############################################################################
+# The other half of Responses: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_responses.py.
+
+# ---- Answers: events to deltas
+
+#: Items that are calls for the client to run, and their kind in the hub.
 
 
 @dataclass(slots=True)
@@ -9744,7 +9830,7 @@ class _SeenItem:
 
 def _identity(item: Json) -> tuple[str, str]:
     """What tells an item of the last event from one that had its own events; a call and its output may share call_id."""
-    return _str_in(item, "type"), _str_in(item, "id") or _str_in(item, "call_id")
+    return str_in(item, "type"), str_in(item, "id") or str_in(item, "call_id")
 
 
 def _unsaid(whole: str, said: list[str]) -> str:
@@ -9803,7 +9889,7 @@ class ResponsesStreamReader:
 
     def _key(self, value: Json) -> Any:
         """What the event's item is known by: its index, which outlives changes of its id."""
-        index, item_id = value.get("output_index"), _str_in(value, "item_id") or _str_in(_dict_in(value, "item"), "id")
+        index, item_id = value.get("output_index"), str_in(value, "item_id") or str_in(dict_in(value, "item"), "id")
         key = index if isinstance(index, (int, str)) else self._keys.get(item_id, item_id)
         if item_id:
             self._keys.setdefault(item_id, key)
@@ -9816,31 +9902,31 @@ class ResponsesStreamReader:
         return item
 
     def _begin(self, value: Json) -> None:
-        response = _dict_in(value, "response")
+        response = dict_in(value, "response")
         if not self._out.produced:
-            self._out.start(_str_in(response, "id"), _str_in(response, "model"))
+            self._out.start(str_in(response, "id"), str_in(response, "model"))
 
     def _added(self, value: Json) -> None:
-        item, key = _dict_in(value, "item"), self._key(value)
+        item, key = dict_in(value, "item"), self._key(value)
         self._item(key)
         if item.get("type") in ("function_call", "custom_tool_call"):
             self._open_call(key, item)
 
     def _open_call(self, key: Any, item: Json) -> None:
-        kind = _CALL_ITEM_KINDS[item["type"]]
+        kind = CALL_ITEM_KINDS[item["type"]]
         self._thinker = None
-        name = {"shell": "local_shell", "search": "tool_search"}.get(kind) or _str_in(item, "name")
-        self._out.call(key, _str_in(item, "call_id"), name, kind, _str_in(item, "namespace"))
+        name = {"shell": "local_shell", "search": "tool_search"}.get(kind) or str_in(item, "name")
+        self._out.call(key, str_in(item, "call_id"), name, kind, str_in(item, "namespace"))
 
     def _text(self, value: Json) -> None:
-        delta = _str_in(value, "delta")
+        delta = str_in(value, "delta")
         if delta:
             self._part(value).append(delta)
             self._said, self._thinker = True, None
             self._out.text(delta)
 
     def _refusal(self, value: Json) -> None:
-        delta = _str_in(value, "delta")
+        delta = str_in(value, "delta")
         if delta:
             self._part(value).append(delta)
             self._refused, self._thinker = True, None
@@ -9852,20 +9938,20 @@ class ResponsesStreamReader:
         return self._item(self._key(value)).texts.setdefault(index if isinstance(index, int) else 0, [])
 
     def _summary(self, value: Json) -> None:
-        item, index, delta = self._item(self._key(value)), value.get("summary_index") or 0, _str_in(value, "delta")
+        item, index, delta = self._item(self._key(value)), value.get("summary_index") or 0, str_in(value, "delta")
         if not delta or item.thought == "reasoning_text":
             return
         self._out.think("\n\n" + delta if item.thought and index != item.summary_index else delta, "summary_text")
         item.thought, item.summary_index, self._thinker = "summary_text", index, item
 
     def _thinking(self, value: Json) -> None:
-        item, delta = self._item(self._key(value)), _str_in(value, "delta")
+        item, delta = self._item(self._key(value)), str_in(value, "delta")
         if delta and item.thought != "summary_text":
             item.thought, self._thinker = "reasoning_text", item
             self._out.think(delta, "reasoning_text")
 
     def _arguments(self, value: Json) -> None:
-        key, delta = self._key(value), _str_in(value, "delta")
+        key, delta = self._key(value), str_in(value, "delta")
         if delta and self._out.has(key):
             self._item(key).args.append(delta)
             self._out.args(key, delta)
@@ -9892,23 +9978,23 @@ class ResponsesStreamReader:
     def _cite(self, item: _SeenItem, annotation: Json) -> None:
         item.n_cites += 1
         span = {name: annotation[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(annotation.get(key), int)}
-        title = _str_in(annotation, "title") or _str_in(annotation, "filename")
-        self._out.cite({"url": _str_in(annotation, "url"), "title": title, **span, "raw": annotation, "family": "openai"})
+        title = str_in(annotation, "title") or str_in(annotation, "filename")
+        self._out.cite({"url": str_in(annotation, "url"), "title": title, **span, "raw": annotation, "family": "openai"})
 
     def _item_done(self, value: Json) -> None:
-        item, seen = _dict_in(value, "item"), self._item(self._key(value))
+        item, seen = dict_in(value, "item"), self._item(self._key(value))
         if not item or seen.done:
             return
         seen.done = True
         self._finished_ids.add(_identity(item))
-        kind, key = _str_in(item, "type"), seen.key
+        kind, key = str_in(item, "type"), seen.key
         if kind == "message":
             self._message_done(seen, item)
         elif kind == "reasoning":
             self._reasoning_done(seen, item)
-        elif kind in _CALL_ITEM_KINDS and not (kind == "tool_search_call" and _is_hosted_search(item)):
+        elif kind in CALL_ITEM_KINDS and not (kind == "tool_search_call" and is_hosted_search(item)):
             self._open_call(key, item)
-            self._whole_args(key, _call_item_args(item))
+            self._whole_args(key, call_item_args(item))
             self._out.end_call(key)
         elif kind:
             self._thinker = None
@@ -9917,35 +10003,35 @@ class ResponsesStreamReader:
     def _message_done(self, seen: _SeenItem, item: Json) -> None:
         """Of a whole message what its deltas did not bring."""
         annotations: list[Json] = []
-        for index, part in enumerate(_dicts_in(item, "content")):
+        for index, part in enumerate(dicts_in(item, "content")):
             tell, name = (self._refusal, "refusal") if part.get("type") == "refusal" else (self._text, "text")
-            tell({"output_index": seen.key, "content_index": index, "delta": _unsaid(_str_in(part, name), seen.texts.get(index, []))})
-            annotations += _dicts_in(part, "annotations")
+            tell({"output_index": seen.key, "content_index": index, "delta": _unsaid(str_in(part, name), seen.texts.get(index, []))})
+            annotations += dicts_in(part, "annotations")
         for annotation in annotations[seen.n_cites:]:
             self._cite(seen, annotation)
 
     def _reasoning_done(self, seen: _SeenItem, item: Json) -> None:
         """Of a whole reasoning item what its deltas did not bring, and its seal."""
         if not seen.thought:
-            summary, content = _joined_reasoning(item)
+            summary, content = joined_reasoning(item)
             seen.thought = "summary_text" if summary else "reasoning_text" if content else ""
             self._out.think(summary or content, seen.thought)
             self._thinker = seen if seen.thought else self._thinker
-        if _str_in(item, "encrypted_content"):
-            self._out.seal({"field": "encrypted", "data": item["encrypted_content"], **({"id": item["id"]} if _str_in(item, "id") else {})})
+        if str_in(item, "encrypted_content"):
+            self._out.seal({"field": "encrypted", "data": item["encrypted_content"], **({"id": item["id"]} if str_in(item, "id") else {})})
         elif seen is self._thinker:
             self._out.seal({"field": seen.thought})
 
     def _completed(self, value: Json) -> None:
-        response = _dict_in(value, "response")
-        status = "incomplete" if value.get("type") == "response.incomplete" else _str_in(response, "status") or "completed"
+        response = dict_in(value, "response")
+        status = "incomplete" if value.get("type") == "response.incomplete" else str_in(response, "status") or "completed"
         self._begin(value)
         told = frozenset(self._finished_ids)
-        for index, item in enumerate(_dicts_in(response, "output")):
+        for index, item in enumerate(dicts_in(response, "output")):
             if _identity(item) not in told:
                 self._item_done({"output_index": index, "item": item})
         self._out.usage(read_usage("responses", response.get("usage")))
-        self._out.finish(self._reason(status, _str_in(_dict_in(response, "incomplete_details"), "reason")))
+        self._out.finish(self._reason(status, str_in(dict_in(response, "incomplete_details"), "reason")))
         self.done = True
 
     def _reason(self, status: str, detail: Any) -> str:
@@ -10031,7 +10117,7 @@ class ResponsesStreamWriter:
         self._asked = asked
         self._id = mint("resp_", asked.seed)
         echo = asked.hub.get("echo") or {}
-        self._echo: Json = {**_ECHOED, **echo, "reasoning": {**_ECHOED["reasoning"], **(echo.get("reasoning") or {})}}
+        self._echo: Json = {**ECHOED, **echo, "reasoning": {**ECHOED["reasoning"], **(echo.get("reasoning") or {})}}
         self._sequence = 0
         self._started = False
         self._block: _OpenItem | None = None
@@ -10170,7 +10256,7 @@ class ResponsesStreamWriter:
     def _opaque(self, delta: Json) -> list[bytes]:
         """An item of the format's own kind goes out as it came; blocks of others cannot be told here."""
         item = delta["data"]
-        if delta["family"] != "openai" or not isinstance(item, dict) or item.get("type") not in _ITEM_READERS:
+        if delta["family"] != "openai" or not isinstance(item, dict) or item.get("type") not in ITEM_READERS:
             return []
         out = self._shut()
         index, self._n_items = self._n_items, self._n_items + 1
@@ -10258,7 +10344,7 @@ class ResponsesStreamWriter:
             out.append(self._event("response.custom_tool_call_input.delta", **place, delta=text))
             out.append(self._event("response.custom_tool_call_input.done", **place, input=text))
             return [*out, self._done(block, {**block.item, "status": "completed", "input": text})]
-        rest = {"action": _shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
+        rest = {"action": shell_action(args)} if block.kind == "shell" else {"execution": "client", "arguments": args_object(args)}
         block.item = {"type": "local_shell_call" if block.kind == "shell" else "tool_search_call", "status": "in_progress", "call_id": call["call_id"], **rest}
         return [*self._tell(block), self._done(block, {**block.item, "status": "completed"})]
 
@@ -10273,12 +10359,12 @@ def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter,
     for frame in split_frames(sent):
         event = read_frame(frame)
         value = json.loads(event.data) if event.data else {}
-        kind = _str_in(value, "type") or event.name
+        kind = str_in(value, "type") or event.name
         number = value.get("sequence_number")
         sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
-        added = _dict_in(value, "item")
+        added = dict_in(value, "item")
         if kind in ("response.created", "response.in_progress"):
-            response = _dict_in(value, "response")
+            response = dict_in(value, "response")
         elif kind == "response.output_item.added" and added.get("type") == "message" and not item and isinstance(added.get("id"), str):
             item, index = added, value.get("output_index")
         elif kind == "response.output_text.delta" and item and isinstance(value.get("delta"), str) and value.get("content_index") == 0:
@@ -10339,7 +10425,7 @@ def find_responses_error(value: Any) -> Json | None:
         return find_responses_error(value[0])
     if not isinstance(value, dict):
         return None
-    response = _dict_in(value, "response") or value
+    response = dict_in(value, "response") or value
     failed = value.get("type") in ("response.failed", "response.cancelled", "error") or response.get("status") in ("failed", "cancelled")
     found = response.get("error") or value.get("error")
     if found:
@@ -10361,7 +10447,7 @@ def _is_content_item(item: Any) -> bool:
     if not isinstance(item, dict):
         return False
     if item.get("type") == "message":
-        return any(part.get("text") or part.get("refusal") for part in _dicts_in(item, "content"))
+        return any(part.get("text") or part.get("refusal") for part in dicts_in(item, "content"))
     if item.get("type") == "reasoning":
         return bool(item.get("summary") or item.get("content") or item.get("encrypted_content"))
     return bool(item.get("type"))
@@ -10471,7 +10557,7 @@ class ResponsesPassage:
         if not isinstance(value, dict):
             self.broken = "not_json"
             return b""
-        kind = _str_in(value, "type") or event.name
+        kind = str_in(value, "type") or event.name
         self.error = find_responses_error(value if event.name != "error" else {"type": "error", **value})
         if self.error is not None:
             return b""
@@ -10484,7 +10570,7 @@ class ResponsesPassage:
         if isinstance(value.get("sequence_number"), int):
             self.sequence = value["sequence_number"]
         if kind in ("response.created", "response.in_progress"):
-            told = _dict_in(value, "response")
+            told = dict_in(value, "response")
             self._response = {**self._response, **told, "model": self._echo or told.get("model")}
         delta = value.get("delta")
         if kind.endswith(".delta") and delta:
@@ -10497,31 +10583,31 @@ class ResponsesPassage:
             item = value.get("item")
             self._open_call = kind.endswith("added") and isinstance(item, dict) and str(item.get("type")).endswith("_call")
         elif kind in ("response.completed", "response.incomplete"):
-            response = _dict_in(value, "response")
+            response = dict_in(value, "response")
             self.usage = responses_usage(response)
             self.finish = kind.partition(".")[2]
-            self.content = self.content or self.finish == "incomplete" or any(map(_is_content_item, _dicts_in(response, "output")))
+            self.content = self.content or self.finish == "incomplete" or any(map(_is_content_item, dicts_in(response, "output")))
             self.done = self.content
             self.broken = "" if self.content else "empty_answer"
 
     def _named(self, value: Json, event: Event) -> bytes:
         """The frame, under the client's own model name when it is to be echoed."""
-        response = _dict_in(value, "response")
+        response = dict_in(value, "response")
         if not self._echo or "model" not in response:
             return event.raw
         return write_event({**value, "response": {**response, "model": self._echo}}, event.name)
 
 
 ##############################################################################
-# 12. Anthropic Messages                                    pure | uses 1-2, 8-9
+# 22. Anthropic Messages                                  pure | uses 2, 10-12, 14
 ##############################################################################
 # Messages as clients send it and providers answer it: requests read into the hub and written from it, streams read and written, and
-# MessagesPassage for streams that pass through.  Only shapes are known here; pairing, ids, seals, stops and counts are section 9's.
-# A content block that is not named in _BLOCK_READERS is opaque: its own family gets it back as it came, others what section 9 makes of it.
+# MessagesPassage for streams that pass through.  Only shapes are known here; pairing, ids, seals, stops and counts are section 10's.
+# A content block that is not named in _BLOCK_READERS is opaque: its own family gets it back as it came, others what section 10 makes of it.
 # Source: Anthropic API reference and SDK types, Messages, read 2026-11.  Guarded by tests/test_format_messages.py.
 # One more kind of block: rows in _BLOCK_READERS and _BLOCK_WRITERS; in answers a case in MessagesStreamReader._open and a row in MessagesStreamWriter.WRITES.
 
-_OWN = "anthropic"                #: whose signatures, server blocks and citations this format carries verbatim
+OWN = "anthropic"                #: whose signatures, server blocks and citations this format carries verbatim
 
 # ---- Checking
 
@@ -10545,7 +10631,7 @@ _MESSAGES_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "cache_control": ((dict,), "an object"),
 }
 _MESSAGES_ROLES = ("assistant", "system", "user")
-_THREAD_CODE = "thread_unsupported_request"
+THREAD_CODE = "thread_unsupported_request"
 
 
 def check_messages_request(body: Any, *, threads: bool = False) -> Json:
@@ -10557,7 +10643,7 @@ def check_messages_request(body: Any, *, threads: bool = False) -> Json:
         raise bad_request("The body must be a JSON object.")
     if body.get("thread") is not None and not threads:
         # anthropic SDK 2.x reads the details and goes on with the whole history; without them it would lose its history silently
-        raise bad_request("thread: conversations are not kept here, send the whole history.", param="thread", code=_THREAD_CODE)
+        raise bad_request("thread: conversations are not kept here, send the whole history.", param="thread", code=THREAD_CODE)
     for name, value in body.items():
         types, expected = _MESSAGES_TYPES.get(name, ((object,), ""))
         if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
@@ -10648,7 +10734,7 @@ _READ_FIELDS = frozenset({"model", "max_tokens", "messages", "system", "stream",
 def messages_read_request(body: Any) -> Json:
     """The hub request for a Messages body. Raises GatewayError 400.
 
-    in:      {"model", "messages", "max_tokens"?, "system"?, "tools"?, ...}    out: hub request (section 9)
+    in:      {"model", "messages", "max_tokens"?, "system"?, "tools"?, ...}    out: hub request (section 10)
     kept in extra, for Messages providers only: container, mcp_servers, context_management, inference_geo, betas, ... and what is unknown.
     """
     check_messages_request(body)
@@ -10714,7 +10800,7 @@ def _read_tool(tool: Json) -> Json:
     """A tool of the client's own, or one that Anthropic runs or knows the schema of (hosted); `raw` is for the way back."""
     marks = {**({"cache": tool["cache_control"]} if tool.get("cache_control") else {}), **({"defer": True} if tool.get("defer_loading") else {})}
     if tool.get("type") not in (None, "custom"):
-        return {"name": str(tool.get("name") or tool.get("mcp_server_name") or tool["type"]), "kind": "hosted", "family": _OWN, "raw": tool, **marks}
+        return {"name": str(tool.get("name") or tool.get("mcp_server_name") or tool["type"]), "kind": "hosted", "family": OWN, "raw": tool, **marks}
     told = {"description": about if isinstance(about := tool.get("description"), str) else None, "schema": tool.get("input_schema"), "strict": tool.get("strict")}
     return {"name": tool["name"], "kind": "function", **{name: value for name, value in told.items() if value is not None}, "raw": tool, **marks}
 
@@ -10726,12 +10812,12 @@ def _read_blocks(content: Any) -> list[Json]:
     return [_BLOCK_READERS.get(block["type"], _read_other_block)(block) for block in content or ()]
 
 
-def _object(value: Any) -> Json:
+def only_object(value: Any) -> Json:
     """An object, an empty one for what is none."""
     return value if isinstance(value, dict) else {}
 
 
-def _objects(value: Any) -> list[Json]:
+def only_objects(value: Any) -> list[Json]:
     """The objects of a list, nothing for what is none."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
@@ -10743,15 +10829,15 @@ def _marked(part: Json, block: Json) -> Json:
 
 def _read_text_block(block: Json) -> Json:
     part = text_part(block["text"])
-    cites = [_read_citation(citation) for citation in _objects(block.get("citations"))]
+    cites = [read_citation(citation) for citation in only_objects(block.get("citations"))]
     return _marked({**part, "cites": cites} if cites else part, block)
 
 
-def _read_citation(citation: Json) -> Json:
+def read_citation(citation: Json) -> Json:
     """A citation as the hub has it; one that we made up ourselves for a foreign provider has no raw form to go back to Anthropic."""
     cite = {"url": str(citation.get("url") or citation.get("source") or ""), "title": str(citation.get("title") or citation.get("document_title") or "")}
     ours = citation.get("type") == "web_search_result_location" and not citation.get("encrypted_index")
-    return cite if ours else {**cite, "raw": citation, "family": _OWN}
+    return cite if ours else {**cite, "raw": citation, "family": OWN}
 
 
 def _read_source(source: Json) -> Json:
@@ -10780,7 +10866,7 @@ def _read_document_block(block: Json) -> Json:
 
 
 def _read_thinking_block(block: Json) -> Json:
-    text, seal = block.get("thinking") or "", read_seal(block.get("signature"), _OWN, "signature")
+    text, seal = block.get("thinking") or "", read_seal(block.get("signature"), OWN, "signature")
     if seal is None:
         return {"type": "think", "text": text}
     hidden = seal.pop("text", "")           # thinking that the client asked not to see rides in its envelope
@@ -10788,7 +10874,7 @@ def _read_thinking_block(block: Json) -> Json:
 
 
 def _read_redacted_block(block: Json) -> Json:
-    return {"type": "think", "text": "", "hidden": True, "seal": read_seal(block["data"], _OWN, "redacted") or {"family": "?", "model": "", "field": "?"}}
+    return {"type": "think", "text": "", "hidden": True, "seal": read_seal(block["data"], OWN, "redacted") or {"family": "?", "model": "", "field": "?"}}
 
 
 def _read_use_block(block: Json) -> Json:
@@ -10802,7 +10888,7 @@ def _read_result_block(block: Json) -> Json:
 
 def _read_other_block(block: Json) -> Json:
     text = _rendering(block)
-    return {"type": "opaque", "family": _OWN, "format": "messages", "data": block, **({"text": text} if text else {})}
+    return {"type": "opaque", "family": OWN, "format": "messages", "data": block, **({"text": text} if text else {})}
 
 
 def _rendering(block: Json) -> str:
@@ -10838,13 +10924,13 @@ def _inner_text(value: Any) -> str:
 
 def _read_addition_block(block: Json) -> Json:
     """A tool that is to be offered from here on: defined here, or named and defined in the request."""
-    tool = _object(block.get("tool"))
-    definition = _object(tool.get("definition"))
+    tool = only_object(block.get("tool"))
+    definition = only_object(tool.get("definition"))
     return {"type": "tool_change", "add": [_read_tool(definition)] if isinstance(definition.get("name"), str) else [], "named": str(tool.get("name") or ""), "raw": block}
 
 
 def _read_removal_block(block: Json) -> Json:
-    return {"type": "tool_change", "remove": [str(_object(block.get("tool")).get("name") or "")], "raw": block}
+    return {"type": "tool_change", "remove": [str(only_object(block.get("tool")).get("name") or "")], "raw": block}
 
 
 _BLOCK_READERS: Mapping[str, Callable[[Json], Json]] = {
@@ -10863,7 +10949,7 @@ _BLOCK_READERS: Mapping[str, Callable[[Json], Json]] = {
 # ---- Requests: writing
 
 def messages_write_request(hub: Json, profile: Profile) -> Json:
-    """The Messages body for a prepared hub request (section 9, prepare).
+    """The Messages body for a prepared hub request (section 15, prepare).
 
     out:     {"model", "max_tokens", "system"?, "messages", "tools"?, ...}    source: Anthropic API reference, Messages, read 2026-11.
     """
@@ -10946,7 +11032,7 @@ def _with_mark(block: Json, part: Json) -> Json:
 
 def _write_text_block(part: Json, native: bool) -> Json:
     block = {"type": "text", "text": part["text"]}
-    citations = [cite["raw"] for cite in part.get("cites") or () if native and cite.get("family") == _OWN and "raw" in cite]
+    citations = [cite["raw"] for cite in part.get("cites") or () if native and cite.get("family") == OWN and "raw" in cite]
     return _with_mark({**block, "citations": citations} if citations else block, part)
 
 
@@ -11010,6 +11096,11 @@ _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
     "tool_change": _write_change_block,
 }
 
+
+##############################################################################
+# 23. Messages answers                                    pure | uses 1-2, 9-11, 16-17, 22
+##############################################################################
+# The other half of Messages: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_messages.py.
 
 # ---- Answers: reading
 
@@ -11096,7 +11187,7 @@ class MessagesStreamReader:
         return self._out.close(ended=self._ended)
 
     def _start(self, message: Any) -> None:
-        message = _object(message)
+        message = only_object(message)
         self._count(message.get("usage"))
         self._out.start(str(message.get("id") or ""), str(message.get("model") or ""), self._told())
 
@@ -11111,9 +11202,9 @@ class MessagesStreamReader:
         return {name: count for name, count in read_usage("messages", self._usage).items() if count or name != "input"}
 
     def _finish(self, value: Json) -> None:
-        delta = _object(value.get("delta"))
+        delta = only_object(value.get("delta"))
         self._count(value.get("usage"))
-        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), _object(delta.get("stop_details")) or None)
+        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), only_object(delta.get("stop_details")) or None)
 
     def _find(self, index: Any) -> _BlockReader | None:
         return next((block for block in reversed(self._blocks) if block.index == index and not block.stopped), None)
@@ -11122,7 +11213,7 @@ class MessagesStreamReader:
         if self._find(index) is not None:
             self._stop_block(index)
         self._n_blocks += 1
-        self._blocks.append(_BlockReader(index, self._n_blocks, dict(_object(body))))
+        self._blocks.append(_BlockReader(index, self._n_blocks, dict(only_object(body))))
         if len(self._blocks) == 1:
             self._open(self._blocks[0])
 
@@ -11162,7 +11253,7 @@ class MessagesStreamReader:
         block.began_at = self._n_chars
         if kind == "text":
             self._apply(block, {"type": "text_delta", "text": body.get("text")})
-            block.cites += _objects(body.get("citations"))
+            block.cites += only_objects(body.get("citations"))
         elif kind == "thinking":
             self._apply(block, {"type": "thinking_delta", "thinking": body.get("thinking")})
             block.signature = str(body.get("signature") or "")
@@ -11201,7 +11292,7 @@ class MessagesStreamReader:
         kind = block.body.get("type")
         if kind == "text":
             for citation in block.cites:
-                self._out.cite({**_read_citation(citation), "start": block.began_at, "end": self._n_chars})
+                self._out.cite({**read_citation(citation), "start": block.began_at, "end": self._n_chars})
         elif kind == "thinking":
             if block.signature or block.thought:
                 self._out.seal({"field": "signature", **({"data": block.signature} if block.signature else {})})
@@ -11210,7 +11301,7 @@ class MessagesStreamReader:
                 self._out.args(block.key, args_text(block.body["input"]))
             self._out.end_call(block.key)
         elif kind and kind != "redacted_thinking":
-            self._out.opaque(_OWN, {**block.body, "input": args_object(block.input_text)} if block.input_text else block.body)
+            self._out.opaque(OWN, {**block.body, "input": args_object(block.input_text)} if block.input_text else block.body)
 
 
 #: Where a delta holds its text, and the block it opens on servers that send no start.
@@ -11395,10 +11486,10 @@ class MessagesStreamWriter:
     def _write_seal(self, delta: Json) -> list[Json]:
         """The signature, in one delta right before its block's stop; redacted thinking is a block without text."""
         record = {name: value for name, value in delta.items() if name != "delta"}
-        if record.get("family") == _OWN and record.get("field") == "redacted":
+        if record.get("family") == OWN and record.get("field") == "redacted":
             return [*self._open("other", {"type": "redacted_thinking", "data": record.get("data") or ""}), *self._shut()]
         opened = [] if self._kind == "thinking_delta" else self._open_thinking()
-        signature = write_seal(record, _OWN, "".join(self._thought) or None)
+        signature = write_seal(record, OWN, "".join(self._thought) or None)
         return [*opened, self._delta({"type": "signature_delta", "signature": signature}), *self._shut()]
 
     def _write_call(self, delta: Json) -> list[Json]:
@@ -11412,11 +11503,11 @@ class MessagesStreamWriter:
             return []
         made = {"type": "web_search_result_location", "url": delta.get("url") or "", "title": delta.get("title") or "", "cited_text": "", "encrypted_index": ""}
         self._cited = True
-        return [self._delta({"type": "citations_delta", "citation": delta["raw"] if delta.get("family") == _OWN and "raw" in delta else made})]
+        return [self._delta({"type": "citations_delta", "citation": delta["raw"] if delta.get("family") == OWN and "raw" in delta else made})]
 
     def _write_opaque(self, delta: Json) -> list[Json]:
         block = delta.get("data")
-        if delta.get("family") != _OWN or not isinstance(block, dict) or "type" not in block:
+        if delta.get("family") != OWN or not isinstance(block, dict) or "type" not in block:
             return []
         if not block.get("input"):
             return [*self._open("other", block), *self._shut()]
@@ -11504,8 +11595,8 @@ def messages_error(error: GatewayError, request_id: str = "") -> Json:
     """The envelope of an error, as a body and as an event in a stream."""
     kind = _MESSAGES_ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     inner: Json = {"type": kind, "message": error.message}
-    if error.code == _THREAD_CODE:
-        inner["details"] = {"error_code": _THREAD_CODE, "unsupported": [error.param]}
+    if error.code == THREAD_CODE:
+        inner["details"] = {"error_code": THREAD_CODE, "unsupported": [error.param]}
     return {"type": "error", "error": inner, **({"request_id": request_id} if request_id else {})}
 
 
@@ -11701,7 +11792,7 @@ class MessagesPassage:
 
 
 ##############################################################################
-# 13. Plain endpoints                                       pure | uses 1-2, 8-10
+# 24. Plain endpoints                                     pure | uses 2, 9-12, 15-16, 18-19
 ##############################################################################
 # /v1/completions and /v1/embeddings, older than Chat.  Both pass through to providers that have them; a completion is asked of
 # others too, as one user message.  A vector is asked of the model that was named and of no other: vectors of two models do not compare.
@@ -12072,7 +12163,332 @@ def gemini_whole(pieces: Sequence[Json]) -> Json:
 
 
 ##############################################################################
-# 14. Translation                                           pure | uses 1-3, 8-13
+# 25. Token estimate                                      pure | uses 10, 12-13, 16
+##############################################################################
+# An estimate is a guess by characters and kinds of characters, for each family of models; what providers count corrects it.  Guarded by tests/test_estimate.py.
+
+# ---- Counting tokens without a tokenizer
+# Words, digits, signs and lines are counted the way byte-pair tokenizers cut them; what a provider's prompt template adds to messages, calls,
+# tools and schemas is a row per family.  Measured against recorded requests that carry real usage; tests/test_estimate.py holds the figure.
+
+class _Count(NamedTuple):
+    """What one family's prompt costs: factors on text and on tool schemas, and tokens for each thing that its template writes around them."""
+    text: float = 1.0
+    digits: int = 3                   #: of a number that make one token
+    tools: float = 1.35               #: on the JSON of tools; on their rendering as TypeScript where `typescript`
+    typescript: bool = False
+    with_tools: int = 100             #: once, if there are tools
+    always: int = 3
+    turn: int = 4
+    system: int = 4
+    call: int = 20                    #: a call and its result
+    thinking: int = 0                 #: thinking was asked for
+    forced: int = 0                   #: a tool was forced
+    schema: float = 1.0               #: on the output schema
+    with_schema: int = 0
+    hidden_none: bool = False         #: tools are left out when none may be called
+    hosted: int = 1400                #: a tool that the provider runs
+    deferred: bool = True             #: tools that wait to be searched for are shown all the same
+    sealed: float = 0.0               #: tokens per letter of sealed thinking that goes back, beyond its head
+    seal_head: int = 0
+    old_thinking: bool = False        #: thinking from before the user's last words is billed too
+    cuts_tags: bool = False           #: the template leaves out <think>...</think> that led to a call
+    cited: int = 0                    #: once, where documents are to be cited
+    image: str = "area"
+    page: int = 2000                  #: a page of a PDF: its text and its picture
+
+
+_OPENAI = _Count(tools=1.0, typescript=True, with_tools=9, call=8, schema=0.9, image="tiles", hosted=330, deferred=False, sealed=0.125, seal_head=690)
+_CLAUDE = _Count(tools=1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
+_COUNTS: tuple[tuple[str, _Count], ...] = (
+    ("*gpt-oss*", _Count(0.97, tools=1.0, typescript=True, with_tools=25, always=62, call=15, with_schema=60, cuts_tags=True)),
+    ("*gpt-4.1-mini* *gpt-4.1-nano* *o4-mini* *gpt-5-mini* *gpt-5-nano* *gpt-5.?-mini* *gpt-5.?-nano*", _OPENAI._replace(image="patches")),
+    ("*gpt-* o1* o3* o4* */o1* */o3* */o4* *chatgpt* computer-use*", _OPENAI),
+    ("*claude-3-opus*", _CLAUDE._replace(with_tools=540, forced=0)),
+    ("*claude-3* *claude-sonnet-4-2* *claude-opus-4-2* *claude-sonnet-4-0 *claude-opus-4-0 *claude-opus-4-1* *claude-sonnet-4 *claude-opus-4", _CLAUDE._replace(with_tools=350)),
+    ("*claude-*-4-[56]* *claude-*-4.[56]*", _CLAUDE),
+    ("*claude*", _CLAUDE._replace(text=1.3, tools=1.6, with_tools=370, image="large")),
+    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, tools=1.45, with_tools=209, always=76, hidden_none=True, call=24)),
+    ("*deepseek*", _Count(0.97, tools=1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
+    ("*grok*non-reasoning*", _Count(1.0, tools=1.43, with_tools=100, always=0, turn=2, call=25)),
+    ("*grok*", _Count(1.0, tools=1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
+    ("*mixtral*", _Count(digits=1, turn=8, system=3, always=1)),          # [INST] and [/INST] are text to it, four tokens each
+    ("*mistral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
+     _Count(0.95, digits=1, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20, old_thinking=True, page=900,   # pages are read, not shown
+            schema=0.0, hidden_none=True, image="patches28")),
+    ("*llama-4*", _Count(1.0, tools=1.3, with_tools=640)),
+    ("*llama-3.[1-9]* *llama3.[1-9]*", _Count(always=31)),
+    ("*gemini* *gemma*", _Count(0.85, tools=1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
+    ("*glm*", _Count(always=5, thinking=2)),
+    ("*qwen* *llama*", _Count(always=5)),
+    ("*minimax*", _Count(always=34)),
+    ("*sonar*", _Count(0.85, always=1, turn=2, system=2)),
+    ("*", _Count()),
+)
+_MARGIN = 1.05
+_SEARCH_TOOL = 100
+_SAMPLE_CHARS, _SAMPLES = 4096, 32
+_WORD = re.compile("[A-Za-z]+")
+_NUMERALS = re.compile(" ?[0-9]+")                       # a blank before a number is a token of its own, unlike one before a word
+_MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
+_LINES = re.compile(r"\n\s*|  +")
+_WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf]")
+_ASCII = re.compile("[\x00-\x7f]+")
+
+
+def _up(tokens: float) -> int:
+    return -int(-tokens // 1)
+
+
+def _text_tokens(text: str, family: _Count) -> float:
+    return family.text * estimate_text(text, family.digits)
+
+
+def estimate_text(text: str, digits: int = 3) -> float:
+    """Tokens of a text, `digits` of a number being one; one of more than a few hundred kilobytes is measured by samples."""
+    if len(text) > 2 * _SAMPLES * _SAMPLE_CHARS:
+        step = len(text) // _SAMPLES
+        sample = "".join(text[start:start + _SAMPLE_CHARS] for start in range(0, step * _SAMPLES, step))
+        return estimate_text(sample, digits) * len(text) / len(sample)
+    count = sum(1.0 if len(word) <= 7 else 1 + (len(word) - 7) / 4.5 for word in _WORD.findall(text))
+    count += sum(-(-len(number.lstrip()) // digits) + (number[0] == " ") for number in _NUMERALS.findall(text))
+    count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
+    if not text.isascii():
+        wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
+        count += 1.1 * wide + 2.0 * emoji + 0.6 * (len(_ASCII.sub("", text)) - wide - emoji)
+    return count
+
+
+def _typescript(schema: Any) -> str:
+    """A schema as OpenAI's templates show it to the model, near enough to count it."""
+    if not isinstance(schema, dict):
+        return "any"
+    schema = sound_schema(schema)
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(map(compact, schema["enum"]))
+    members = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(members, list):
+        return " | ".join(map(_typescript, members))
+    kind, required = schema.get("type"), schema.get("required", ())
+    if kind == "array":
+        return _typescript(schema.get("items")) + "[]"
+    if not isinstance(schema.get("properties"), dict):
+        return " | ".join(map(str, kind)) if isinstance(kind, list) else str(kind or "any")
+    lines = []
+    for name, value in schema["properties"].items():
+        about = value if isinstance(value, dict) else {}
+        lines.append(f"// {about['description']}\n" if about.get("description") else "")
+        lines.append(f"{name}{'' if name in required else '?'}: {_typescript(value)},\n")
+    return "{\n" + "".join(lines) + "}"
+
+
+def _tool_tokens(tool: Json, family: _Count) -> float:
+    if tool["kind"] == "hosted":
+        return _SEARCH_TOOL if "tool_search" in str((tool.get("raw") or {}).get("type")) else family.hosted
+    if tool.get("defer") and not family.deferred:
+        return 0
+    about, schema = tool.get("description") or "", tool.get("schema") or {}
+    grammar = compact(tool["grammar"]) if tool.get("grammar") else ""
+    if family.typescript:
+        form = f"(_: {_typescript(schema)})" if schema.get("properties") else "()"
+        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;{grammar}")
+    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), grammar)))
+
+
+def _size_of_image(data: str) -> tuple[int, int] | None:
+    """Width and height from the first bytes of a PNG, JPEG, GIF or WebP in base64."""
+    try:
+        head = base64.b64decode(data[:65536])
+    except ValueError:
+        return None
+    if head[:4] == b"\x89PNG" and len(head) >= 24:
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if head[:4] == b"GIF8" and len(head) >= 10:
+        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head[:4] == b"RIFF" and len(head) >= 30:
+        return _size_of_webp(head)
+    return _size_of_jpeg(head) if head[:2] == b"\xff\xd8" else None
+
+
+def _size_of_webp(head: bytes) -> tuple[int, int] | None:
+    if head[12:16] == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3fff, int.from_bytes(head[28:30], "little") & 0x3fff
+
+
+def _size_of_jpeg(head: bytes) -> tuple[int, int] | None:
+    position = 2
+    while position + 9 <= len(head) and head[position] == 0xff:
+        marker, length = head[position + 1], int.from_bytes(head[position + 2:position + 4], "big")
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
+            return int.from_bytes(head[position + 7:position + 9], "big"), int.from_bytes(head[position + 5:position + 7], "big")
+        position += 2 + max(length, 2)
+    return None
+
+
+def _by_area(width: int, height: int, edge: int = 1568, cap: int = 1600) -> float:
+    scale = min(1.0, edge / max(width, height))
+    return min(cap, width * height * scale * scale / 750)
+
+
+def _by_tiles(width: int, height: int) -> float:
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return 85 + 170 * _up(width * scale / 512) * _up(height * scale / 512)
+
+
+def _by_patches(width: int, height: int) -> float:
+    return 1.7 * min(1536, _up(width / 32) * _up(height / 32))
+
+
+#: Tokens of an image of known size, by the way a family cuts it up, and of one whose size nobody told.
+_IMAGES: Mapping[str, tuple[Callable[[int, int], float], int]] = {
+    "area": (_by_area, 1600),
+    "large": (lambda width, height: _by_area(width, height, 2576, 4800), 1600),
+    "tiles": (_by_tiles, 765),
+    "patches": (_by_patches, 1600),
+    "patches28": (lambda width, height: min(4096, _up(width / 28) * (_up(height / 28) + 1)), 1600),
+    "flat": (lambda width, height: 258 if max(width, height) <= 384 else 258 * _up(width / 768) * _up(height / 768), 258),
+}
+
+
+def _image_tokens(part: Json, family: _Count) -> float:
+    measure, unknown = _IMAGES[family.image]
+    if part.get("detail") == "low":
+        return 85
+    size = _size_of_image(part["data"]) if "data" in part else None
+    return measure(*size) if size and min(size) else unknown
+
+
+def _file_tokens(part: Json, family: _Count) -> float:
+    """So much for each page of a PDF; other files by size."""
+    try:
+        data = base64.b64decode(part.get("data", ""))
+    except ValueError:
+        data = b""
+    if data and len(data) < 3000:
+        return 300
+    pages = len(re.findall(rb"/Type\s*/Page(?!s)", data))
+    return family.page * (max(1, pages) if data[:4] == b"%PDF" or not data else max(1.0, len(data) / 1500))
+
+
+def _part_tokens(part: Json, family: _Count) -> float:
+    kind = part["type"]
+    if kind == "image":
+        return _image_tokens(part, family)
+    if kind == "file" and "text" not in part:
+        return _file_tokens(part, family)
+    if kind == "think" and (part.get("seal") or {}).get("data"):
+        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or _text_tokens(part["text"], family)
+    if kind == "result":
+        found = "" if family.deferred else "".join(map(compact, (part.get("raw") or {}).get("tools") or ()))      # tools that a search brought in
+        return sum(_part_tokens(inner, family) for inner in part["parts"]) + _text_tokens(found, family)
+    if kind == "call":
+        return family.call + _text_tokens(f"{part['name']} {part['args']}", family)
+    if kind == "file":
+        return _text_tokens(document_text(part), family)
+    return _text_tokens(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""), family)
+
+
+def _shown_parts(turn: Json, family: _Count) -> Iterable[Json]:
+    """The parts of a turn as the template shows them."""
+    if not family.cuts_tags or all(part["type"] != "call" for part in turn["parts"]):
+        return turn["parts"]
+    return ({**part, "text": part["text"].rpartition("</think>")[2]} if part["type"] == "text" else part for part in turn["parts"])
+
+
+@functools.lru_cache(maxsize=4096)
+def count_family(model: str) -> _Count:
+    """How the prompts of a wire model are counted."""
+    return next(family for globs, family in _COUNTS if any(fnmatch.fnmatchcase(model, glob) for glob in globs.split()))
+
+
+def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
+    """Prompt tokens of a hub request for a wire model, rather too many than too few; `ratio` is what Calibration learned.
+
+    Counts system, turns, calls and results, images, documents, tools; not ids, marks, seals, nor thinking from before the user's last words.
+    """
+    family = count_family((model or hub["model"]).lower())
+    turns, choice = hub["turns"], (hub.get("choice") or {}).get("mode")
+    tools = () if choice == "none" and family.hidden_none else hub.get("tools", ())
+    last_words = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), 0)
+    total = float(family.always)
+    if hub.get("system"):
+        total += family.system + sum(_text_tokens(part["text"], family) for part in hub["system"])
+    for index, turn in enumerate(turns):
+        total += family.turn + sum(_part_tokens(part, family) for part in _shown_parts(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
+    if tools:
+        total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
+        total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0
+    if family.cited and any(part.get("citations") for turn in turns for part in turn["parts"]):
+        total += family.cited
+    if (hub.get("format") or {}).get("kind") == "schema" and family.schema:
+        total += family.with_schema + family.schema * estimate_text(compact(hub["format"]["schema"]))
+    if (hub.get("think") or {}).get("mode") in ("on", "auto"):
+        total += family.thinking
+    return _up(total * _MARGIN * ratio)
+
+
+class Calibration:
+    """How far estimates are off, per wire model: the running mean of actual / estimate, from 0.5 to 2.  Kept in memory only."""
+
+    __slots__ = ("_ratios",)
+
+    def __init__(self) -> None:
+        self._ratios: dict[str, float] = {}
+
+    def ratio(self, model: str) -> float:
+        """What to multiply an estimate by."""
+        return self._ratios.get(model, 1.0)
+
+    def learn(self, model: str, estimated: int, actual: int) -> None:
+        """One answer whose usage came from the provider; `estimated` is the plain estimate, without a ratio."""
+        if estimated > 0 and actual > 0:
+            observed = min(2.0, max(0.5, actual / estimated))
+            self._ratios[model] = 0.8 * self._ratios.get(model, 1.0) + 0.2 * observed
+
+
+class UsageFiller:
+    """Gives every answer its token counts: the estimate at its start, and at its end what the provider did not tell."""
+
+    __slots__ = ("_input_tokens", "_chars", "_seen")
+
+    def __init__(self, input_tokens: int) -> None:
+        self._input_tokens = input_tokens
+        self._chars: list[str] = []
+        self._seen: Json = {}
+
+    def feed(self, delta: Json) -> list[Json]:
+        """The delta, and before the stop what is missing."""
+        kind = delta["delta"]
+        if kind == "start":
+            told = {name: count for name, count in (delta.get("usage") or {}).items() if count}
+            self._seen = merge_usage(self._seen, told)
+            return [{**delta, "usage": {"input": self._input_tokens, **told}}]
+        if kind == "usage":
+            self._seen = merge_usage(self._seen, {name: delta[name] for name in delta if name != "delta"})
+        elif kind in ("text", "think", "args", "refuse"):
+            self._chars.append(delta["text"])
+        elif kind == "call":
+            self._chars.append(delta["name"])
+        elif kind == "stop":
+            missing = self._missing()
+            return [usage_delta({**self._seen, **missing, "estimated": True}), delta] if missing else [delta]
+        return [delta]
+
+    def _missing(self) -> Json:
+        missing = {} if self._seen.get("input") else {"input": self._input_tokens}
+        if "output" not in self._seen:
+            missing["output"] = _up(estimate_text("".join(self._chars)) * _MARGIN) if self._chars else 0
+        return missing
+
+
+##############################################################################
+# 26. Translation                                         pure | uses 1-2, 9-12, 15, 17-25
 ##############################################################################
 # FORMATS is the one place where the three formats stand side by side: what the relay and the endpoints ask of a format is
 # a field of its row.  A request passes through when client and provider speak the same format and nothing has to change
@@ -12509,6 +12925,11 @@ def read_events(raw: bytes, reader: Any) -> list[Json]:
     return deltas + reader.close()
 
 
+##############################################################################
+# 27. Resumption                                          pure | uses 2, 10, 15, 26
+##############################################################################
+# What may be asked for the rest of a text, and whether what comes is the rest.  In doubt it is not.  Guarded by tests/test_resume.py.
+
 # ---- Going on where a stream broke off
 
 class Seam(NamedTuple):
@@ -12670,328 +13091,8 @@ class SeamWriter:
         return [self._mark, *self._seam.writer.feed(text_delta(rest))]
 
 
-# ---- Counting tokens without a tokenizer
-# Words, digits, signs and lines are counted the way byte-pair tokenizers cut them; what a provider's prompt template adds to messages, calls,
-# tools and schemas is a row per family.  Measured against recorded requests that carry real usage; tests/test_estimate.py holds the figure.
-
-class _Count(NamedTuple):
-    """What one family's prompt costs: factors on text and on tool schemas, and tokens for each thing that its template writes around them."""
-    text: float = 1.0
-    digits: int = 3                   #: of a number that make one token
-    tools: float = 1.35               #: on the JSON of tools; on their rendering as TypeScript where `typescript`
-    typescript: bool = False
-    with_tools: int = 100             #: once, if there are tools
-    always: int = 3
-    turn: int = 4
-    system: int = 4
-    call: int = 20                    #: a call and its result
-    thinking: int = 0                 #: thinking was asked for
-    forced: int = 0                   #: a tool was forced
-    schema: float = 1.0               #: on the output schema
-    with_schema: int = 0
-    hidden_none: bool = False         #: tools are left out when none may be called
-    hosted: int = 1400                #: a tool that the provider runs
-    deferred: bool = True             #: tools that wait to be searched for are shown all the same
-    sealed: float = 0.0               #: tokens per letter of sealed thinking that goes back, beyond its head
-    seal_head: int = 0
-    old_thinking: bool = False        #: thinking from before the user's last words is billed too
-    cuts_tags: bool = False           #: the template leaves out <think>...</think> that led to a call
-    cited: int = 0                    #: once, where documents are to be cited
-    image: str = "area"
-    page: int = 2000                  #: a page of a PDF: its text and its picture
-
-
-_OPENAI = _Count(tools=1.0, typescript=True, with_tools=9, call=8, schema=0.9, image="tiles", hosted=330, deferred=False, sealed=0.125, seal_head=690)
-_CLAUDE = _Count(tools=1.25, with_tools=500, system=1, call=52, thinking=28, forced=92, schema=1.25, with_schema=125, cited=500)
-_COUNTS: tuple[tuple[str, _Count], ...] = (
-    ("*gpt-oss*", _Count(0.97, tools=1.0, typescript=True, with_tools=25, always=62, call=15, with_schema=60, cuts_tags=True)),
-    ("*gpt-4.1-mini* *gpt-4.1-nano* *o4-mini* *gpt-5-mini* *gpt-5-nano* *gpt-5.?-mini* *gpt-5.?-nano*", _OPENAI._replace(image="patches")),
-    ("*gpt-* o1* o3* o4* */o1* */o3* */o4* *chatgpt* computer-use*", _OPENAI),
-    ("*claude-3-opus*", _CLAUDE._replace(with_tools=540, forced=0)),
-    ("*claude-3* *claude-sonnet-4-2* *claude-opus-4-2* *claude-sonnet-4-0 *claude-opus-4-0 *claude-opus-4-1* *claude-sonnet-4 *claude-opus-4", _CLAUDE._replace(with_tools=350)),
-    ("*claude-*-4-[56]* *claude-*-4.[56]*", _CLAUDE),
-    ("*claude*", _CLAUDE._replace(text=1.3, tools=1.6, with_tools=370, image="large")),
-    ("*deepseek-v4-flash* *deepseek-flash*", _Count(0.97, tools=1.45, with_tools=209, always=76, hidden_none=True, call=24)),
-    ("*deepseek*", _Count(0.97, tools=1.43, with_tools=209, always=0, turn=3, system=3, call=22, hidden_none=True)),
-    ("*grok*non-reasoning*", _Count(1.0, tools=1.43, with_tools=100, always=0, turn=2, call=25)),
-    ("*grok*", _Count(1.0, tools=1.43, with_tools=17, always=187, call=25, sealed=0.131, old_thinking=True)),
-    ("*mixtral*", _Count(digits=1, turn=8, system=3, always=1)),          # [INST] and [/INST] are text to it, four tokens each
-    ("*mistral* *ministral* *codestral* *magistral* *pixtral* *devstral* *voxtral*",
-     _Count(0.95, digits=1, with_tools=24, always=0, turn=3, system=3, call=16, thinking=20, old_thinking=True, page=900,   # pages are read, not shown
-            schema=0.0, hidden_none=True, image="patches28")),
-    ("*llama-4*", _Count(1.0, tools=1.3, with_tools=640)),
-    ("*llama-3.[1-9]* *llama3.[1-9]*", _Count(always=31)),
-    ("*gemini* *gemma*", _Count(0.85, tools=1.17, with_tools=0, always=1, turn=0, system=0, image="flat")),
-    ("*glm*", _Count(always=5, thinking=2)),
-    ("*qwen* *llama*", _Count(always=5)),
-    ("*minimax*", _Count(always=34)),
-    ("*sonar*", _Count(0.85, always=1, turn=2, system=2)),
-    ("*", _Count()),
-)
-_MARGIN = 1.05
-_SEARCH_TOOL = 100
-_SAMPLE_CHARS, _SAMPLES = 4096, 32
-_WORD = re.compile("[A-Za-z]+")
-_NUMERALS = re.compile(" ?[0-9]+")                       # a blank before a number is a token of its own, unlike one before a word
-_MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
-_LINES = re.compile(r"\n\s*|  +")
-_WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
-_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf]")
-_ASCII = re.compile("[\x00-\x7f]+")
-
-
-def _up(tokens: float) -> int:
-    return -int(-tokens // 1)
-
-
-def _text_tokens(text: str, family: _Count) -> float:
-    return family.text * estimate_text(text, family.digits)
-
-
-def estimate_text(text: str, digits: int = 3) -> float:
-    """Tokens of a text, `digits` of a number being one; one of more than a few hundred kilobytes is measured by samples."""
-    if len(text) > 2 * _SAMPLES * _SAMPLE_CHARS:
-        step = len(text) // _SAMPLES
-        sample = "".join(text[start:start + _SAMPLE_CHARS] for start in range(0, step * _SAMPLES, step))
-        return estimate_text(sample, digits) * len(text) / len(sample)
-    count = sum(1.0 if len(word) <= 7 else 1 + (len(word) - 7) / 4.5 for word in _WORD.findall(text))
-    count += sum(-(-len(number.lstrip()) // digits) + (number[0] == " ") for number in _NUMERALS.findall(text))
-    count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
-    if not text.isascii():
-        wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
-        count += 1.1 * wide + 2.0 * emoji + 0.6 * (len(_ASCII.sub("", text)) - wide - emoji)
-    return count
-
-
-def _typescript(schema: Any) -> str:
-    """A schema as OpenAI's templates show it to the model, near enough to count it."""
-    if not isinstance(schema, dict):
-        return "any"
-    schema = sound_schema(schema)
-    if isinstance(schema.get("enum"), list):
-        return " | ".join(map(compact, schema["enum"]))
-    members = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(members, list):
-        return " | ".join(map(_typescript, members))
-    kind, required = schema.get("type"), schema.get("required", ())
-    if kind == "array":
-        return _typescript(schema.get("items")) + "[]"
-    if not isinstance(schema.get("properties"), dict):
-        return " | ".join(map(str, kind)) if isinstance(kind, list) else str(kind or "any")
-    lines = []
-    for name, value in schema["properties"].items():
-        about = value if isinstance(value, dict) else {}
-        lines.append(f"// {about['description']}\n" if about.get("description") else "")
-        lines.append(f"{name}{'' if name in required else '?'}: {_typescript(value)},\n")
-    return "{\n" + "".join(lines) + "}"
-
-
-def _tool_tokens(tool: Json, family: _Count) -> float:
-    if tool["kind"] == "hosted":
-        return _SEARCH_TOOL if "tool_search" in str((tool.get("raw") or {}).get("type")) else family.hosted
-    if tool.get("defer") and not family.deferred:
-        return 0
-    about, schema = tool.get("description") or "", tool.get("schema") or {}
-    grammar = compact(tool["grammar"]) if tool.get("grammar") else ""
-    if family.typescript:
-        form = f"(_: {_typescript(schema)})" if schema.get("properties") else "()"
-        return family.tools * estimate_text(f"{'// ' if about else ''}{about}\ntype {tool['name']} = {form} => any;{grammar}")
-    return family.tools * estimate_text(" ".join((tool["name"], about, compact(schema), grammar)))
-
-
-def _size_of_image(data: str) -> tuple[int, int] | None:
-    """Width and height from the first bytes of a PNG, JPEG, GIF or WebP in base64."""
-    try:
-        head = base64.b64decode(data[:65536])
-    except ValueError:
-        return None
-    if head[:4] == b"\x89PNG" and len(head) >= 24:
-        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    if head[:4] == b"GIF8" and len(head) >= 10:
-        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
-    if head[:4] == b"RIFF" and len(head) >= 30:
-        return _size_of_webp(head)
-    return _size_of_jpeg(head) if head[:2] == b"\xff\xd8" else None
-
-
-def _size_of_webp(head: bytes) -> tuple[int, int] | None:
-    if head[12:16] == b"VP8X":
-        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
-    if head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return (bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1
-    return int.from_bytes(head[26:28], "little") & 0x3fff, int.from_bytes(head[28:30], "little") & 0x3fff
-
-
-def _size_of_jpeg(head: bytes) -> tuple[int, int] | None:
-    position = 2
-    while position + 9 <= len(head) and head[position] == 0xff:
-        marker, length = head[position + 1], int.from_bytes(head[position + 2:position + 4], "big")
-        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
-            return int.from_bytes(head[position + 7:position + 9], "big"), int.from_bytes(head[position + 5:position + 7], "big")
-        position += 2 + max(length, 2)
-    return None
-
-
-def _by_area(width: int, height: int, edge: int = 1568, cap: int = 1600) -> float:
-    scale = min(1.0, edge / max(width, height))
-    return min(cap, width * height * scale * scale / 750)
-
-
-def _by_tiles(width: int, height: int) -> float:
-    scale = min(1.0, 2048 / max(width, height))
-    scale *= min(1.0, 768 / (min(width, height) * scale))
-    return 85 + 170 * _up(width * scale / 512) * _up(height * scale / 512)
-
-
-def _by_patches(width: int, height: int) -> float:
-    return 1.7 * min(1536, _up(width / 32) * _up(height / 32))
-
-
-#: Tokens of an image of known size, by the way a family cuts it up, and of one whose size nobody told.
-_IMAGES: Mapping[str, tuple[Callable[[int, int], float], int]] = {
-    "area": (_by_area, 1600),
-    "large": (lambda width, height: _by_area(width, height, 2576, 4800), 1600),
-    "tiles": (_by_tiles, 765),
-    "patches": (_by_patches, 1600),
-    "patches28": (lambda width, height: min(4096, _up(width / 28) * (_up(height / 28) + 1)), 1600),
-    "flat": (lambda width, height: 258 if max(width, height) <= 384 else 258 * _up(width / 768) * _up(height / 768), 258),
-}
-
-
-def _image_tokens(part: Json, family: _Count) -> float:
-    measure, unknown = _IMAGES[family.image]
-    if part.get("detail") == "low":
-        return 85
-    size = _size_of_image(part["data"]) if "data" in part else None
-    return measure(*size) if size and min(size) else unknown
-
-
-def _file_tokens(part: Json, family: _Count) -> float:
-    """So much for each page of a PDF; other files by size."""
-    try:
-        data = base64.b64decode(part.get("data", ""))
-    except ValueError:
-        data = b""
-    if data and len(data) < 3000:
-        return 300
-    pages = len(re.findall(rb"/Type\s*/Page(?!s)", data))
-    return family.page * (max(1, pages) if data[:4] == b"%PDF" or not data else max(1.0, len(data) / 1500))
-
-
-def _part_tokens(part: Json, family: _Count) -> float:
-    kind = part["type"]
-    if kind == "image":
-        return _image_tokens(part, family)
-    if kind == "file" and "text" not in part:
-        return _file_tokens(part, family)
-    if kind == "think" and (part.get("seal") or {}).get("data"):
-        return family.sealed * max(0, len(str(part["seal"]["data"])) - family.seal_head) or _text_tokens(part["text"], family)
-    if kind == "result":
-        found = "" if family.deferred else "".join(map(compact, (part.get("raw") or {}).get("tools") or ()))      # tools that a search brought in
-        return sum(_part_tokens(inner, family) for inner in part["parts"]) + _text_tokens(found, family)
-    if kind == "call":
-        return family.call + _text_tokens(f"{part['name']} {part['args']}", family)
-    if kind == "file":
-        return _text_tokens(document_text(part), family)
-    return _text_tokens(part.get("text") or (compact(part.get("data")) if kind == "opaque" else ""), family)
-
-
-def _shown_parts(turn: Json, family: _Count) -> Iterable[Json]:
-    """The parts of a turn as the template shows them."""
-    if not family.cuts_tags or all(part["type"] != "call" for part in turn["parts"]):
-        return turn["parts"]
-    return ({**part, "text": part["text"].rpartition("</think>")[2]} if part["type"] == "text" else part for part in turn["parts"])
-
-
-@functools.lru_cache(maxsize=4096)
-def count_family(model: str) -> _Count:
-    """How the prompts of a wire model are counted."""
-    return next(family for globs, family in _COUNTS if any(fnmatch.fnmatchcase(model, glob) for glob in globs.split()))
-
-
-def estimate_tokens(hub: Json, model: str = "", ratio: float = 1.0) -> int:
-    """Prompt tokens of a hub request for a wire model, rather too many than too few; `ratio` is what Calibration learned.
-
-    Counts system, turns, calls and results, images, documents, tools; not ids, marks, seals, nor thinking from before the user's last words.
-    """
-    family = count_family((model or hub["model"]).lower())
-    turns, choice = hub["turns"], (hub.get("choice") or {}).get("mode")
-    tools = () if choice == "none" and family.hidden_none else hub.get("tools", ())
-    last_words = next((index for index in range(len(turns) - 1, -1, -1) if turns[index]["role"] == "user" and any(part["type"] != "result" for part in turns[index]["parts"])), 0)
-    total = float(family.always)
-    if hub.get("system"):
-        total += family.system + sum(_text_tokens(part["text"], family) for part in hub["system"])
-    for index, turn in enumerate(turns):
-        total += family.turn + sum(_part_tokens(part, family) for part in _shown_parts(turn, family) if family.old_thinking or index >= last_words or part["type"] != "think")
-    if tools:
-        total += sum(_tool_tokens(tool, family) for tool in tools) + (family.forced if choice in ("any", "tool") else 0)
-        total += family.with_tools if any(tool["kind"] != "hosted" for tool in tools) else 0
-    if family.cited and any(part.get("citations") for turn in turns for part in turn["parts"]):
-        total += family.cited
-    if (hub.get("format") or {}).get("kind") == "schema" and family.schema:
-        total += family.with_schema + family.schema * estimate_text(compact(hub["format"]["schema"]))
-    if (hub.get("think") or {}).get("mode") in ("on", "auto"):
-        total += family.thinking
-    return _up(total * _MARGIN * ratio)
-
-
-class Calibration:
-    """How far estimates are off, per wire model: the running mean of actual / estimate, from 0.5 to 2.  Kept in memory only."""
-
-    __slots__ = ("_ratios",)
-
-    def __init__(self) -> None:
-        self._ratios: dict[str, float] = {}
-
-    def ratio(self, model: str) -> float:
-        """What to multiply an estimate by."""
-        return self._ratios.get(model, 1.0)
-
-    def learn(self, model: str, estimated: int, actual: int) -> None:
-        """One answer whose usage came from the provider; `estimated` is the plain estimate, without a ratio."""
-        if estimated > 0 and actual > 0:
-            observed = min(2.0, max(0.5, actual / estimated))
-            self._ratios[model] = 0.8 * self._ratios.get(model, 1.0) + 0.2 * observed
-
-
-class UsageFiller:
-    """Gives every answer its token counts: the estimate at its start, and at its end what the provider did not tell."""
-
-    __slots__ = ("_input_tokens", "_chars", "_seen")
-
-    def __init__(self, input_tokens: int) -> None:
-        self._input_tokens = input_tokens
-        self._chars: list[str] = []
-        self._seen: Json = {}
-
-    def feed(self, delta: Json) -> list[Json]:
-        """The delta, and before the stop what is missing."""
-        kind = delta["delta"]
-        if kind == "start":
-            told = {name: count for name, count in (delta.get("usage") or {}).items() if count}
-            self._seen = merge_usage(self._seen, told)
-            return [{**delta, "usage": {"input": self._input_tokens, **told}}]
-        if kind == "usage":
-            self._seen = merge_usage(self._seen, {name: delta[name] for name in delta if name != "delta"})
-        elif kind in ("text", "think", "args", "refuse"):
-            self._chars.append(delta["text"])
-        elif kind == "call":
-            self._chars.append(delta["name"])
-        elif kind == "stop":
-            missing = self._missing()
-            return [usage_delta({**self._seen, **missing, "estimated": True}), delta] if missing else [delta]
-        return [delta]
-
-    def _missing(self) -> Json:
-        missing = {} if self._seen.get("input") else {"input": self._input_tokens}
-        if "output" not in self._seen:
-            missing["output"] = _up(estimate_text("".join(self._chars)) * _MARGIN) if self._chars else 0
-        return missing
-
-
 ##############################################################################
-# 15. World                                                 I/O | uses 1
+# 28. World                                               I/O | uses -
 ##############################################################################
 # The only way to time, chance and the network: nothing below asks `time`, `random` or a resolver by itself, so a test can
 # hand in its own.  Waits are Alarms: pushing one back is one attribute write, not a task and not a new timer per chunk.
@@ -13060,7 +13161,7 @@ class Alarm:
 
 
 ##############################################################################
-# 16. HTTP                                                  I/O | uses 1-2
+# 29. HTTP                                                I/O | uses -
 ##############################################################################
 # Heads by h11 on both sides, bodies by hand: h11 is the judge of what may stand in a head, and costs too much per chunk
 # of a body.  h11 is lenient in four ways that are closed here: bare LF or CR as a line end, Content-Length together with
@@ -13363,9 +13464,9 @@ REASON_PHRASES: Mapping[int, str] = {
 
 
 ##############################################################################
-# 17. Store                                                 I/O | uses 1-2
+# 30. Store                                               I/O | uses 2
 ##############################################################################
-# One SQLite file: gateway keys with their limits, and a row per request.  Routing never depends on it being healthy.  Keys are written
+# One SQLite file: gateway keys with their limits (31, 34), and a row per request (32).  Routing never depends on it being healthy.  Keys are written
 # durably (synchronous=FULL) before anyone sees them; usage goes through one thread, so that no request waits for a disk.
 # Two traps.  Never os.open() and close the database, its -wal or its -shm: that drops the locks of every other connection
 # of this process (sqlite.org/howtocorrupt.html, 2.2).  Never shorten keys.epoch: a server has it mapped and would get SIGBUS.
@@ -13374,23 +13475,23 @@ REASON_PHRASES: Mapping[int, str] = {
 # One more step of the schema: a row at the end of _MIGRATIONS; rows that were released are never edited.
 # A database made by the seed (version 0, with api_keys, provider_settings, _migrations) passes the first step untouched.
 
-_STORE_LOG = logging.getLogger("aicarousel.store")
-_COMMAND_BUSY_S = 5.0
-_WRITER_BUSY_S = 1.0       #: the writer thread tries again anyway, and close() should not wait long for it
-_WRITER_TRIES = 100
-_RING_BUSY_S = 0.2         #: the one read that may happen on the event loop
-_RING_RETRY_S = 1.0
-_BATCH_S = 0.1            #: rows are on disk within 0.3 s: this, and the time of one transaction
-_RETRY_S = 1.0
-_WARN_EVERY_S = 30.0
-_MAX_WAITING_ROWS = 10_000
-_MAX_QUEUED = 20_000       #: a disk that never answers: the thread does not even come to count what waits
-_HOUSE_AFTER_S = 10.0      #: a start has better to do
-_HOUSE_EVERY_S = 3600.0
+STORE_LOG = logging.getLogger("aicarousel.store")
+COMMAND_BUSY_S = 5.0
+WRITER_BUSY_S = 1.0       #: the writer thread tries again anyway, and close() should not wait long for it
+WRITER_TRIES = 100
+RING_BUSY_S = 0.2         #: the one read that may happen on the event loop
+RING_RETRY_S = 1.0
+BATCH_S = 0.1            #: rows are on disk within 0.3 s: this, and the time of one transaction
+RETRY_S = 1.0
+WARN_EVERY_S = 30.0
+MAX_WAITING_ROWS = 10_000
+MAX_QUEUED = 20_000       #: a disk that never answers: the thread does not even come to count what waits
+HOUSE_AFTER_S = 10.0      #: a start has better to do
+HOUSE_EVERY_S = 3600.0
 _HOUSE_CHUNK = 1000        #: rows deleted at once: a batch of usage waits for no more than that
-_CLOCK_JUMP_S = 300.0
-_MAX_COUNT = 10 ** 12      #: no honest count is larger; keeps what providers claim inside SQLite's integers, sums too
-_EPOCH_BYTES = 8
+CLOCK_JUMP_S = 300.0
+MAX_COUNT = 10 ** 12      #: no honest count is larger; keeps what providers claim inside SQLite's integers, sums too
+EPOCH_BYTES = 8
 
 
 class _Migration(NamedTuple):
@@ -13433,7 +13534,7 @@ _MIGRATIONS: tuple[_Migration, ...] = (
     _Migration("learned", (
         "CREATE TABLE learned (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, until_utc REAL NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
     ), ("DROP TABLE learned",)),
-    # What routing has learned, as JSON that only sections 6 and 7 understand.
+    # What routing has learned, as JSON that only sections 7 and 8 understand.
     _Migration("routing", ("CREATE TABLE routing (key TEXT PRIMARY KEY, state TEXT NOT NULL)",), ("DROP TABLE routing",)),
 )
 
@@ -13450,12 +13551,12 @@ _DATABASE_TROUBLE: Mapping[str, tuple[str, str]] = {
 }
 
 
-_DAMAGE = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
+DAMAGE = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 #: Trouble that may pass while a server runs, as against files that are wrong or not ours.
 _PASSING_TROUBLE = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR")
 
 
-def _trouble_code(error: BaseException | None) -> str:
+def trouble_code(error: BaseException | None) -> str:
     """SQLite's plain result code behind an error, "" for none. Extended codes, such as SQLITE_IOERR_WRITE, begin with the name of the plain one."""
     error = error.__cause__ if isinstance(error, ConfigError) else error
     return "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
@@ -13463,16 +13564,16 @@ def _trouble_code(error: BaseException | None) -> str:
 
 def is_passing(error: ConfigError) -> bool:
     """Whether it is the kind of trouble with the database that a running server sits out: a lock, a full disk."""
-    return _trouble_code(error) in _PASSING_TROUBLE
+    return trouble_code(error) in _PASSING_TROUBLE
 
 
 @contextlib.contextmanager
-def _plain_trouble(path: Path) -> Iterator[None]:
+def plain_trouble(path: Path) -> Iterator[None]:
     """Raises ConfigError for everything SQLite or the file system has against the database at `path`."""
     try:
         yield
     except sqlite3.Error as error:
-        found, expected = _DATABASE_TROUBLE.get(_trouble_code(error), (f"an unusable database ({error})", "an AICarousel database"))
+        found, expected = _DATABASE_TROUBLE.get(trouble_code(error), (f"an unusable database ({error})", "an AICarousel database"))
         raise ConfigError(str(path), found, expected) from error
     except OSError as error:
         raise ConfigError(str(error.filename or path), error.strerror or str(error), "a file and folder this user may read and write") from error
@@ -13480,7 +13581,7 @@ def _plain_trouble(path: Path) -> Iterator[None]:
 
 # Opening and schema
 
-def _make_folder_of(path: Path) -> None:
+def make_folder_of(path: Path) -> None:
     """Make the folders above `path` that are missing, 0700.  One that exists keeps its mode: it may be shared with other things."""
     for folder in reversed(path.absolute().parents):
         if not folder.exists():
@@ -13489,7 +13590,7 @@ def _make_folder_of(path: Path) -> None:
 
 def _make_private(path: Path) -> None:
     """Make the database's file (0600) and folder where missing, and close an existing file to others."""
-    _make_folder_of(path)
+    make_folder_of(path)
     if path.exists():
         _require_file(path)
     else:
@@ -13500,7 +13601,7 @@ def _make_private(path: Path) -> None:
             Path(f"{path}{suffix}").chmod(0o600)
 
 
-def _open_for_reading(path: Path, busy_s: float) -> sqlite3.Connection:
+def open_for_reading(path: Path, busy_s: float) -> sqlite3.Connection:
     """A connection that makes and changes no database, and whose closing moves no WAL; it may leave a -wal and -shm behind."""
     where = path.absolute().as_uri()
     connection = sqlite3.connect(f"{where}?mode=ro", uri=True, timeout=busy_s, isolation_level=None)
@@ -13511,14 +13612,14 @@ def _open_for_reading(path: Path, busy_s: float) -> sqlite3.Connection:
         with contextlib.suppress(FileNotFoundError):
             if Path(f"{path}-wal").stat().st_size:
                 raise
-        if _trouble_code(error) != "SQLITE_IOERR":
+        if trouble_code(error) != "SQLITE_IOERR":
             raise
         # On a full disk not even a -shm can be made. A file that nobody writes is whole without.
         connection = sqlite3.connect(f"{where}?immutable=1", uri=True, isolation_level=None)
     return connection
 
 
-def _inode_of(path: Path) -> int:
+def inode_of(path: Path) -> int:
     """What tells a file from one that took its place; 0 for none."""
     try:
         return path.stat().st_ino
@@ -13527,7 +13628,7 @@ def _inode_of(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection, *, n_tries: int = 1) -> Iterator[None]:
+def transact(connection: sqlite3.Connection, *, n_tries: int = 1) -> Iterator[None]:
     """Everything or nothing of what is executed inside; waits for the write lock at its start, where waiting is safe.
 
     n_tries: how often to wait. SQLite looks ever more rarely in one wait, and loses against a program that writes without a pause.
@@ -13537,7 +13638,7 @@ def _transaction(connection: sqlite3.Connection, *, n_tries: int = 1) -> Iterato
             connection.execute("BEGIN IMMEDIATE")
             break
         except sqlite3.OperationalError as error:
-            if not n_left or _trouble_code(error) != "SQLITE_BUSY":
+            if not n_left or trouble_code(error) != "SQLITE_BUSY":
                 raise
     with connection:
         yield
@@ -13592,7 +13693,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> list[str]:
         _write_backup(connection, path)
     done = []
     for version, migration in enumerate(pending, len(_MIGRATIONS) - len(pending) + 1):
-        with _transaction(connection):
+        with transact(connection):
             if _version_of(connection) < version:      # where files cannot be locked, another process may have been faster
                 for statement in migration.up:
                     connection.execute(statement)
@@ -13601,7 +13702,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> list[str]:
     return done
 
 
-def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
+def connect_database(path: Path, busy_s: float) -> sqlite3.Connection:
     """A connection to an existing or new private file, of whatever schema."""
     _make_private(path)
     with contextlib.ExitStack() as undo:
@@ -13614,19 +13715,19 @@ def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
     return connection
 
 
-def open_database(path: Path, *, busy_s: float = _COMMAND_BUSY_S) -> sqlite3.Connection:
+def open_database(path: Path, *, busy_s: float = COMMAND_BUSY_S) -> sqlite3.Connection:
     """A connection to the database at `path`, made if missing, its schema up to date.
 
     Autocommit, WAL.  Raises ConfigError for a file that is damaged, locked, newer than this program or not to be written.
     """
-    with _plain_trouble(path), contextlib.ExitStack() as undo:
-        connection = undo.enter_context(contextlib.closing(_connect(path, busy_s)))
+    with plain_trouble(path), contextlib.ExitStack() as undo:
+        connection = undo.enter_context(contextlib.closing(connect_database(path, busy_s)))
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal" or _version_of(connection) < len(_MIGRATIONS):
             # Going to WAL answers "locked" at once when two processes try it together, so one waits here.
-            with _locked_epoch(path) as epoch:
+            with locked_epoch(path) as epoch:
                 connection.execute("PRAGMA journal_mode = WAL")
                 if _bring_up_to_date(connection, path):
-                    _advance(epoch)         # a new file may have the inode of one that was deleted
+                    advance(epoch)         # a new file may have the inode of one that was deleted
         undo.pop_all()
     return connection
 
@@ -13639,43 +13740,43 @@ def _require_file(path: Path) -> None:
 @contextlib.contextmanager
 def _existing_database(path: Path) -> Iterator[sqlite3.Connection]:
     """The database at `path` as it is, for commands that must not make one."""
-    with _plain_trouble(path):
+    with plain_trouble(path):
         _require_file(path)
-        with contextlib.closing(_connect(path, _COMMAND_BUSY_S)) as connection:
+        with contextlib.closing(connect_database(path, COMMAND_BUSY_S)) as connection:
             yield connection
 
 
 @contextlib.contextmanager
-def _readable_database(path: Path) -> Iterator[sqlite3.Connection]:
+def readable_database(path: Path) -> Iterator[sqlite3.Connection]:
     """The database for reading only; an older schema is brought up to date first."""
     if schema_version(path) < len(_MIGRATIONS):
         open_database(path).close()
-    with _plain_trouble(path), contextlib.closing(_open_for_reading(path, _COMMAND_BUSY_S)) as connection:
+    with plain_trouble(path), contextlib.closing(open_for_reading(path, COMMAND_BUSY_S)) as connection:
         yield connection
 
 
 def schema_version(path: Path) -> int:
     """The version of the schema at `path`; 0 for a database made by the seed."""
-    with _plain_trouble(path):
+    with plain_trouble(path):
         _require_file(path)
-        with contextlib.closing(_open_for_reading(path, _COMMAND_BUSY_S)) as connection:
+        with contextlib.closing(open_for_reading(path, COMMAND_BUSY_S)) as connection:
             return _checked_version(connection, path)
 
 
 def migrate(path: Path) -> list[str]:
     """Names of the schema steps that were missing and are now applied, after a backup."""
-    with _existing_database(path) as connection, _locked_epoch(path):
+    with _existing_database(path) as connection, locked_epoch(path):
         return _bring_up_to_date(connection, path)
 
 
 def rollback(path: Path) -> str | None:
     """Name of the newest schema step, now undone after a backup; None when none is left.  The next start applies it again."""
-    with _existing_database(path) as connection, _locked_epoch(path):
+    with _existing_database(path) as connection, locked_epoch(path):
         version = _version_of(connection)
         if version == 0:
             return None
         _write_backup(connection, path)
-        with _transaction(connection):
+        with transact(connection):
             for statement in _MIGRATIONS[version - 1].down:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {version - 1}")
@@ -13700,14 +13801,14 @@ def damage_of(path: Path, *, thorough: bool = False) -> str:
     """
     try:
         # Writable, as the first to come after a kill has to roll back what was half done.
-        with _plain_trouble(path), contextlib.closing(sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_COMMAND_BUSY_S, isolation_level=None)) as connection:
+        with plain_trouble(path), contextlib.closing(sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=COMMAND_BUSY_S, isolation_level=None)) as connection:
             if connection.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone() != ("ok",):
                 return "a damaged database"
             has_tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             return "" if has_tables or not _copies_of(path) else "an empty database"      # it was not always so
     except ConfigError as error:
-        if _trouble_code(error) in _DAMAGE:
+        if trouble_code(error) in DAMAGE:
             return error.found
         raise
 
@@ -13761,14 +13862,14 @@ def _put_in_place(path: Path, copy: Path | None, aside: str, keys: Mapping[str, 
 
 def _fill_anew(fresh: Path, copy: Path | None, keys: Mapping[str, Sequence[Any]]) -> None:
     """Make the database `fresh`, whole and on disk before this returns."""
-    with contextlib.closing(_connect(fresh, _COMMAND_BUSY_S)) as connection:
+    with contextlib.closing(connect_database(fresh, COMMAND_BUSY_S)) as connection:
         if copy is not None:
-            with contextlib.closing(_open_for_reading(copy, _COMMAND_BUSY_S)) as source:
+            with contextlib.closing(open_for_reading(copy, COMMAND_BUSY_S)) as source:
                 source.backup(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         _bring_up_to_date(connection, fresh)
         connection.execute("PRAGMA synchronous = FULL")
-        with _transaction(connection):
+        with transact(connection):
             for table, rows in keys.items():
                 connection.execute(f"DELETE FROM {table}")
                 for row in rows:
@@ -13781,20 +13882,20 @@ def mend_database(path: Path) -> str:
     A damaged one is moved aside and the best copy takes its place, else a new one.  Its keys are taken over where they can be read whole: it knows
     which were made and revoked since the copy.
     """
-    with _plain_trouble(path):
+    with plain_trouble(path):
         if not path.exists():
             return ""
         _require_file(path)
     if not damage_of(path):
         return ""
-    with _plain_trouble(path), _locked_epoch(path) as epoch:
+    with plain_trouble(path), locked_epoch(path) as epoch:
         found = damage_of(path)
         if not found:
             return ""                   # another process was faster
         copy = next((copy for copy in _copies_of(path) if not _is_useless(copy)), None)
         keys = _read_keys(path)
         moved = _put_in_place(path, copy, "damaged", keys)
-        _advance(epoch)
+        advance(epoch)
     return (f"{path}: found {found}, moved it to {moved}; " + (f"went on with {copy.name}" if copy else "no backup was found, began a new one")
             + (", keys as they were" if keys else ", keys of that backup (what was revoked since is to be revoked again)" if copy else ", without keys"))
 
@@ -13804,7 +13905,7 @@ def _is_useless(copy: Path) -> bool:
     try:
         if damage_of(copy):
             return True
-        with _plain_trouble(copy), contextlib.closing(_open_for_reading(copy, _COMMAND_BUSY_S)) as connection:
+        with plain_trouble(copy), contextlib.closing(open_for_reading(copy, COMMAND_BUSY_S)) as connection:
             _checked_version(connection, copy)
             return not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'api_keys'").fetchone()
     except ConfigError:
@@ -13815,9 +13916,9 @@ def restore(path: Path, copy: Path) -> Path | None:
     """Put a copy in the place of the database, its keys included, also under a running server; where what stood there is now.  Raises ConfigError."""
     if not copy.is_file() or _is_useless(copy):
         raise ConfigError(str(copy), "no whole database" if copy.is_file() else "no file", "a backup made by this or an older AICarousel")
-    with _plain_trouble(path), _locked_epoch(path) as epoch:
+    with plain_trouble(path), locked_epoch(path) as epoch:
         moved = _put_in_place(path, copy, "replaced", {})
-        _advance(epoch)
+        advance(epoch)
         return moved
 
 
@@ -13827,13 +13928,13 @@ def keep_hourly_backup(path: Path, now_utc: float) -> bool:
     None is made while the last one is younger than an hour, whoever made it.
     """
     newest, older = (path.with_name(f"{path.stem}-hourly-{number}.db") for number in (1, 2))
-    with _plain_trouble(path):
-        if newest.exists() and 0.0 <= now_utc - newest.stat().st_mtime < _HOUSE_EVERY_S * 0.9:
+    with plain_trouble(path):
+        if newest.exists() and 0.0 <= now_utc - newest.stat().st_mtime < HOUSE_EVERY_S * 0.9:
             return False
         for left in path.parent.glob(f"{path.stem}-hourly-*.tmp"):         # by one that was killed here; another server's that is at it tries again in an hour
             left.unlink(missing_ok=True)
         draft = path.with_name(f"{path.stem}-hourly-{os.getpid()}.tmp")
-        with contextlib.closing(_open_for_reading(path, _COMMAND_BUSY_S)) as connection:
+        with contextlib.closing(open_for_reading(path, COMMAND_BUSY_S)) as connection:
             _copy_whole(connection, draft)
         if damage_of(draft):
             draft.unlink()
@@ -13852,7 +13953,7 @@ def forget_usage(path: Path, max_rows: int, before_utc: float | None) -> int:
     n_gone = 0
     with _existing_database(path) as connection:
         [newest] = connection.execute("SELECT max(id) FROM usage").fetchone()
-        for condition, value in (("id <= ?", (newest or 0) - max_rows), ("at_utc < ?", _utc_text(before_utc) if before_utc is not None else "")):
+        for condition, value in (("id <= ?", (newest or 0) - max_rows), ("at_utc < ?", utc_text(before_utc) if before_utc is not None else "")):
             n_now = _HOUSE_CHUNK
             while n_now == _HOUSE_CHUNK:
                 n_now = connection.execute(f"DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE {condition} LIMIT {_HOUSE_CHUNK})", (value,)).rowcount
@@ -13860,7 +13961,46 @@ def forget_usage(path: Path, max_rows: int, before_utc: float | None) -> int:
     return n_gone
 
 
-# Gateway keys
+def utc_text(utc_s: float) -> str:
+    """An instant as it compares with the column at_utc."""
+    return datetime.fromtimestamp(utc_s, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def open_epoch(path: Path) -> int:
+    """A descriptor of the epoch file of the database at `path`, made with 8 zero bytes where missing."""
+    handle = os.open(path.with_name("keys.epoch"), os.O_RDWR | os.O_CREAT, 0o600)
+    if os.fstat(handle).st_size < EPOCH_BYTES:
+        os.ftruncate(handle, EPOCH_BYTES)
+    return handle
+
+
+@contextlib.contextmanager
+def locked_epoch(path: Path) -> Iterator[int]:
+    """The epoch file, while no other process of ours changes keys or schema.  Not to be nested: it would wait for itself."""
+    handle = open_epoch(path)
+    try:
+        try:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except ImportError:
+            pass        # no such lock on this system; SQLite's own still keeps the data whole
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def advance(epoch: int) -> None:
+    """Have running servers read the keys again."""
+    count = int.from_bytes(os.read(epoch, EPOCH_BYTES), "little") + 1
+    os.lseek(epoch, 0, os.SEEK_SET)
+    os.write(epoch, count.to_bytes(EPOCH_BYTES + 1, "little")[:EPOCH_BYTES])
+
+
+##############################################################################
+# 31. Gateway keys                                        I/O | uses 2, 30
+##############################################################################
+# Keys are stored as SHA-256 and looked up in memory; whoever changes one turns a counter file that every server has mapped.  Guarded by tests/test_keys.py.
+
 #
 # The key epoch is a counter of 8 bytes, little-endian, in keys.epoch beside the database.  Every key command adds one after
 # its commit; a server has the file mapped and compares 8 bytes per request, which costs no system call.
@@ -13920,46 +14060,16 @@ def _select_keys(connection: sqlite3.Connection, where: str, *values: Any) -> li
     return [(row[0], _key_from(row[1:])) for row in rows]
 
 
-def _open_epoch(path: Path) -> int:
-    """A descriptor of the epoch file of the database at `path`, made with 8 zero bytes where missing."""
-    handle = os.open(path.with_name("keys.epoch"), os.O_RDWR | os.O_CREAT, 0o600)
-    if os.fstat(handle).st_size < _EPOCH_BYTES:
-        os.ftruncate(handle, _EPOCH_BYTES)
-    return handle
-
-
-@contextlib.contextmanager
-def _locked_epoch(path: Path) -> Iterator[int]:
-    """The epoch file, while no other process of ours changes keys or schema.  Not to be nested: it would wait for itself."""
-    handle = _open_epoch(path)
-    try:
-        try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except ImportError:
-            pass        # no such lock on this system; SQLite's own still keeps the data whole
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _advance(epoch: int) -> None:
-    """Have running servers read the keys again."""
-    count = int.from_bytes(os.read(epoch, _EPOCH_BYTES), "little") + 1
-    os.lseek(epoch, 0, os.SEEK_SET)
-    os.write(epoch, count.to_bytes(_EPOCH_BYTES + 1, "little")[:_EPOCH_BYTES])
-
-
 @contextlib.contextmanager
 def _changing_keys(path: Path) -> Iterator[sqlite3.Connection]:
     """One transaction on the keys: on the disk, and known to running servers, before the block is left."""
     open_database(path).close()
     # Connected under the lock, since a database is replaced under it: what is written here is not moved aside.
-    with _plain_trouble(path), _locked_epoch(path) as epoch, contextlib.closing(_connect(path, _COMMAND_BUSY_S)) as connection:
+    with plain_trouble(path), locked_epoch(path) as epoch, contextlib.closing(connect_database(path, COMMAND_BUSY_S)) as connection:
         connection.execute("PRAGMA synchronous = FULL")
-        with _transaction(connection):
+        with transact(connection):
             yield connection
-        _advance(epoch)
+        advance(epoch)
 
 
 def _checked_key(key: str) -> str:
@@ -13972,7 +14082,7 @@ def _checked_key(key: str) -> str:
 def _checked_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of key_limits as they are stored; the names are those of _LIMIT_COLUMNS, None takes a limit away.  Raises ConfigError."""
     for name, value in limits.items():
-        if name in ("rpm", "tpm", "concurrency") and value is not None and not 1 <= value <= _MAX_COUNT:
+        if name in ("rpm", "tpm", "concurrency") and value is not None and not 1 <= value <= MAX_COUNT:
             raise ConfigError(f"key {name}", str(value), "a number from 1, or none for no limit")
         if name.startswith("usd_") and value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"key {name}", str(value), "US dollars, more than 0, or none for no limit")
@@ -14017,7 +14127,7 @@ def set_limits(path: Path, key_id: int, limits: Mapping[str, Any]) -> GatewayKey
     """
     stored = _checked_limits(limits)
     with _changing_keys(path) as connection:
-        found = _select_keys(connection, "id = ?", min(key_id, _MAX_COUNT))
+        found = _select_keys(connection, "id = ?", min(key_id, MAX_COUNT))
         if not found:
             return None
         _store_limits(connection, key_id, stored)
@@ -14026,21 +14136,21 @@ def set_limits(path: Path, key_id: int, limits: Mapping[str, Any]) -> GatewayKey
 
 def list_keys(path: Path) -> list[GatewayKey]:
     """All keys, revoked ones too, oldest first."""
-    with _readable_database(path) as connection:
+    with readable_database(path) as connection:
         return [key for _, key in _select_keys(connection, "1")]
 
 
 def revoke_key(path: Path, key_id: int) -> bool:
     """Whether there is such a key; it is refused from now on and stays listed."""
     with _changing_keys(path) as connection:
-        return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
+        return connection.execute("UPDATE api_keys SET is_active = 0 WHERE id = ?", (min(key_id, MAX_COUNT),)).rowcount > 0
 
 
 def find_key(path: Path, key: str) -> GatewayKey | None:
     """The row of a key, revoked and expired ones too; None for one that is unknown here."""
     if not path.exists():
         return None
-    with _readable_database(path) as connection:
+    with readable_database(path) as connection:
         found = _select_keys(connection, "key_hash = ?", _hash_of(key))
     return found[0][1] if found else None
 
@@ -14048,15 +14158,15 @@ def find_key(path: Path, key: str) -> GatewayKey | None:
 def delete_key(path: Path, key_id: int) -> bool:
     """Whether there was such a key; it is gone, its usage rows stay."""
     with _changing_keys(path) as connection:
-        connection.execute("DELETE FROM key_limits WHERE key_id = ?", (min(key_id, _MAX_COUNT),))
-        return connection.execute("DELETE FROM api_keys WHERE id = ?", (min(key_id, _MAX_COUNT),)).rowcount > 0
+        connection.execute("DELETE FROM key_limits WHERE key_id = ?", (min(key_id, MAX_COUNT),))
+        return connection.execute("DELETE FROM api_keys WHERE id = ?", (min(key_id, MAX_COUNT),)).rowcount > 0
 
 
 def _read_active_keys(path: Path) -> dict[str, tuple[str, GatewayKey]]:
     """Hash -> (hash, key) of the keys that are valid; none when there is no database yet."""
     if not path.exists():
         return {}
-    with contextlib.closing(_open_for_reading(path, _RING_BUSY_S)) as connection:
+    with contextlib.closing(open_for_reading(path, RING_BUSY_S)) as connection:
         return {digest: (digest, key) for digest, key in _select_keys(connection, "is_active")}
 
 
@@ -14110,7 +14220,7 @@ class KeyRing:
 
     def _identity(self) -> tuple[int, int]:
         """Inodes of the two files, 0 for a missing one."""
-        return _inode_of(self._path), _inode_of(self._path.with_name("keys.epoch"))
+        return inode_of(self._path), inode_of(self._path.with_name("keys.epoch"))
 
     def _unmap(self) -> None:
         if isinstance(self._epoch, mmap.mmap):
@@ -14118,10 +14228,10 @@ class KeyRing:
         self._epoch, self._seen = b"", None
 
     def _map(self) -> None:
-        _make_folder_of(self._path)
-        handle = _open_epoch(self._path)
+        make_folder_of(self._path)
+        handle = open_epoch(self._path)
         try:
-            self._epoch = mmap.mmap(handle, _EPOCH_BYTES, access=mmap.ACCESS_READ)
+            self._epoch = mmap.mmap(handle, EPOCH_BYTES, access=mmap.ACCESS_READ)
         finally:
             os.close(handle)
 
@@ -14129,7 +14239,7 @@ class KeyRing:
         now = self._clock()
         if now < self._retry_at:
             return
-        self._retry_at = now + _RING_RETRY_S
+        self._retry_at = now + RING_RETRY_S
         trouble: sqlite3.Error | OSError | None = None
         try:
             if not self._epoch:
@@ -14146,11 +14256,14 @@ class KeyRing:
         if trouble is None:
             self._retry_at = float("-inf")
         elif not self._failing:
-            _STORE_LOG.warning("keys.failed path=%s error=%s kept=%d", self._path, trouble, len(self._keys))
+            STORE_LOG.warning("keys.failed path=%s error=%s kept=%d", self._path, trouble, len(self._keys))
         self._failing = trouble is not None
 
 
-# Usage
+##############################################################################
+# 32. Usage                                               I/O | uses 2, 30
+##############################################################################
+# One thread writes, in batches; no request waits for a disk.  Guarded by tests/test_store.py and tests/test_storage.py.
 
 class UsageRow(NamedTuple):
     """One request that ended, served or not; or an attempt whose answer was paid for and thrown away.  Field names are the columns of the table `usage`."""
@@ -14197,7 +14310,7 @@ def _as_column(value: object) -> str | int | float | None:
     if value is None or isinstance(value, float):
         return value
     if isinstance(value, int):
-        return max(0, min(int(value), _MAX_COUNT))
+        return max(0, min(int(value), MAX_COUNT))
     return str(value).encode("utf-8", "replace").decode("utf-8")      # JSON may bring half a surrogate pair
 
 
@@ -14237,9 +14350,9 @@ class UsageWriter:
         self._queue: queue.SimpleQueue[UsageRow | LearnedRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
-        self.keep_rows, self.keep_days = _MAX_COUNT, 0      #: of the usage table; 0 days for all
+        self.keep_rows, self.keep_days = MAX_COUNT, 0      #: of the usage table; 0 days for all
         self.mended = ""                                    #: what was done about damage, for people
-        self._house_at = clock() + _HOUSE_AFTER_S
+        self._house_at = clock() + HOUSE_AFTER_S
         self._house_seen = (utc(), clock())
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
@@ -14255,7 +14368,7 @@ class UsageWriter:
 
     def put(self, row: UsageRow) -> None:
         """Queue `row`; never waits, never raises."""
-        if self._queue.qsize() < _MAX_QUEUED:
+        if self._queue.qsize() < MAX_QUEUED:
             self._queue.put(row)
         else:
             self.n_dropped += 1
@@ -14271,10 +14384,10 @@ class UsageWriter:
     def learned(self, now_utc: float) -> list[LearnedRow]:
         """What was learned and still holds; nothing where the database cannot be read, since routing goes on without it."""
         try:
-            with contextlib.closing(_open_for_reading(self.path, _RING_BUSY_S)) as connection:
+            with contextlib.closing(open_for_reading(self.path, RING_BUSY_S)) as connection:
                 return [LearnedRow(*row) for row in connection.execute("SELECT kind, key, value, until_utc FROM learned WHERE until_utc > ?", (now_utc,))]
         except sqlite3.Error as error:
-            _STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
+            STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
             return []
 
     def save_routing(self, rows: dict[str, str]) -> None:
@@ -14300,16 +14413,16 @@ class UsageWriter:
                 with contextlib.suppress(queue.Empty):
                     self._take(self._queue.get(timeout=max(0.0, self._house_at - self._clock())))
             if self._clock() >= self._house_at:
-                self._house_at = self._clock() + _HOUSE_EVERY_S
+                self._house_at = self._clock() + HOUSE_EVERY_S
                 threading.Thread(target=self._keep_house, name="usage-house", daemon=True).start()
             # Rows pile up in the queue meanwhile: a thread woken by each would cost a busy server more than the writing.
-            self._hurry.wait(_RETRY_S if self._failing else _BATCH_S)
+            self._hurry.wait(RETRY_S if self._failing else BATCH_S)
             self._hurry.clear()
-            while not self._queue.empty() and (self._failing or len(self._rows) < _MAX_WAITING_ROWS):
+            while not self._queue.empty() and (self._failing or len(self._rows) < MAX_WAITING_ROWS):
                 self._take(self._queue.get())
             self._settle()
         if self._rows:
-            _STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
+            STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
     def _take(self, item: UsageRow | LearnedRow | dict[str, str] | threading.Event | None) -> None:
@@ -14327,7 +14440,7 @@ class UsageWriter:
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
         self._failing = bool(self._rows or self._learned or self._routing is not None) and not self._write()
-        while len(self._rows) > _MAX_WAITING_ROWS:
+        while len(self._rows) > MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
         if not self._rows and not self._learned and self._routing is None:
@@ -14336,13 +14449,13 @@ class UsageWriter:
 
     def _write(self) -> bool:
         try:
-            if self._inode != _inode_of(self.path):     # the file was replaced, or was never opened
+            if self._inode != inode_of(self.path):     # the file was replaced, or was never opened
                 self._disconnect()
             if self._connection is None:
-                self._connection = open_database(self.path, busy_s=_WRITER_BUSY_S)
-                self._connection.execute(f"PRAGMA busy_timeout = {_WRITER_BUSY_S * 1000 / _WRITER_TRIES:.0f}")
-                self._inode = _inode_of(self.path)
-            with _transaction(self._connection, n_tries=_WRITER_TRIES):
+                self._connection = open_database(self.path, busy_s=WRITER_BUSY_S)
+                self._connection.execute(f"PRAGMA busy_timeout = {WRITER_BUSY_S * 1000 / WRITER_TRIES:.0f}")
+                self._inode = inode_of(self.path)
+            with transact(self._connection, n_tries=WRITER_TRIES):
                 _insert_usage(self._connection, self._rows)
                 if self._learned:
                     self._connection.executemany(_INSERT_LEARNED, self._learned.values())
@@ -14367,37 +14480,40 @@ class UsageWriter:
 
     def _mend(self, error: sqlite3.Error | ConfigError) -> None:
         """Where an error says that the database is damaged, put a whole one in its place."""
-        if _trouble_code(error) in _DAMAGE:
+        if trouble_code(error) in DAMAGE:
             try:
                 told = mend_database(self.path)
             except ConfigError as other:
                 return self._warn(other)
             if told:
                 self.mended = told
-                _STORE_LOG.error("%s", told)
+                STORE_LOG.error("%s", told)
 
     def _keep_house(self) -> None:
         """Let go of old rows, make the hourly backup. In a thread of its own: either may take longer than usage may wait."""
         utc, now = self._utc(), self._clock()
         # A wall clock that has just jumped says nothing about the age of rows; one that stays is believed an hour later.
-        steady = abs(utc - self._house_seen[0] - (now - self._house_seen[1])) < _CLOCK_JUMP_S
+        steady = abs(utc - self._house_seen[0] - (now - self._house_seen[1])) < CLOCK_JUMP_S
         self._house_seen = utc, now
         try:
-            if _inode_of(self.path):
+            if inode_of(self.path):
                 n_gone = forget_usage(self.path, self.keep_rows, utc - self.keep_days * 86_400 if self.keep_days and steady else None)
-                _STORE_LOG.info("house.done path=%s forgotten=%d backup=%s", self.path, n_gone, keep_hourly_backup(self.path, utc))
+                STORE_LOG.info("house.done path=%s forgotten=%d backup=%s", self.path, n_gone, keep_hourly_backup(self.path, utc))
         except ConfigError as error:
-            _STORE_LOG.warning("house.failed path=%s error=%s", self.path, error)
+            STORE_LOG.warning("house.failed path=%s error=%s", self.path, error)
             self._mend(error)
 
     def _warn(self, error: sqlite3.Error | ConfigError) -> None:
         now = self._clock()
-        if now - self._warned_at >= _WARN_EVERY_S:
+        if now - self._warned_at >= WARN_EVERY_S:
             self._warned_at = now
-            _STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
+            STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
 
 
-# Request log
+##############################################################################
+# 33. Request log                                         I/O | uses 2, 30
+##############################################################################
+# Off until a file is named.  Secrets go before anything is cut; a thread of its own writes.  Guarded by tests/test_request_log.py.
 
 _LOG_FILES = 8              #: the newest and seven before it; each holds an eighth of what all may, in bytes and in days
 _LOG_BODY_BYTES = 64 << 10  #: of a request's body, as it is written
@@ -14474,7 +14590,7 @@ class RequestLog:
 
     def put(self, row: UsageRow, attempts: Sequence[Attempt], told: str, body: Any, n_bytes: int, secrets: Collection[str]) -> None:
         """Queue a request; never waits, never raises."""
-        if self._queue.qsize() >= _MAX_WAITING_ROWS:
+        if self._queue.qsize() >= MAX_WAITING_ROWS:
             self._n_dropped += 1
             return
         wanted = self.bodies == "all" or (self.bodies == "errors" and row.outcome == "error")
@@ -14502,9 +14618,9 @@ class RequestLog:
             items = []
             with contextlib.suppress(queue.Empty):
                 items.append(self._queue.get(timeout=_LOG_LOOK_S))
-                self._hurry.wait(_BATCH_S)
+                self._hurry.wait(BATCH_S)
                 self._hurry.clear()
-            while not self._queue.empty() and len(items) < _MAX_WAITING_ROWS:
+            while not self._queue.empty() and len(items) < MAX_WAITING_ROWS:
                 items.append(self._queue.get())
             requests = [item for item in items if isinstance(item, LoggedRequest)]
             self._try(list(map(log_line, requests)))
@@ -14521,11 +14637,11 @@ class RequestLog:
         except OSError as error:
             self._n_lost += len(lines)
             if not self._failing:
-                _STORE_LOG.warning("requests.failed path=%s error=%s", self.path, error)
+                STORE_LOG.warning("requests.failed path=%s error=%s", self.path, error)
             self._failing = True
             return
         if self._failing and something:
-            _STORE_LOG.warning("requests.go_on path=%s lost=%d", self.path, self._n_lost + self._n_dropped)
+            STORE_LOG.warning("requests.go_on path=%s lost=%d", self.path, self._n_lost + self._n_dropped)
             self._failing = False
 
     def _write(self, lines: list[bytes]) -> None:
@@ -14627,16 +14743,16 @@ def _show_field(name: str, value: Any, secrets: Collection[str], room: list[int]
 def load_routing(path: Path) -> dict[str, str]:
     """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
     try:
-        with _plain_trouble(path), contextlib.closing(_open_for_reading(path, _RING_BUSY_S)) as connection:
+        with plain_trouble(path), contextlib.closing(open_for_reading(path, RING_BUSY_S)) as connection:
             return dict(connection.execute("SELECT key, state FROM routing").fetchall())
     except ConfigError as error:
-        _STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
+        STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
         return {}
 
 
 def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
     """Counts for `status`: keys, and requests and tokens of one UTC day (`2026-01-31`, default today) and of all days."""
-    with _readable_database(path) as connection:
+    with readable_database(path) as connection:
         active, revoked = connection.execute("SELECT coalesce(sum(is_active), 0), coalesce(sum(NOT is_active), 0) FROM api_keys").fetchone()
         n_ever = connection.execute("SELECT count(*) FROM usage WHERE outcome <> 'discarded'").fetchone()[0]
         n_today, n_input, n_output = connection.execute(
@@ -14679,11 +14795,6 @@ def local_midnight(utc_s: float, *, days_ago: int = 0) -> float:
     return (today - timedelta(days=days_ago)).timestamp()
 
 
-def _utc_text(utc_s: float) -> str:
-    """An instant as it compares with the column at_utc."""
-    return datetime.fromtimestamp(utc_s, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-
-
 def _figures_of(values: Sequence[Any]) -> Json:
     """A row of figures.  cost_usd is the sum of what is known, None where nothing but unknown prices was used."""
     figures = {name: value or 0 for name, value in zip(_FIGURES, values)}
@@ -14696,7 +14807,7 @@ def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provid
 
     by: names of GROUP_NAMES.  model: as the client asked or as the provider calls it.  Figures are those of _FIGURES.
     """
-    conditions, values = ["at_utc >= ?"], [_utc_text(since_utc_s)]
+    conditions, values = ["at_utc >= ?"], [utc_text(since_utc_s)]
     if provider is not None:
         conditions.append("provider = ?")
         values.append(provider)
@@ -14704,8 +14815,8 @@ def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provid
         conditions.append("? IN (model, wire_model)")
         values.append(model)
     source, figures = f"FROM usage WHERE {' AND '.join(conditions)}", ", ".join(_FIGURES.values())
-    stats: Json = {"since": f"{_utc_text(since_utc_s)}Z"}
-    with _readable_database(path) as connection:
+    stats: Json = {"since": f"{utc_text(since_utc_s)}Z"}
+    with readable_database(path) as connection:
         connection.execute("BEGIN")       # one view for all of it
         stats["total"] = _figures_of(connection.execute(f"SELECT {figures} {source}", values).fetchone())
         stats["by"] = list(by)
@@ -14722,6 +14833,11 @@ def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provid
                 stats["hours"][weekday][hour] = count
     return stats
 
+
+##############################################################################
+# 34. Key limits                                          I/O | uses 2, 30-31, 33
+##############################################################################
+# What a key may use is decided on the loop's own thread, in memory.  Guarded by tests/test_accounts.py.
 
 # What keys may use
 #
@@ -14759,9 +14875,9 @@ def spent_by_key(path: Path, day_utc_s: float, month_utc_s: float) -> dict[int, 
     """Key id -> known cost in USD since two instants, the second one earlier; none when there is no database.  Raises sqlite3.Error and ConfigError."""
     if not path.exists():
         return {}
-    with _readable_database(path) as connection:
+    with readable_database(path) as connection:
         rows = connection.execute("SELECT key_id, sum(CASE WHEN at_utc >= ? THEN cost_usd END), sum(cost_usd) FROM usage WHERE at_utc >= ? GROUP BY key_id",
-                                  (_utc_text(day_utc_s), _utc_text(month_utc_s))).fetchall()
+                                  (utc_text(day_utc_s), utc_text(month_utc_s))).fetchall()
     return {number: (day or 0.0, month or 0.0) for number, day, month in rows}
 
 
@@ -14780,7 +14896,7 @@ class Accounts:
                 self._accounts[key_id] = account = _Account(spent_usd={self._month: month_usd - day_usd})
                 account.spent_usd[self._today] = account.spent_usd.get(self._today, 0.0) + day_usd
         except (sqlite3.Error, ConfigError) as error:
-            _STORE_LOG.warning("spend.failed path=%s error=%s", path, error)
+            STORE_LOG.warning("spend.failed path=%s error=%s", path, error)
 
     def _turn_over(self, utc_s: float) -> tuple[float, float]:
         """Begin another day, and another month where it is one; the instants they began at."""
@@ -14893,7 +15009,7 @@ def _freed_after_s(account: _Account, place: int, limit: int, now: float) -> flo
 
 
 ##############################################################################
-# 18. Transport                                             I/O | uses 1-2, 4-5, 15-16
+# 35. Transport                                           I/O | uses 2, 4, 6, 28-29
 ##############################################################################
 # The providers' side: one request, one Answer.  Every way a connection can fail leaves here as an UpstreamFailure and as
 # nothing else.  Connections are pooled per (origin, proxy) and come back to the pool only when their answer was whole, its
@@ -15367,11 +15483,11 @@ class Transport:
 
 
 ##############################################################################
-# 19. Server                                                I/O | uses 1-2, 4, 15-16
+# 36. Server                                              I/O | uses 2, 28-29
 ##############################################################################
 # The clients' side: accept, read one request at a time, hand it to the application, write its answer.  What the server
 # decides by itself is HTTP and nothing else: framing, limits, keep-alive, order of pipelined answers, draining.
-# The application (section 22) gives `admit`, called with the head alone, so that a body nobody may send is never read,
+# The application (section 41) gives `admit`, called with the head alone, so that a body nobody may send is never read,
 # and `bounds`, looked at each time: an edit of models.json is in force from the next wait on.
 
 MAX_TARGET_BYTES = 8 * 1024
@@ -15885,12 +16001,12 @@ class Server:
 
 
 ##############################################################################
-# 20. Relay                                                 I/O | uses 1-16, 18
+# 37. Relay                                               I/O | uses 1-2, 4, 6-13, 15-18, 23, 25-29, 35
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
 # have the rest (_go_on), else the client gets its format's error event and nothing is left looking complete.  Relay meets clients only through a Sink.
-# Relay owns the routing state; the pure rules that change it are section 7's.
+# Relay owns the routing state; the pure rules that change it are section 8's.
 # Who finds no route free stands in line for those that may serve it.  Lines for the same routes are one; where lines overlap, the one whose
 # first has been first for longest goes first, so that nobody is starved by small requests, by another kind or by another key's burst.
 
@@ -15903,7 +16019,7 @@ _SWEEP_S = 1.0                  #: how often requests whose time is over are loo
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
-_MODELS_FRESH_S = 300.0
+MODELS_FRESH_S = 300.0
 _MODELS_S = 20.0                #: how long a provider may take over its list
 _MODELS_BYTES = 8 << 20
 _MODELS_MAX = 5000
@@ -16228,52 +16344,6 @@ def read_models(body: bytes) -> tuple[Model, ...]:
             name = name.removeprefix("models/")         # as Gemini has them
             found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
     return tuple(found.values())
-
-
-class ModelLists:
-    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
-        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
-        self._asked_at: dict[str, float] = {}
-        self._task: asyncio.Task[Any] | None = None
-
-    def of(self, provider: Provider) -> tuple[Model, ...]:
-        """What is known to be offered, () where nothing is or configuration does not ask."""
-        base_url, models = self._lists.get(provider.name, ("", ()))
-        return models if provider.lists_models and base_url == provider.base_url else ()
-
-    def look(self) -> None:
-        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
-        now = self._relay.world.clock()
-        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -_MODELS_FRESH_S) >= _MODELS_FRESH_S]
-        if due and (self._task is None or self._task.done()):
-            self._task = asyncio.get_running_loop().create_task(self._ask(due))
-
-    async def refresh(self) -> Json:
-        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
-        told = await self._ask(self._asking())
-        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _asking(self) -> list[Provider]:
-        return [provider for provider in self._relay.config.active if provider.lists_models]
-
-    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
-        """Why each failed, "" where it did not; what a failed one offered before stays."""
-        async def ask(provider: Provider) -> str:
-            self._asked_at[provider.name] = self._relay.world.clock()
-            try:
-                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
-            except UpstreamFailure as failure:
-                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
-                return f"{failure.reason} {failure.detail}".strip()
-            return ""
-        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
 
 
 class _Run:
@@ -17173,7 +17243,58 @@ def _known_log_text(text: str) -> str:
 
 
 ##############################################################################
-# 21. Pages                                                 pure | uses 1-4, 7
+# 38. Model lists                                         I/O | uses 2, 37
+##############################################################################
+# Lists of models of providers that name "*": fetched in the background, the last good one kept.  Guarded by tests/test_model_lists.py.
+
+class ModelLists:
+    """What providers with "*" among their models offer. Asked for in the background, never while a request waits; the last good list is kept."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[str, tuple[str, tuple[Model, ...]]] = {}       # by provider: its base URL, what it offers
+        self._asked_at: dict[str, float] = {}
+        self._task: asyncio.Task[Any] | None = None
+
+    def of(self, provider: Provider) -> tuple[Model, ...]:
+        """What is known to be offered, () where nothing is or configuration does not ask."""
+        base_url, models = self._lists.get(provider.name, ("", ()))
+        return models if provider.lists_models and base_url == provider.base_url else ()
+
+    def look(self) -> None:
+        """Have lists that are older than five minutes asked for again, and those that were never asked for."""
+        now = self._relay.world.clock()
+        due = [provider for provider in self._asking() if now - self._asked_at.get(provider.name, -MODELS_FRESH_S) >= MODELS_FRESH_S]
+        if due and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._ask(due))
+
+    async def refresh(self) -> Json:
+        """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
+        told = await self._ask(self._asking())
+        return {provider.name: {"models": len(self.of(provider)), **({"error": told[provider.name]} if told[provider.name] else {})} for provider in self._asking() if provider.name in told}
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _asking(self) -> list[Provider]:
+        return [provider for provider in self._relay.config.active if provider.lists_models]
+
+    async def _ask(self, providers: Sequence[Provider]) -> dict[str, str]:
+        """Why each failed, "" where it did not; what a failed one offered before stays."""
+        async def ask(provider: Provider) -> str:
+            self._asked_at[provider.name] = self._relay.world.clock()
+            try:
+                self._lists[provider.name] = provider.base_url, await self._relay.ask_models(provider)
+            except UpstreamFailure as failure:
+                logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
+                return f"{failure.reason} {failure.detail}".strip()
+            return ""
+        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+
+
+##############################################################################
+# 39. Pages                                               pure | uses -
 ##############################################################################
 # What is read by people and by tools rather than by models: the front page, the list of models.
 
@@ -17629,6 +17750,11 @@ def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tup
     return "\n".join(lines).replace('le="inf"', 'le="+Inf"') + "\n"
 
 
+##############################################################################
+# 40. Reports                                             pure | uses 1, 8
+##############################################################################
+# What commands and /admin print.  Lines fit a terminal; what others wrote is made printable by whoever shows it.  Guarded by tests/test_why.py.
+
 #: When the list of models was made up; clients want some number.
 _CREATED_S = 1_790_000_000
 
@@ -17791,7 +17917,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 
 
 ##############################################################################
-# 22. Endpoints                                             I/O | uses 1-21
+# 41. Endpoints                                           I/O | uses 1-4, 7-10, 18, 22-26, 29, 32-35, 37-40
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -18634,19 +18760,18 @@ class Demo:
 
 
 ##############################################################################
-# 23. Accounts                                              I/O | uses 1-5, 8, 14-16, 18, 20
+# 42. Home                                                I/O | uses 1-2, 4-5
 ##############################################################################
-# The home folder and changes to its files; provider keys: recognised, checked, stored; logins and their tokens.
-# What changes a file takes the folder's lock, edits text (section 4, Edits), loads the result and only then puts it in place, whole.
-# A key goes to the provider it was recognised for and to nobody else.  Guarded by tests/test_accounts_cli.py.
+# Where configuration and state live, how their files are read, and how they are changed.
+# What changes a file takes the folder's lock, edits text (section 5), loads the result and only then puts it in place, whole.
 # One more change to models.json: a function that hands change_models() what to do with tree and text, and a row in README.
 
 _COMMAND_S = 10.0           #: how long the program of a cmd: reference may take
 _SECRET_MAX_BYTES = 16 * 1024
-_ASKED_TIMEOUTS = Timeouts(first_byte_s=15.0)
-_LIST_MAX_BYTES = 4 * 1024 * 1024
-_WIDTH = 80
-_PATIENCE_S = 1.0           #: longer than this nobody waits without being told for what
+ASKED_TIMEOUTS = Timeouts(first_byte_s=15.0)
+LIST_MAX_BYTES = 4 * 1024 * 1024
+WIDTH = 80
+PATIENCE_S = 1.0           #: longer than this nobody waits without being told for what
 
 
 def program_path() -> Path:
@@ -18696,7 +18821,7 @@ class Home(NamedTuple):
 def read_contexts(home: Home) -> Json:
     """Gateways elsewhere that commands may ask: {"current": name or "", "contexts": {name: {"server", "key"}}}. Raises ConfigError."""
     path = home.folder / "contexts.json"
-    text = _read_text(path)
+    text = read_text_file(path)
     try:
         told = json.loads(text) if text is not None else {"current": "", "contexts": {}}
         if not all(isinstance(row["server"], str) and isinstance(row["key"], str) for row in told["contexts"].values()) or not isinstance(told["current"], str):
@@ -18708,7 +18833,7 @@ def read_contexts(home: Home) -> Json:
 
 def change_contexts(home: Home, change: Callable[[Json], None]) -> None:
     """Change what read_contexts() gives, for this user's eyes alone. Raises ConfigError, and what `change` raises."""
-    with _locked(home):
+    with lock_home(home):
         told = read_contexts(home)
         change(told)
         replace_file(home.folder / "contexts.json", json.dumps(told, indent=1) + "\n", 0o600)
@@ -18726,7 +18851,7 @@ def find_home(named: str | None) -> Home:
     return Home(config / "aicarousel", state / "aicarousel")
 
 
-def _read_text(path: Path) -> str | None:
+def read_text_file(path: Path) -> str | None:
     """The text of a configuration file, None when there is none. Raises ConfigError when it cannot be read."""
     try:
         return path.read_bytes().decode()       # line ends as they are
@@ -18738,7 +18863,7 @@ def _read_text(path: Path) -> str | None:
 
 def routing_text(home: Home) -> str | None:
     """The text of models.json: the home's, else the bundle's, None where there is neither. Raises ConfigError."""
-    text = _read_text(home.models_path)
+    text = read_text_file(home.models_path)
     if text is None and is_bundled() and (bundled := read_beside("models.json")) is not None:
         return bundled.decode("utf-8")
     return text
@@ -18746,10 +18871,10 @@ def routing_text(home: Home) -> str | None:
 
 def read_config(home: Home, flags: Mapping[str, Any]) -> Config:
     """The configuration of a home folder. Raises ConfigError."""
-    return _load_home(home, routing_text(home), _read_text(home.env_path), flags)
+    return load_home(home, routing_text(home), read_text_file(home.env_path), flags)
 
 
-def _load_home(home: Home, models_text: str | None, env_text: str | None, flags: Mapping[str, Any] = MappingProxyType({})) -> Config:
+def load_home(home: Home, models_text: str | None, env_text: str | None, flags: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """The configuration of a home folder if its two files held these texts. Raises ConfigError."""
     return load_config(models_text, models_path=str(home.models_path), environment=os.environ, dotenv=parse_dotenv(env_text or ""), flags=flags, read_secret=read_secret)
 
@@ -18789,7 +18914,7 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def _locked(home: Home) -> Iterator[None]:
+def lock_home(home: Home) -> Iterator[None]:
     """The home folder, made if missing, for one change at a time."""
     try:
         home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -18827,11 +18952,11 @@ def change_models(home: Home, change: Callable[[str, Json], str]) -> Config:
 
     The new text is loaded before it is put in place; the configuration that it makes.  Raises ConfigError and Refused.
     """
-    with _locked(home):
-        text, before = _read_text(home.models_path), read_config(home, {})      # on what is broken nothing is built
+    with lock_home(home):
+        text, before = read_text_file(home.models_path), read_config(home, {})      # on what is broken nothing is built
         start = routing_text(home) or _models_text(before)
         new = change(start, json.loads(start.removeprefix("\ufeff")))
-        config = _load_home(home, new, _read_text(home.env_path))
+        config = load_home(home, new, read_text_file(home.env_path))
         if new != text:
             replace_file(home.models_path, new)
     return config
@@ -18839,10 +18964,11 @@ def change_models(home: Home, change: Callable[[str, Json], str]) -> Config:
 
 def _models_text(config: Config) -> str:
     """A models.json that says what is in force without one."""
-    return json.dumps({provider.name: _entry_of(provider.default, [model.id for model in provider.models]) for provider in config.providers}, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps({provider.name: entry_of(provider.default, [model.id for model in provider.models]) for provider in config.providers}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _entry_of(default: str, models: Sequence[str]) -> Json:
+def entry_of(default: str, models: Sequence[str]) -> Json:
+    """A provider's entry in models.json."""
     return {"default": default, "enableFallback": True, "models": list(models)}
 
 
@@ -18851,10 +18977,11 @@ def find_provider(config: Config, name: str) -> Provider:
     for provider in config.providers:
         if provider.name == name:
             return provider
-    raise Refused(_no_provider(name, [provider.name for provider in config.providers]))
+    raise Refused(no_provider(name, [provider.name for provider in config.providers]))
 
 
-def _no_provider(name: str, names: Iterable[str]) -> str:
+def no_provider(name: str, names: Iterable[str]) -> str:
+    """What to say of a provider that is not there."""
     names = [known for known in names if known != "carousel"]
     close = nearest(name, names)
     return f"there is no provider {ascii(name)[1:-1][:80]}; " + (f"did you mean {close}?" if close else f"there are: {', '.join(names) or 'none'}")
@@ -18863,7 +18990,7 @@ def _no_provider(name: str, names: Iterable[str]) -> str:
 def _entry_in(tree: Json, name: str) -> Json:
     """A provider's entry in models.json. Raises Refused."""
     if name not in tree or name == "carousel":
-        raise Refused(_no_provider(name, tree))
+        raise Refused(no_provider(name, tree))
     return tree[name]
 
 
@@ -19012,7 +19139,10 @@ def remove_alias(home: Home, name: str) -> str:
     return f"{name} is no alias any more"
 
 
-# Keys.
+##############################################################################
+# 43. Accounts                                            I/O | uses 1-6, 9, 28, 35, 37, 42
+##############################################################################
+# A key is told by its form, checked by its own provider's cheapest call and by nobody else, and kept in .env.  Guarded by tests/test_accounts_cli.py.
 
 class KeyPlace(NamedTuple):
     """Where a key of a provider goes, and what both files hold then."""
@@ -19028,9 +19158,9 @@ def place_key(home: Home, name: str, key: str) -> KeyPlace:
     """Where a key would go; nothing is written. Raises Refused and ConfigError."""
     if not re.fullmatch(r"[!-+\--~]+", key):
         raise Refused("that is no key: it has blanks, commas or other characters inside that keys do not have" if key else "no key came")
-    models_text, env_text = _read_text(home.models_path), _read_text(home.env_path) or ""
+    models_text, env_text = read_text_file(home.models_path), read_text_file(home.env_path) or ""
     models_text = _with_entry(models_text, name)
-    before = _load_home(home, models_text, env_text)
+    before = load_home(home, models_text, env_text)
     provider = next((provider for provider in before.providers if provider.name == name), None)
     there = next((credential for credential in provider.credentials if credential.secret == key), None) if provider else None
     if provider is not None and there is not None:
@@ -19039,7 +19169,7 @@ def place_key(home: Home, name: str, key: str) -> KeyPlace:
     if models_text is not None and listed is not None:
         models_text = set_json(models_text, [name, "keys", listed], f"env:{variable}")
     env_text = set_dotenv(env_text, variable, key)
-    after = _load_home(home, models_text, env_text)
+    after = load_home(home, models_text, env_text)
     provider = find_provider(after, name)
     credential = next(credential for credential in provider.credentials if credential.secret == key)
     return KeyPlace(provider, credential, after.settings, variable, models_text, env_text)
@@ -19054,8 +19184,8 @@ def _with_entry(models_text: str | None, name: str) -> str | None:
         return models_text
     preset = PRESETS.get(name)
     if preset is None or preset.gone or not preset.default:
-        raise Refused(f"{_no_provider(name, [*tree, *(known for known, row in PRESETS.items() if not row.gone)])[:300]}; one of your own: provider add NAME --url URL")
-    return set_json(models_text, [name], _entry_of(preset.default, [model.id for model in preset.models])) if models_text is not None else None
+        raise Refused(f"{no_provider(name, [*tree, *(known for known, row in PRESETS.items() if not row.gone)])[:300]}; one of your own: provider add NAME --url URL")
+    return set_json(models_text, [name], entry_of(preset.default, [model.id for model in preset.models])) if models_text is not None else None
 
 
 def _free_variable(name: str, models_text: str | None, env_text: str) -> tuple[str, int | None]:
@@ -19079,20 +19209,20 @@ def _free_variable(name: str, models_text: str | None, env_text: str) -> tuple[s
 
 def store_key(home: Home, name: str, key: str) -> KeyPlace:
     """Keep a key in .env; the place it has then. Raises Refused and ConfigError."""
-    with _locked(home):
+    with lock_home(home):
         place = place_key(home, name, key)
         if place.variable:
             replace_file(home.env_path, place.env_text, 0o600)
-        if place.models_text is not None and place.models_text != _read_text(home.models_path):
+        if place.models_text is not None and place.models_text != read_text_file(home.models_path):
             replace_file(home.models_path, place.models_text)
     return place
 
 
 def set_variable(home: Home, name: str, value: str) -> Config:
     """Set a variable in .env; the configuration then, which it must make. Raises ConfigError."""
-    with _locked(home):
-        env_text = set_dotenv(_read_text(home.env_path) or "", name, value)
-        config = _load_home(home, _read_text(home.models_path), env_text)
+    with lock_home(home):
+        env_text = set_dotenv(read_text_file(home.env_path) or "", name, value)
+        config = load_home(home, read_text_file(home.models_path), env_text)
         replace_file(home.env_path, env_text, 0o600)
     return config
 
@@ -19100,9 +19230,9 @@ def set_variable(home: Home, name: str, value: str) -> Config:
 def forget_keys(home: Home, name: str) -> str:
     """Take the keys of a provider (groq), or one of them (groq/2), out of .env. Raises Refused and ConfigError."""
     only, name = name if "/" in name else "", name.partition("/")[0]
-    with _locked(home):
-        env_text = _read_text(home.env_path) or ""
-        config = _load_home(home, _with_entry(_read_text(home.models_path), name), env_text)
+    with lock_home(home):
+        env_text = read_text_file(home.env_path) or ""
+        config = load_home(home, _with_entry(read_text_file(home.models_path), name), env_text)
         credentials = [credential for provider in config.providers if provider.name == name for credential in provider.credentials
                        if credential.secret and only in ("", credential.id)]
         elsewhere, n_removed = [], 0
@@ -19134,9 +19264,9 @@ async def ask_provider(transport: Transport, provider: Provider, credential: Cre
     """One small request outside of routing: status, headers and body of its answer. Raises UpstreamFailure."""
     origin, head = make_target(provider, credential, settings, f"aicarousel/{__version__}", method, path)
     length = f"Content-Length: {len(body)}\r\n" if body else ""
-    answer = await transport.request(origin, f"{head}Accept: application/json\r\n{length}\r\n".encode("latin-1") + body, _ASKED_TIMEOUTS)
+    answer = await transport.request(origin, f"{head}Accept: application/json\r\n{length}\r\n".encode("latin-1") + body, ASKED_TIMEOUTS)
     try:
-        return answer.status, answer.headers, await answer.read_start(_LIST_MAX_BYTES, idle_s=_ASKED_TIMEOUTS.first_byte_s)
+        return answer.status, answer.headers, await answer.read_start(LIST_MAX_BYTES, idle_s=ASKED_TIMEOUTS.first_byte_s)
     finally:
         answer.release()
 
@@ -19197,7 +19327,7 @@ async def list_offers(transport: Transport, provider: Provider, credential: Cred
 @contextlib.contextmanager
 def told_while(words: str) -> Iterator[None]:
     """After a second in here a terminal is told what is waited for."""
-    timer = threading.Timer(_PATIENCE_S, lambda: print(f"{words} ...", file=sys.stderr, flush=True))
+    timer = threading.Timer(PATIENCE_S, lambda: print(f"{words} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
@@ -19279,7 +19409,7 @@ def make_entry(home: Home, name: str, given: Json) -> Json:
     preset = PRESETS.get(given.get("preset", name), CUSTOM_PRESET)
     models = given.get("models") or [model.id for model in preset.models]
     if not models:
-        asked = _load_home(home, json.dumps({name: {**_entry_of("?", ["?"]), **given, "default": "?", "models": ["?"]}}), _read_text(home.env_path))
+        asked = load_home(home, json.dumps({name: {**entry_of("?", ["?"]), **given, "default": "?", "models": ["?"]}}), read_text_file(home.env_path))
         provider = asked.providers[0]
         if not provider.credentials:
             raise Refused(f"{name} cannot be asked for its models yet ({provider.why_out}); name them, --models LIST, and log in then; or --no-key, where none is needed")
@@ -19288,7 +19418,54 @@ def make_entry(home: Home, name: str, given: Json) -> Json:
         except UpstreamFailure as failure:
             raise Refused(f"{name} does not list its models ({printable(str(failure))}); name them: --models LIST") from failure
     default = given.get("default") or (preset.default if preset.default in models else models[0])
-    return {**_entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+    return {**entry_of(default, models), **{field: value for field, value in given.items() if field not in ("models", "default")}}
+
+
+# As they are shown.
+
+def provider_rows(config: Config) -> list[Json]:
+    """Every provider, without its secrets."""
+    return [{"name": provider.name, "title": provider.preset.title, "state": "out" if provider.why_out else "active", "why": provider.why_out, "enabled": provider.enabled,
+             "base_url": provider.base_url, "format": provider.format, "default": provider.default, "fallback": provider.enable_fallback,
+             "models": [model.id for model in provider.models],
+             "keys": [{"id": credential.id, "from": config.origins.get(f"{provider.name}.keys.{credential.id.partition('/')[2]}", credential.source)}
+                      for credential in provider.credentials if credential.secret]}
+            for provider in config.providers]
+
+
+def provider_lines(rows: Sequence[Json]) -> list[str]:
+    """Providers in their order, each with what keeps it out."""
+    import textwrap
+    lines = []
+    for number, row in enumerate(rows, 1):
+        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:WIDTH])
+        lines += [f"     {line}" for line in textwrap.wrap(row["why"], WIDTH - 5)]
+    return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
+
+
+def model_rows(providers: Iterable[Provider]) -> list[Json]:
+    """Every model of some providers, in order."""
+    return [{"provider": provider.name, "place": place, "id": model.id, "alias": model.alias, "default": model.id == provider.default, "asked": model.id == provider.default or provider.enable_fallback,
+             "context": model.context, "max_output": model.max_output} for provider in providers for place, model in enumerate(provider.models, 1)]
+
+
+def model_lines(rows: Sequence[Json]) -> list[str]:
+    """Models by provider; * marks the default, - those that are asked for only by name."""
+    lines = []
+    for row in rows:
+        lines += [row["provider"]] if row["place"] == 1 else []
+        window = f"{row['context'] // 1000}k" if row["context"] else ""
+        lines.append(f"{row['place']:>3} {'*' if row['default'] else ' ' if row['asked'] else '-'} {row['id']:<52} {window:>6}" + (f"  = {row['alias']}" if row["alias"] else ""))
+    return [printable(line.rstrip()) for line in lines] or ["there are no models"]
+
+
+def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
+    """What providers list; `new`: also the names that are not configured."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
+        lines += [f"  {name}" for name in row["new"]] if new else []
+    return list(map(printable, lines))
 
 
 # GitHub Copilot.
@@ -19489,8 +19666,8 @@ async def copilot_login(world: World, transport: Transport, provider: Provider, 
 
 def log_in_copilot(home: Home) -> str:
     """Log in to GitHub Copilot, telling the person what to do; what came of it. Raises Refused and ConfigError."""
-    entry = _with_entry(_read_text(home.models_path) or "{}", COPILOT) or "{}"
-    config = _load_home(home, entry, _read_text(home.env_path))
+    entry = _with_entry(read_text_file(home.models_path) or "{}", COPILOT) or "{}"
+    config = load_home(home, entry, read_text_file(home.env_path))
     provider = find_provider(config, COPILOT)
 
     def tell(address: str, code: str) -> None:
@@ -19504,55 +19681,8 @@ def log_in_copilot(home: Home) -> str:
     return take_key(home, token, COPILOT)[0]
 
 
-# As they are shown.
-
-def provider_rows(config: Config) -> list[Json]:
-    """Every provider, without its secrets."""
-    return [{"name": provider.name, "title": provider.preset.title, "state": "out" if provider.why_out else "active", "why": provider.why_out, "enabled": provider.enabled,
-             "base_url": provider.base_url, "format": provider.format, "default": provider.default, "fallback": provider.enable_fallback,
-             "models": [model.id for model in provider.models],
-             "keys": [{"id": credential.id, "from": config.origins.get(f"{provider.name}.keys.{credential.id.partition('/')[2]}", credential.source)}
-                      for credential in provider.credentials if credential.secret]}
-            for provider in config.providers]
-
-
-def provider_lines(rows: Sequence[Json]) -> list[str]:
-    """Providers in their order, each with what keeps it out."""
-    import textwrap
-    lines = []
-    for number, row in enumerate(rows, 1):
-        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:_WIDTH])
-        lines += [f"     {line}" for line in textwrap.wrap(row["why"], _WIDTH - 5)]
-    return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
-
-
-def model_rows(providers: Iterable[Provider]) -> list[Json]:
-    """Every model of some providers, in order."""
-    return [{"provider": provider.name, "place": place, "id": model.id, "alias": model.alias, "default": model.id == provider.default, "asked": model.id == provider.default or provider.enable_fallback,
-             "context": model.context, "max_output": model.max_output} for provider in providers for place, model in enumerate(provider.models, 1)]
-
-
-def model_lines(rows: Sequence[Json]) -> list[str]:
-    """Models by provider; * marks the default, - those that are asked for only by name."""
-    lines = []
-    for row in rows:
-        lines += [row["provider"]] if row["place"] == 1 else []
-        window = f"{row['context'] // 1000}k" if row["context"] else ""
-        lines.append(f"{row['place']:>3} {'*' if row['default'] else ' ' if row['asked'] else '-'} {row['id']:<52} {window:>6}" + (f"  = {row['alias']}" if row["alias"] else ""))
-    return [printable(line.rstrip()) for line in lines] or ["there are no models"]
-
-
-def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
-    """What providers list; `new`: also the names that are not configured."""
-    lines = []
-    for row in rows:
-        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
-        lines += [f"  {name}" for name in row["new"]] if new else []
-    return list(map(printable, lines))
-
-
 ##############################################################################
-# 24. Clients                                               I/O | uses 1-5, 8-10, 14-15, 17-20, 22-23
+# 44. Clients                                             I/O | uses 2, 4-5, 9, 31, 42
 ##############################################################################
 # What each client is given and what it says: its files and how they are edited, the configuration that it really takes, its
 # dialogue; the launcher, doctor and selftest.  Facts of the clients were seen on the wire in 2026-11, with the versions in tests/test_clients.py.
@@ -19589,8 +19719,8 @@ class ClientSetup:
 
 _CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
 _CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
-_OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
-_ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key}", "ANTHROPIC_MODEL": "aicarousel"}
+OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
+ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key}", "ANTHROPIC_MODEL": "aicarousel"}
 _GEMINI_VARIABLES = {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "{key}", "GEMINI_MODEL": "aicarousel"}
 
 CLIENTS: Mapping[str, ClientSetup] = {
@@ -19670,7 +19800,7 @@ _TOML_HEADER = re.compile(r"[ \t]*\[[ \t]*([^\[\]#]+?)[ \t]*\][ \t]*(?:#.*)?")
 _TOML_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|[^\s#"'\[{]+)"""
 
 
-def _read_jsonc(text: str) -> Json:
+def read_jsonc(text: str) -> Json:
     """JSON with comments and last commas. Raises ValueError."""
     text = _COMMENTS.sub(lambda match: match[1] or " ", text.removeprefix("\ufeff"))
     tree = json.loads(_LAST_COMMA.sub(lambda match: match[1] or "", text) if text.strip() else "{}")
@@ -19711,7 +19841,7 @@ def _read_yaml(text: str) -> Json:
 def _merge_json(text: str, tree: Json, path: tuple[str, ...] = ()) -> str:
     if not text.strip():
         return json.dumps(tree, indent=2) + "\n"
-    known: Any = _read_jsonc(text)
+    known: Any = read_jsonc(text)
     for name in path:
         known = known[name]
     for name, value in tree.items():
@@ -19807,8 +19937,8 @@ def _merge_dotenv(text: str, tree: Json) -> str:
     return text
 
 
-_KINDS: Mapping[str, tuple[Callable[[str], Json], Callable[[str, Json], str]]] = {
-    "json": (_read_jsonc, _merge_json), "toml": (_read_toml, _merge_toml), "yaml": (_read_yaml, _merge_yaml), "dotenv": (parse_dotenv, _merge_dotenv)}
+KINDS: Mapping[str, tuple[Callable[[str], Json], Callable[[str, Json], str]]] = {
+    "json": (read_jsonc, _merge_json), "toml": (_read_toml, _merge_toml), "yaml": (_read_yaml, _merge_yaml), "dotenv": (parse_dotenv, _merge_dotenv)}
 
 
 def _merged(known: Any, tree: Any) -> Any:
@@ -19829,7 +19959,7 @@ def _lacking(begins: Json, known: Any) -> Json:
 
 def merge_text(kind: str, text: str, tree: Json, where: str, begins: Json = {}) -> str:
     """`text` with the values of `tree` in it, those of `begins` where it has none, and all else as it was. Raises ConfigError for what cannot be read or be changed so."""
-    read, merge = _KINDS[kind]
+    read, merge = KINDS[kind]
     windows = "\r\n" in text and not re.search(r"(?<!\r)\n", text)
     plain = text.replace("\r\n", "\n") if windows else text
     try:
@@ -19860,7 +19990,8 @@ def client_path(file: ClientFile, environment: Mapping[str, str]) -> Path:
     return next((path for name in file.names if (path := folder / name).exists()), folder / file.names[-1]).resolve()
 
 
-def _read_bytes(path: Path) -> bytes | None:
+def read_file(path: Path) -> bytes | None:
+    """The bytes of a file, None where there is none. Raises ConfigError."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -19869,7 +20000,8 @@ def _read_bytes(path: Path) -> bytes | None:
         raise ConfigError(str(path), error.strerror or str(error), "a file that this user may read") from error
 
 
-def _text_of(path: Path, data: bytes | None) -> str:
+def text_of(path: Path, data: bytes | None) -> str:
+    """The text in bytes of a file. Raises ConfigError."""
     try:
         return (data or b"").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -19881,8 +20013,8 @@ def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, 
     changes = []
     for file in client.files:
         path = client_path(file, environment)
-        before = _read_bytes(path)
-        text = _text_of(path, before)
+        before = read_file(path)
+        text = text_of(path, before)
         after = merge_text(file.kind, text, fill(file.values, url, key), str(path), file.begins).encode()
         if after != before:
             changes.append(Change(path, before, after, file.restless))
@@ -19919,7 +20051,7 @@ def known_key(client: ClientSetup, environment: Mapping[str, str], database: Pat
     for file in client.files:
         path = client_path(file, environment)
         try:
-            tree: Any = _KINDS[file.kind][0](_text_of(path, _read_bytes(path)))
+            tree: Any = KINDS[file.kind][0](text_of(path, read_file(path)))
         except (ValueError, RecursionError, ConfigError):
             continue                                        # whoever writes will complain
         for key in _shown_keys(file.values, tree):
@@ -19940,7 +20072,8 @@ def _shown_keys(template: Any, tree: Any) -> list[str]:
     return []
 
 
-def _put(path: Path, data: bytes, mode: int) -> None:
+def put_file(path: Path, data: bytes, mode: int) -> None:
+    """Put a file in place, whole or not at all. Raises ConfigError."""
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, data.decode(), mode)
@@ -19970,11 +20103,11 @@ def write_changes(name: str, changes: Sequence[Change], folder: Path, key_id: in
                 row = {"path": str(change.path), "copy": "", "restless": change.restless, "mode": 0o600 if change.before is None else change.path.stat().st_mode & 0o777, "key": None}
                 if change.before is not None:
                     row["copy"] = f"{name}-{number}-{change.path.name}.before"
-                    _put(folder / row["copy"], change.before, 0o600)
+                    put_file(folder / row["copy"], change.before, 0o600)
             rows.append({**row, "after": _digest(change.after, change.restless), "key": key_id or row["key"]})
-        _put(record, dump_json({"files": [*known.values(), *rows]}), 0o600)
+        put_file(record, dump_json({"files": [*known.values(), *rows]}), 0o600)
         for change, row in zip(changes, rows):
-            _put(change.path, change.after, row["mode"])
+            put_file(change.path, change.after, row["mode"])
 
 
 def undo_changes(name: str, folder: Path) -> tuple[list[str], list[int]]:
@@ -19984,13 +20117,13 @@ def undo_changes(name: str, folder: Path) -> tuple[list[str], list[int]]:
     if not rows:
         raise ConfigError(f"config {name} --undo", "nothing that was written", "a client written by --write and not undone yet")
     for row in rows:
-        if _digest(_read_bytes(Path(row["path"])), row["restless"]) != row["after"]:
+        if _digest(read_file(Path(row["path"])), row["restless"]) != row["after"]:
             told = f"; what stood there before is {folder / row['copy']}" if row["copy"] else ""
             raise ConfigError(row["path"], "a file that was changed since it was written", f"the file as --write left it, so nothing is undone{told}")
     with _writing(record):
         for row in rows:
             if row["copy"]:
-                _put(Path(row["path"]), (folder / row["copy"]).read_bytes(), row["mode"])
+                put_file(Path(row["path"]), (folder / row["copy"]).read_bytes(), row["mode"])
             else:
                 Path(row["path"]).unlink()
         record.unlink()
@@ -20001,7 +20134,7 @@ def undo_changes(name: str, folder: Path) -> tuple[list[str], list[int]]:
 
 
 def _undo_rows(record: Path) -> list[Json]:
-    data = _read_bytes(record)
+    data = read_file(record)
     try:
         return json.loads(data)["files"] if data else []
     except (ValueError, KeyError, TypeError) as error:
@@ -20012,7 +20145,7 @@ def _digest(data: bytes | None, restless: str) -> str:
     """What tells one content of a file from another; of a file that its client rewrites, only what it says counts."""
     if data is not None and restless:
         with contextlib.suppress(ValueError):
-            data = json.dumps(_without_name(_read_jsonc(data.decode()), restless), sort_keys=True).encode()
+            data = json.dumps(_without_name(read_jsonc(data.decode()), restless), sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest() if data is not None else ""
 
 
@@ -20048,12 +20181,15 @@ def systemd_unit(program: Sequence[str]) -> str:
             f"TimeoutStopSec=40\nUMask=0077\nNoNewPrivileges=yes\n\n[Install]\nWantedBy=default.target")
 
 
-# The launcher.
+##############################################################################
+# 45. Launcher                                            I/O | uses 2, 9, 35, 42, 44
+##############################################################################
+# What a client is started with is its own for this once: settings, key and gateway end with it.  Guarded by tests/test_clients.py.
 
 RUN_KEY_S = 7 * 86_400     #: how long the key of a launch lives if the launcher is killed
 _STOP_S = 35.0              #: how long a gateway may take to end; its own drain takes 30
 
-_OTHER = ClientSetup("", environment={**_OPENAI_VARIABLES, **_ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
+_OTHER = ClientSetup("", environment={**OPENAI_VARIABLES, **ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
 
 
 def launch(words: Sequence[str], url: str, key: str) -> int:
@@ -20068,7 +20204,7 @@ def launch(words: Sequence[str], url: str, key: str) -> int:
     with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
         file = Path(folder) / "settings.json"
         if "{file}" in (*client.words, *client.environment.values()):
-            _put(file, values.encode(), 0o600)
+            put_file(file, values.encode(), 0o600)
         command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
         environment = {name: value for name, value in os.environ.items() if name not in client.unset}
         environment |= {name: fill(value, url, key).replace("{json}", values).replace("{file}", str(file)) for name, value in client.environment.items()}
@@ -20193,6 +20329,11 @@ def ask_gateway(address: str, method: str, path: str, body: Json | None = None, 
         connection.close()
 
 
+##############################################################################
+# 46. Dialogues                                           I/O | uses 1-2, 4, 9-10, 18, 28, 31-32, 35-37, 41, 45
+##############################################################################
+# Scripted providers inside this process, a gateway in front of them, and the dialogues of clients as seen on the wire.  Guarded by tests/test_clients.py.
+
 # The built-in providers, and a gateway in front of them.
 
 class Turn(NamedTuple):
@@ -20288,7 +20429,8 @@ class Mismatch(Exception):
         super().__init__(f"{wanted}; got {printable(redact(shown))[:300] or 'nothing'}")
 
 
-def _want(true: Any, wanted: str, frame: Any = "") -> None:
+def must_be(true: Any, wanted: str, frame: Any = "") -> None:
+    """Raises what doctor tells where something is not as it must be."""
     if not true:
         raise Mismatch(wanted, frame)
 
@@ -20312,7 +20454,7 @@ class Stage(NamedTuple):
         try:
             connection.request("POST", path, dump_json(body), {"authorization": f"Bearer {self.key}", "content-type": "application/json"})
             answer = connection.getresponse()
-            _want(answer.status == 200 and answer.read1(1), "the beginning of a stream", str(answer.status))
+            must_be(answer.status == 200 and answer.read1(1), "the beginning of a stream", str(answer.status))
         finally:
             connection.close()
 
@@ -20356,9 +20498,9 @@ async def _set_stage(play: Callable[[Stage], None]) -> None:
 
 # Dialogues: each yields the name of what it does next, so that what fails is known by its name.
 
-_LEFT_S = 2.0               #: how long a provider may be asked on when the client has gone
+LEFT_S = 2.0               #: how long a provider may be asked on when the client has gone
 _TOOL_SCHEMA: Json = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
-_CHAT_TOOL: Json = {"type": "function", "function": {"name": "look", "description": "Reads a file.", "parameters": _TOOL_SCHEMA}}
+CHAT_TOOL: Json = {"type": "function", "function": {"name": "look", "description": "Reads a file.", "parameters": _TOOL_SCHEMA}}
 _PATCH_TOOL: Json = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}
 
 
@@ -20371,10 +20513,10 @@ def _speak_messages(stage: Stage) -> Iterator[str]:
     version = {"anthropic_version": "2023-06-01", "anthropic_beta": "claude-code-20250219,interleaved-thinking-2025-05-14"}
     yield "HEAD /"
     reply = stage.ask("HEAD", "/", key="")
-    _want(reply.status == 200, "200", str(reply.status))
+    must_be(reply.status == 200, "200", str(reply.status))
     yield "models discovery"
     reply = stage.ask("GET", "/v1/models?limit=1000", **version)
-    _want(reply.status == 200 and reply.json.get("data") and all(row.get("type") == "model" and row.get("id") for row in reply.json["data"]) and "has_more" in reply.json,
+    must_be(reply.status == 200 and reply.json.get("data") and all(row.get("type") == "model" and row.get("id") for row in reply.json["data"]) and "has_more" in reply.json,
           "a list of models in Anthropic's shape", reply.json)
     tool = {"name": "look", "description": "Reads a file.", "input_schema": _TOOL_SCHEMA}
     system = [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.329.abc;"}, {"type": "text", "text": "You help.", "cache_control": {"type": "ephemeral"}}]
@@ -20383,42 +20525,42 @@ def _speak_messages(stage: Stage) -> Iterator[str]:
             "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "medium"}, "metadata": {"user_id": "{}"}}
     yield "count_tokens"
     reply = stage.ask("POST", "/v1/messages/count_tokens?beta=true", {name: body[name] for name in ("model", "system", "messages", "tools")}, **version)
-    _want(reply.status == 200 and isinstance(reply.json.get("input_tokens"), int) and reply.json["input_tokens"] > 0, "input_tokens", reply.json)
+    must_be(reply.status == 200 and isinstance(reply.json.get("input_tokens"), int) and reply.json["input_tokens"] > 0, "input_tokens", reply.json)
     yield "streamed tool turn with thinking"
     reply = stage.ask("POST", "/v1/messages?beta=true", body, **version)
     events = reply.events
-    _want(reply.status == 200 and events and events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop", "message_start to message_stop", (events or [reply.body.decode()])[-1])
+    must_be(reply.status == 200 and events and events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop", "message_start to message_stop", (events or [reply.body.decode()])[-1])
     starts, stops = _of_type(events, "content_block_start"), _of_type(events, "content_block_stop")
     blocks = [start["content_block"] for start in starts]
-    _want([start["index"] for start in starts] == [stop["index"] for stop in stops] == list(range(len(starts))), "each block begun and ended once", starts)
-    _want([block["type"] for block in blocks] == ["thinking", "text", "tool_use"] and blocks[2]["id"] and blocks[2]["name"] == "look", "thinking, text and a call with its id", blocks)
+    must_be([start["index"] for start in starts] == [stop["index"] for stop in stops] == list(range(len(starts))), "each block begun and ended once", starts)
+    must_be([block["type"] for block in blocks] == ["thinking", "text", "tool_use"] and blocks[2]["id"] and blocks[2]["name"] == "look", "thinking, text and a call with its id", blocks)
     deltas = [event["delta"] for event in _of_type(events, "content_block_delta")]
     joined = {kind: "".join(delta.get(kind, "") for delta in deltas) for kind in ("thinking", "signature", "text", "partial_json")}
-    _want(json.loads(joined["partial_json"] or "{}") == {"path": "a.txt"} and joined["signature"], "whole arguments and a signature", joined)
+    must_be(json.loads(joined["partial_json"] or "{}") == {"path": "a.txt"} and joined["signature"], "whole arguments and a signature", joined)
     stop = (_of_type(events, "message_delta") or [{}])[-1]
-    _want(stop.get("delta", {}).get("stop_reason") == "tool_use" and stop.get("usage", {}).get("output_tokens"), "stop_reason tool_use with usage", stop)
+    must_be(stop.get("delta", {}).get("stop_reason") == "tool_use" and stop.get("usage", {}).get("output_tokens"), "stop_reason tool_use with usage", stop)
     yield "second turn with tool_result"
     said = [{"type": "thinking", "thinking": joined["thinking"], "signature": joined["signature"]}, {"type": "text", "text": joined["text"]}, {**blocks[2], "input": {"path": "a.txt"}}]
     result = [{"type": "tool_result", "tool_use_id": blocks[2]["id"], "content": "empty", "cache_control": {"type": "ephemeral"}}]
     reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "messages": [*user, {"role": "assistant", "content": said}, {"role": "user", "content": result}]}, **version)
-    _want("".join(event["delta"].get("text", "") for event in _of_type(reply.events, "content_block_delta")) == "All well." and reply.events[-1]["type"] == "message_stop",
+    must_be("".join(event["delta"].get("text", "") for event in _of_type(reply.events, "content_block_delta")) == "All well." and reply.events[-1]["type"] == "message_stop",
           "the model's answer", reply.body.decode()[-300:])
     told = [message for message in stage.cast.requests["tools"][-1]["messages"] if message["role"] == "tool"]
-    _want(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
+    must_be(len(told) == 1 and "empty" in str(told[0]["content"]), "one result on its way to the provider", told)
     yield "a prompt that is too long"
     reply = stage.ask("POST", "/v1/messages?beta=true", {**body, "model": "long/m"}, **version)
-    _want(reply.status == 400 and "prompt is too long" in _text(_dig(reply.json, "error", "message")), "400 in the words that begin compaction", reply.body.decode())
+    must_be(reply.status == 400 and "prompt is too long" in only_text(dig(reply.json, "error", "message")), "400 in the words that begin compaction", reply.body.decode())
     yield "cancel"
     stage.cast.left.clear()
     stage.leave("/v1/messages?beta=true", {**body, "model": "slow/m"})
-    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+    must_be(stage.cast.left.wait(LEFT_S), "the provider's connection closed when the client leaves")
 
 
 def _speak_responses(stage: Stage) -> Iterator[str]:
     """As Codex does: a WebSocket first, freeform and namespaced tools, reasoning that comes back encrypted."""
     yield "WebSocket upgrade"
     reply = stage.ask("GET", "/v1/responses", connection="Upgrade", upgrade="websocket", sec_websocket_version="13", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==")
-    _want(reply.status == 426, "426, at which Codex goes on by HTTP", str(reply.status))
+    must_be(reply.status == 426, "426, at which Codex goes on by HTTP", str(reply.status))
     spaced = {"type": "namespace", "name": "clock", "description": "Time.", "tools": [{"type": "function", "name": "now", "description": "Tells it.", "parameters": _TOOL_SCHEMA, "strict": False}]}
     talk = [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "You help."}]}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Patch."}]}]
     body = {"model": "patch/m", "stream": True, "store": False, "input": talk, "tools": [_PATCH_TOOL, spaced, {"type": "web_search", "external_web_access": False}], "tool_choice": "auto",
@@ -20426,48 +20568,65 @@ def _speak_responses(stage: Stage) -> Iterator[str]:
     yield "stream with a custom tool"
     reply = stage.ask("POST", "/v1/responses", body)
     events = reply.events
-    _want(reply.status == 200 and events and events[-1].get("type") == "response.completed", "response.completed at the end", (events or [reply.body.decode()])[-1])
-    _want([event.get("sequence_number") for event in events] == list(range(len(events))), "events numbered from 0", events[0])
+    must_be(reply.status == 200 and events and events[-1].get("type") == "response.completed", "response.completed at the end", (events or [reply.body.decode()])[-1])
+    must_be([event.get("sequence_number") for event in events] == list(range(len(events))), "events numbered from 0", events[0])
     items, done = [event["item"] for event in _of_type(events, "response.output_item.done")], events[-1]["response"]
-    _want(done.get("id") and {"input_tokens", "output_tokens", "total_tokens"} <= set(done.get("usage") or {}), "an id and whole usage", done)
-    _want([item["type"] for item in items] == ["reasoning", "custom_tool_call"] and done["output"] == items, "reasoning and a custom call, the same at the end", items)
-    _want(items[0].get("encrypted_content"), "encrypted reasoning", items[0])
-    _want(items[1].get("call_id") and items[1].get("name") == "apply_patch" and items[1].get("input") == "*** Begin Patch", "the call with its raw input", items[1])
+    must_be(done.get("id") and {"input_tokens", "output_tokens", "total_tokens"} <= set(done.get("usage") or {}), "an id and whole usage", done)
+    must_be([item["type"] for item in items] == ["reasoning", "custom_tool_call"] and done["output"] == items, "reasoning and a custom call, the same at the end", items)
+    must_be(items[0].get("encrypted_content"), "encrypted reasoning", items[0])
+    must_be(items[1].get("call_id") and items[1].get("name") == "apply_patch" and items[1].get("input") == "*** Begin Patch", "the call with its raw input", items[1])
     yield "second turn with encrypted reasoning"
     echo = [{**items[0], "content": None}, items[1], {"type": "custom_tool_call_output", "call_id": items[1]["call_id"], "output": "Success"}]
     reply = stage.ask("POST", "/v1/responses", {**body, "input": [*talk, *echo]})
-    _want([event.get("text") for event in _of_type(reply.events, "response.output_text.done")] == ["All well."] and reply.events[-1].get("type") == "response.completed",
+    must_be([event.get("text") for event in _of_type(reply.events, "response.output_text.done")] == ["All well."] and reply.events[-1].get("type") == "response.completed",
           "the model's answer", reply.body.decode()[-300:])
     told = [message for message in stage.cast.requests["patch"][-1]["messages"] if message["role"] == "tool"]
-    _want(len(told) == 1 and "Success" in str(told[0]["content"]), "one result on its way to the provider", told)
+    must_be(len(told) == 1 and "Success" in str(told[0]["content"]), "one result on its way to the provider", told)
 
 
 def _speak_chat(stage: Stage) -> Iterator[str]:
     """As Cline, OpenCode and aider do: a stream with tools, usage asked for, and the end that they wait for."""
     user = {"role": "user", "content": "Look."}
     body = {"model": "tools/m", "stream": True, "stream_options": {"include_usage": True}, "tool_choice": "auto", "max_tokens": 32000, "messages": [{"role": "system", "content": "You help."}, user],
-            "tools": [_CHAT_TOOL]}
+            "tools": [CHAT_TOOL]}
     yield "chat stream with tools"
     reply = stage.ask("POST", "/v1/chat/completions", body)
     events = reply.events
-    _want(reply.status == 200 and events and events[-1] == "[DONE]", "a stream that ends with [DONE]", (events or [reply.body.decode()])[-1])
+    must_be(reply.status == 200 and events and events[-1] == "[DONE]", "a stream that ends with [DONE]", (events or [reply.body.decode()])[-1])
     choices = [choice for event in events[:-1] for choice in event["choices"]]
     calls = [call for choice in choices for call in choice["delta"].get("tool_calls") or []]
-    _want(calls and calls[0].get("id") and calls[0]["function"].get("name") == "look" and all(call.get("index") == 0 for call in calls), "a call with id, name and index", calls)
-    _want(json.loads("".join(call["function"].get("arguments") or "" for call in calls)) == {"path": "a.txt"}, "whole arguments", calls)
-    _want([choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["tool_calls"], "one finish_reason", choices[-1])
+    must_be(calls and calls[0].get("id") and calls[0]["function"].get("name") == "look" and all(call.get("index") == 0 for call in calls), "a call with id, name and index", calls)
+    must_be(json.loads("".join(call["function"].get("arguments") or "" for call in calls)) == {"path": "a.txt"}, "whole arguments", calls)
+    must_be([choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["tool_calls"], "one finish_reason", choices[-1])
     yield "usage"
-    _want(any((event.get("usage") or {}).get("total_tokens") == 18 for event in events[:-1]), "the usage that was asked for", events[-2])
+    must_be(any((event.get("usage") or {}).get("total_tokens") == 18 for event in events[:-1]), "the usage that was asked for", events[-2])
     yield "second turn with the result"
     said = {"role": "assistant", "content": None, "tool_calls": [{"id": calls[0]["id"], "type": "function", "function": {"name": "look", "arguments": '{"path": "a.txt"}'}}]}
     reply = stage.ask("POST", "/v1/chat/completions", {**body, "messages": [user, said, {"role": "tool", "tool_call_id": calls[0]["id"], "content": "empty"}]})
     text = "".join(choice["delta"].get("content") or "" for event in reply.events[:-1] for choice in event["choices"])
-    _want(text == "All well." and reply.events[-1] == "[DONE]", "the model's answer", reply.body.decode()[-300:])
+    must_be(text == "All well." and reply.events[-1] == "[DONE]", "the model's answer", reply.body.decode()[-300:])
 
 
-_DIALOGUES: Mapping[str, tuple[str, Callable[[Stage], Iterator[str]]]] = {
+DIALOGUES: Mapping[str, tuple[str, Callable[[Stage], Iterator[str]]]] = {
     "messages": ("Claude Code", _speak_messages), "responses": ("Codex", _speak_responses), "chat": ("Cline, OpenCode, aider", _speak_chat)}
 
+
+def only_text(value: Any) -> str:
+    """A text, empty where there is none."""
+    return value if isinstance(value, str) else ""
+
+
+def dig(tree: Any, *path: str) -> Any:
+    """What stands at a path, {} when nothing does."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return {} if tree is None else tree
+
+
+##############################################################################
+# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31, 33, 35, 42-46
+##############################################################################
+# Each check gives a row: fine, worth a note, or wrong with what mends it.  One more check: a function that yields rows.  Guarded by tests/test_clients.py.
 
 # Doctor: what each client would really use, and whether it would work.
 
@@ -20500,22 +20659,11 @@ _CLOCK_OFF_S = 120.0
 
 def _tree_of(path: Path, kind: str) -> Any:
     """What stands in a client's file, {} when there is none. Raises ConfigError."""
-    data = _read_bytes(path)
+    data = read_file(path)
     try:
-        return _KINDS[kind][0](_text_of(path, data)) if data else {}
+        return KINDS[kind][0](text_of(path, data)) if data else {}
     except (ValueError, RecursionError, ConfigError) as error:
         raise ConfigError(str(path), printable(redact(str(error)))[:200], f"{kind.upper()} that can be read") from error
-
-
-def _dig(tree: Any, *path: str) -> Any:
-    """What stands at a path, {} when nothing does."""
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return {} if tree is None else tree
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _up_to_root(folder: Path) -> list[Path]:
@@ -20528,30 +20676,30 @@ def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: 
     """Its settings files go before the environment; a token goes before an API key wherever either stands."""
     paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
     trees = [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
-    layers = [Layer(where, *(_text(_dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
-    return [*layers, *(Layer(where, "", _text(_dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
+    layers = [Layer(where, *(only_text(dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
+    return [*layers, *(Layer(where, "", only_text(dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
 
 
 def _codex_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     """One file of the user; variables of its .env go before the environment."""
     path, tree = client_path(client.files[0], environment), _tree_of(client_path(client.files[0], environment), "toml")
-    provider = _dig(tree, "model_providers", _text(tree.get("model_provider")) or "openai")
+    provider = dig(tree, "model_providers", only_text(tree.get("model_provider")) or "openai")
     variables = {**environment, **_tree_of(client_path(client.files[1], environment), "dotenv")}
-    key = _text(_dig(provider, "experimental_bearer_token")) or variables.get(_text(_dig(provider, "env_key")) or "OPENAI_API_KEY", "")
-    return [Layer(str(path), _text(_dig(provider, "base_url")) or ("" if provider else _text(tree.get("openai_base_url"))), key)]
+    key = only_text(dig(provider, "experimental_bearer_token")) or variables.get(only_text(dig(provider, "env_key")) or "OPENAI_API_KEY", "")
+    return [Layer(str(path), only_text(dig(provider, "base_url")) or ("" if provider else only_text(tree.get("openai_base_url"))), key)]
 
 
 def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[str]:
     """What Codex trips over besides address and key."""
     tree = _tree_of(client_path(client.files[0], environment), "toml")
-    name = _text(tree.get("model_provider"))
-    provider, faults = _dig(tree, "model_providers", name), []
+    name = only_text(tree.get("model_provider"))
+    provider, faults = dig(tree, "model_providers", name), []
     if not provider:
         faults += [f"model_provider is {name!r}, and there is no [model_providers.{name}]"] if name not in ("", "openai") else []
         faults += ["the built-in provider tries a WebSocket at every start"] if name in ("", "openai") and tree.get("openai_base_url") else []
-    elif _dig(provider, "wire_api") not in ("responses", {}):
-        faults.append(f"wire_api is {_dig(provider, 'wire_api')!r}, which Codex no longer takes: it must be responses")
-    elif _dig(provider, "supports_websockets") is True:
+    elif dig(provider, "wire_api") not in ("responses", {}):
+        faults.append(f"wire_api is {dig(provider, 'wire_api')!r}, which Codex no longer takes: it must be responses")
+    elif dig(provider, "supports_websockets") is True:
         faults.append("supports_websockets is true, and this gateway speaks HTTP alone")
     return faults
 
@@ -20559,8 +20707,8 @@ def _codex_faults(client: ClientSetup, environment: Mapping[str, str]) -> list[s
 def _cline_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     path = client_path(client.files[0], environment)
     tree = _tree_of(path, "json")
-    settings = _dig(tree, "providers", _text(tree.get("lastUsedProvider")), "settings")
-    return [Layer(str(path), _text(_dig(settings, "baseUrl")), _text(_dig(settings, "apiKey")))]
+    settings = dig(tree, "providers", only_text(tree.get("lastUsedProvider")), "settings")
+    return [Layer(str(path), only_text(dig(settings, "baseUrl")), only_text(dig(settings, "apiKey")))]
 
 
 def _opencode_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
@@ -20569,20 +20717,20 @@ def _opencode_layers(client: ClientSetup, environment: Mapping[str, str], folder
     paths = [place / name for place in _up_to_root(folder) for name in ("opencode.jsonc", "opencode.json")]
     paths += [Path(environment["OPENCODE_CONFIG"])] if environment.get("OPENCODE_CONFIG") else []
     try:
-        trees = [("OPENCODE_CONFIG_CONTENT", _read_jsonc(environment.get("OPENCODE_CONFIG_CONTENT", "")))]
+        trees = [("OPENCODE_CONFIG_CONTENT", read_jsonc(environment.get("OPENCODE_CONFIG_CONTENT", "")))]
     except ValueError as error:
         raise ConfigError("OPENCODE_CONFIG_CONTENT", printable(redact(str(error)))[:200], "JSON that can be read") from error
     trees += [(str(path), _tree_of(path, "json")) for path in (*paths, user / "opencode.jsonc", user / "opencode.json")]
-    provider = next((_text(tree["model"]) for _, tree in trees if tree.get("model")), "").partition("/")[0]
-    layers = [(where, _dig(tree, "provider", provider, "options")) for where, tree in trees]
-    return [Layer(where, *(re.sub(r"\{env:(\w+)\}", lambda match: environment.get(match[1], ""), _text(_dig(options, name))) for name in ("baseURL", "apiKey"))) for where, options in layers]
+    provider = next((only_text(tree["model"]) for _, tree in trees if tree.get("model")), "").partition("/")[0]
+    layers = [(where, dig(tree, "provider", provider, "options")) for where, tree in trees]
+    return [Layer(where, *(re.sub(r"\{env:(\w+)\}", lambda match: environment.get(match[1], ""), only_text(dig(options, name))) for name in ("baseURL", "apiKey"))) for where, options in layers]
 
 
 def _aider_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     """Its own variables, its files from here to the repository's folder and the user's, the variables of every client."""
     paths = [place / ".aider.conf.yml" for place in (folder, _up_to_root(folder)[-1])] + [client_path(client.files[0], environment)]
     layers = [Layer(_ENVIRONMENT, environment.get("AIDER_OPENAI_API_BASE", ""), environment.get("AIDER_OPENAI_API_KEY", ""))]
-    layers += [Layer(str(path), _text(tree.get("openai-api-base")), _text(tree.get("openai-api-key"))) for path in dict.fromkeys(paths) for tree in (_tree_of(path, "yaml"),)]
+    layers += [Layer(str(path), only_text(tree.get("openai-api-base")), only_text(tree.get("openai-api-key"))) for path in dict.fromkeys(paths) for tree in (_tree_of(path, "yaml"),)]
     return [*layers, Layer(_ENVIRONMENT, environment.get("OPENAI_API_BASE", ""), environment.get("OPENAI_API_KEY", ""))]
 
 
@@ -20597,7 +20745,7 @@ def _gemini_layers(client: ClientSetup, environment: Mapping[str, str], folder: 
 def _continue_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
     path = client_path(client.files[0], environment)
     rows = _tree_of(path, "yaml").get("models") or []
-    return [Layer(str(path), _text(row.get("apiBase")), _text(row.get("apiKey"))) for row in rows if isinstance(row, dict) and row.get("name") == "AICarousel"]
+    return [Layer(str(path), only_text(row.get("apiBase")), only_text(row.get("apiKey"))) for row in rows if isinstance(row, dict) and row.get("name") == "AICarousel"]
 
 
 _LAYERS: Mapping[str, Callable[[ClientSetup, Mapping[str, str], Path], list[Layer]]] = {
@@ -20777,7 +20925,7 @@ def _examine_database(path: Path) -> Check:
 
 def hear(stage: Stage, name: str) -> Check:
     """The dialogue of one format on a stage, to its end or to what fails."""
-    speaker, speak = _DIALOGUES[name]
+    speaker, speak = DIALOGUES[name]
     step = ""
     try:
         for n_steps, step in enumerate(speak(stage), 1):
@@ -20802,7 +20950,7 @@ def ask_live(name: str, around: Surroundings) -> Check:
     told = " ".join(f"{part}={value}" for part in ("provider", "model", "attempts") if (value := reply.headers.get(f"x-aicarousel-{part}")))
     if reply.status == 200:
         return Check(name, "live", True, told)
-    message = _dig(reply.json, "error", "message") or reply.body.decode("utf-8", "replace")
+    message = dig(reply.json, "error", "message") or reply.body.decode("utf-8", "replace")
     return Check(name, "live", False, redact(f"{reply.status} {message}")[:300], "python aicarousel.py explain --last" if reply.status else "python aicarousel.py serve")
 
 
@@ -20846,7 +20994,7 @@ def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check],
     if h11 is None:
         tell(Check("dialogue", "h11", False, "the package h11 is not installed", "python -m pip install 'h11>=0.16'"))
     else:
-        on_stage(lambda stage: [tell(hear(stage, name)) for name in _DIALOGUES])
+        on_stage(lambda stage: [tell(hear(stage, name)) for name in DIALOGUES])
     if live:
         examine_live(home, settings, tell)
         for name in good:
@@ -20882,17 +21030,17 @@ def _text_of_chat(reply: Reply) -> str:
 
 def _show_failover(stage: Stage) -> str:
     reply = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
-    _want(_text_of_chat(reply) == "All well." and reply.headers.get("x-aicarousel-provider") == "well", "the answer of the fourth provider", reply.body.decode())
+    must_be(_text_of_chat(reply) == "All well." and reply.headers.get("x-aicarousel-provider") == "well", "the answer of the fourth provider", reply.body.decode())
     again = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
     asked = [len(stage.cast.requests[name]) for name in ("limited", "down", "empty")]
-    _want(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
+    must_be(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
     return f"429, 500 and an empty answer passed over in {reply.headers['x-aicarousel-attempts']} attempts, then left alone"
 
 
 def _show_held_calls(stage: Stage) -> str:
-    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("half-call", "tools", tools=[_CHAT_TOOL]))
+    reply = stage.ask("POST", "/v1/chat/completions", _chat_body("half-call", "tools", tools=[CHAT_TOOL]))
     calls = [call for event in reply.events[:-1] for choice in event["choices"] for call in choice["delta"].get("tool_calls") or []]
-    _want(len(stage.cast.requests["half-call"]) == 1 and "".join(call["function"].get("arguments") or "" for call in calls) == '{"path": "a.txt"}', "one whole call", calls)
+    must_be(len(stage.cast.requests["half-call"]) == 1 and "".join(call["function"].get("arguments") or "" for call in calls) == '{"path": "a.txt"}', "one whole call", calls)
     return "a call that broke off was made again by the next provider, unseen"
 
 
@@ -20902,16 +21050,16 @@ def _show_broken_streams(stage: Stage) -> str:
     for name, body in asked.items():
         reply = stage.ask("POST", FORMATS[name].path, {**body, "model": f"half-{name}/m", "stream": True})     # type: ignore[index]
         error, end = ends[name]
-        _want(b"this" in reply.body and error in reply.body and end not in reply.body, f"text, then the error event of {name}, and no proper end", reply.body.decode()[-300:])
+        must_be(b"this" in reply.body and error in reply.body and end not in reply.body, f"text, then the error event of {name}, and no proper end", reply.body.decode()[-300:])
     return "text that breaks off ends in the error event of each format, never as if whole"
 
 
 def _show_made_up_faults(stage: Stage) -> str:
     key, _ = create_key(stage.database, "admin", limits={"admin": True})
     reply = stage.ask("POST", "/v1/chat/completions", _chat_body("well", "tools"), key=key, x_aicarousel_mock="500")
-    _want(reply.status == 200 and reply.headers.get("x-aicarousel-provider") == "tools" and reply.headers.get("x-aicarousel-attempts") == "2", "the second provider's answer", reply.body.decode())
+    must_be(reply.status == 200 and reply.headers.get("x-aicarousel-provider") == "tools" and reply.headers.get("x-aicarousel-attempts") == "2", "the second provider's answer", reply.body.decode())
     refused = stage.ask("POST", "/v1/chat/completions", _chat_body("well"), x_aicarousel_mock="500")
-    _want(refused.status == 403, "403 without an admin key", str(refused.status))
+    must_be(refused.status == 403, "403 without an admin key", str(refused.status))
     return "x-aicarousel-mock: 500 by an admin key sent the next request to the next provider; try it on your own"
 
 
@@ -20919,14 +21067,14 @@ def _show_cancel(stage: Stage) -> str:
     stage.cast.left.clear()
     stage.leave("/v1/chat/completions", _chat_body("slow"))
     began = time.monotonic()
-    _want(stage.cast.left.wait(_LEFT_S), "the provider's connection closed when the client leaves")
+    must_be(stage.cast.left.wait(LEFT_S), "the provider's connection closed when the client leaves")
     return f"the provider was let go {1000 * (time.monotonic() - began):.0f} ms after the client left"
 
 
 def _show_limits(stage: Stage) -> str:
     key, _ = create_key(stage.database, "limited", limits={"rpm": 1})
     first, second = (stage.ask("POST", "/v1/chat/completions", _chat_body("well"), key=key) for _ in range(2))
-    _want(first.status == 200 and second.status == 429 and second.headers.get("retry-after", "").isdigit(), "200, then 429 with retry-after", second.json)
+    must_be(first.status == 200 and second.status == 429 and second.headers.get("retry-after", "").isdigit(), "200, then 429 with retry-after", second.json)
     return f"the second request of a key with 1 a minute: 429, retry-after {second.headers['retry-after']}"
 
 
@@ -20937,7 +21085,7 @@ def _show_errors(stage: Stage) -> str:
         for wanted, reply in ((401, stage.ask("POST", path, body, key="")), (400, stage.ask("POST", path, {})), (400, stage.ask("POST", path, body))):
             told = reply.json
             envelope = told.get("type") == "error" and {"type", "message"} <= set(told["error"]) if name == "messages" else {"message", "type", "param", "code"} <= set(told.get("error") or {})
-            _want(reply.status == wanted and envelope, f"{wanted} in the envelope of {name}", reply.body.decode())
+            must_be(reply.status == wanted and envelope, f"{wanted} in the envelope of {name}", reply.body.decode())
     return "401 and 400 in the envelope of each format, a provider's refusal in its own words"
 
 
@@ -20958,7 +21106,7 @@ def selftest(tell: Callable[[Check], None]) -> None:
 
 
 ##############################################################################
-# 25. Bundle                                                I/O | uses 1-2, 23
+# 48. Bundle                                              I/O | uses 2, 42
 ##############################################################################
 # The zero-install copy: one file with the module, what it needs and nothing else, that any Python from 3.11 on runs.  Its bytes are the same for the same
 # sources, wherever it is made: sorted names, one date, nothing compressed, nothing compiled.  Everything is read through the import system, so that a copy can make a copy.
@@ -21024,10 +21172,10 @@ def write_bundle(path: Path, members: Mapping[str, bytes]) -> str:
 
 
 ##############################################################################
-# 26. Set-up                                                I/O | uses 1-4, 17, 23-24
+# 49. Set-up                                              I/O | uses 2-4, 30-31, 42-44
 ##############################################################################
 # The dialogue of `setup`: plain questions, one line for each wrong answer and the question again, Enter for back, Ctrl-C and
-# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 27), which is then run.
+# Ctrl-D to leave.  It decides nothing: an answer becomes the words of a plain command (section 51), which is then run.
 # Guarded by tests/test_setup.py, through a pseudo-terminal.  One more action: a row in _MENUS.
 
 class _Question(NamedTuple):
@@ -21263,22 +21411,18 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
 
 
 ##############################################################################
-# 27. Command line                                          I/O | uses 1-5, 8-9, 14-26
+# 50. Serving                                             I/O | uses 2, 4, 9, 28, 30-33, 36-37, 41-44
 ##############################################################################
-# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
-# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
-# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
+# What `serve` does around a Gateway: it listens, watches files and signals, writes the log, and ends in order.  Guarded by tests/test_cli.py and tests/test_server.py.
 
 _WATCH_S = 0.5
 _TRIM_AFTER_S = 0.3
 _GC_THRESHOLD = 10_000          #: objects that may come to be before lost cycles are looked for
 _LOG_BATCH_S = 0.1
 _OTHER_FILES = 64           #: descriptors kept for what is not a connection
-_H11_AT_LEAST = (0, 16)
-_STOPPED_S = 120.0
+H11_AT_LEAST = (0, 16)
+STOPPED_S = 120.0
 
-
-# Serving.
 
 async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | None = None, ready: Callable[[Gateway, int], None] | None = None) -> int:
     """Run the gateway until `stop` is set or a signal comes; the exit status. Raises ConfigError before it listens.
@@ -21652,7 +21796,12 @@ def set_up_logging() -> None:
     logging._srcfile = None
 
 
-# Commands.
+##############################################################################
+# 51. Command line                                        I/O | uses 1-2, 4, 9-10, 17, 26, 30-31, 33, 35, 40-45, 47-50
+##############################################################################
+# Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
+# 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.
+# One more command: a function, a row in _COMMANDS, its arguments in make_parser; README names it.
 
 def _h11_trouble() -> str:
     """Why serving is impossible, "" when h11 is there and new enough."""
@@ -21660,7 +21809,7 @@ def _h11_trouble() -> str:
     if h11 is None:
         return f"AICarousel needs the Python package h11 to serve. {remedy}"
     version = tuple(int(part) for part in re.findall(r"\d+", h11.__version__)[:2])
-    return f"AICarousel needs h11 0.16 or newer, found {h11.__version__}. {remedy}" if version < _H11_AT_LEAST else ""
+    return f"AICarousel needs h11 0.16 or newer, found {h11.__version__}. {remedy}" if version < H11_AT_LEAST else ""
 
 
 def _flags_of(arguments: Any) -> dict[str, Any]:
@@ -22158,7 +22307,7 @@ def _stop_command(arguments: Any) -> int:
             pass                        # it has just ended by itself
         except OSError as error:
             raise Refused(f"pid {row['pid']} cannot be stopped: {error.strerror}") from error
-    ends_at = time.monotonic() + _STOPPED_S
+    ends_at = time.monotonic() + STOPPED_S
     with told_while("waiting for the answers under way"):
         while find_servers(home):
             if time.monotonic() > ends_at:

@@ -1,4 +1,4 @@
-"""Section 23, Accounts, by the plain commands: changes to models.json and .env, keys checked and stored, and a running server that sees them."""
+"""Section 43, Accounts, by the plain commands: changes to models.json and .env, keys checked and stored, and a running server that sees them."""
 
 from __future__ import annotations
 
@@ -558,7 +558,7 @@ def test_provider_test_of_one_without_a_key(desk: Desk) -> None:
 
 def test_a_terminal_is_told_what_is_waited_for(desk: Desk, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.write({"lab": at(provider.script("lab", lambda request: [Pause("wait"), *vendor()(request)]), keys=[])})
-    monkeypatch.setattr(a, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(a, "PATIENCE_S", 0.01)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     threading.Thread(target=lambda: (provider.wait_paused("wait"), time.sleep(0.1), provider.release("wait"))).start()
     status, _, err = desk.run("provider", "test")

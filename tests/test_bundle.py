@@ -1,4 +1,4 @@
-"""Section 25, Bundle: the copy that needs nothing installed, built twice, run by several Pythons, with traps planted in site-packages."""
+"""Section 48, Bundle: the copy that needs nothing installed, built twice, run by several Pythons, with traps planted in site-packages."""
 
 from __future__ import annotations
 

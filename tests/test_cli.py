@@ -1,4 +1,4 @@
-"""Section 25, Command line: every command as a process, with good and bad arguments, what it prints and its exit status."""
+"""Section 48, Command line: every command as a process, with good and bad arguments, what it prints and its exit status."""
 
 from __future__ import annotations
 
@@ -771,8 +771,8 @@ def test_stop_of_a_server_that_does_not_end(tmp_path: Path, monkeypatch: pytest.
     killed: list[Any] = []
     monkeypatch.setattr(aicarousel, "find_servers", lambda home: [row])
     monkeypatch.setattr(os, "kill", lambda pid, sign: killed.append((pid, sign)))
-    monkeypatch.setattr(aicarousel, "_STOPPED_S", 0.1)
-    monkeypatch.setattr(aicarousel, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(aicarousel, "STOPPED_S", 0.1)
+    monkeypatch.setattr(aicarousel, "PATIENCE_S", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert aicarousel.main(["stop", "--home", str(tmp_path)]) == 1 and killed == [(os.getpid(), signal.SIGTERM)]
     assert capsys.readouterr().err.splitlines() == ["waiting for the answers under way ...", "it is told to stop, and still waits for answers under way (python aicarousel.py info)"]

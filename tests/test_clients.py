@@ -1,4 +1,4 @@
-"""Section 24, Clients: files written and taken back, the launcher, doctor with its planted faults, selftest.
+"""Section 44, Clients: files written and taken back, the launcher, doctor with its planted faults, selftest.
 
 The facts of the clients were seen with Claude Code 2.1.197, Codex 0.169.0, OpenCode 1.18.33, Cline 3.0.65, Gemini CLI 0.61.0 and aider 0.86.2; tests/clients/test_written.py drives those that are installed.
 """
@@ -174,7 +174,7 @@ def test_written_into_a_file_of_ones_own_and_taken_back(place: Place, name: str)
     status, out, _ = place.run("config", name, "--write")
     assert status == 0 and f"wrote {paths[0]}" in out and not re.search("sk-[0-9a-f]", out) and place.keys() == [(name, True)]
     assert stat.S_IMODE(paths[0].stat().st_mode) == 0o640, "a mode is kept"
-    trees = [a._KINDS[file.kind][0](path.read_bytes().decode().replace("\r\n", "\n")) for file, path in zip(a.CLIENTS[name].files, paths)]
+    trees = [a.KINDS[file.kind][0](path.read_bytes().decode().replace("\r\n", "\n")) for file, path in zip(a.CLIENTS[name].files, paths)]
     shown = [key for file, tree in zip(a.CLIENTS[name].files, trees) for key in a._shown_keys(file.values, tree)]
     [key] = set(shown)
     assert all(holds(tree, wanted) for tree, wanted in zip(trees, values_of(name, URL, key)))
@@ -732,7 +732,7 @@ def recorded() -> tuple[dict[str, list[a.Reply]], dict[str, a.Check], a.Cast]:
                 replies[name].append(stage.ask(*words, **more))
                 return replies[name][-1]
         casts.append(stage.cast)
-        for name in a._DIALOGUES:
+        for name in a.DIALOGUES:
             replies[name] = []
             checks[name] = a.hear(Recorder(*stage), name)
 
@@ -805,7 +805,7 @@ def test_a_gateway_that_does_not_let_go_is_found(heard: Any, monkeypatch: pytest
     replies, _, cast = heard
     echo = Echo(replies["messages"], -1, BREAKS["status"], cast)
     monkeypatch.setattr(echo, "leave", lambda *_: None)
-    monkeypatch.setattr(a, "_LEFT_S", 0.01)
+    monkeypatch.setattr(a, "LEFT_S", 0.01)
     check = a.hear(echo, "messages")        # type: ignore[arg-type]
     assert check.ok is False and check.told.startswith("cancel: the provider's connection closed")
 

@@ -1,4 +1,4 @@
-"""Section 23, GitHub Copilot: the device login, tokens renewed before they end, endpoints and limits by the account's catalogue, against a stand-in of GitHub on loopback."""
+"""Section 43, GitHub Copilot: the device login, tokens renewed before they end, endpoints and limits by the account's catalogue, against a stand-in of GitHub on loopback."""
 
 from __future__ import annotations
 

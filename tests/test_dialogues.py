@@ -1,4 +1,4 @@
-"""Sections 14 and 20: conversations that move between providers, and requests that not every model can serve."""
+"""Sections 26 and 20: conversations that move between providers, and requests that not every model can serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 21, Endpoints: the URL table, who may call, what a body may be, and the form of each answer; over a gateway as a process."""
+"""Section 39, Endpoints: the URL table, who may call, what a body may be, and the form of each answer; over a gateway as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 5: what came back from a provider, judged.  One row per row of the providers' error tables and per form of a reset."""
+"""Section 6: what came back from a provider, judged.  One row per row of the providers' error tables and per form of a reset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 10: Chat requests checked and passed on, Chat streams on their way through: whole, byte by byte, cut at every byte."""
+"""Section 18: Chat requests checked and passed on, Chat streams on their way through: whole, byte by byte, cut at every byte."""
 from __future__ import annotations
 
 import json

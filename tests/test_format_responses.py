@@ -1,4 +1,4 @@
-"""Section 11: OpenAI Responses, both ways.  Ids like m46 are numbers of the catalogue of known mistakes, E1 and so on worked examples, of the translation reference."""
+"""Section 20: OpenAI Responses, both ways.  Ids like m46 are numbers of the catalogue of known mistakes, E1 and so on worked examples, of the translation reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 15: heads judged, framing decided, bodies read: what h11 would let pass and this gateway does not."""
+"""Section 28: heads judged, framing decided, bodies read: what h11 would let pass and this gateway does not."""
 from __future__ import annotations
 
 from collections.abc import Iterable

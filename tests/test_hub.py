@@ -1,4 +1,4 @@
-"""Section 9: rules that all formats share.  Ids like m64 are the numbers of the catalogue of known mistakes."""
+"""Section 10: rules that all formats share.  Ids like m64 are the numbers of the catalogue of known mistakes."""
 import copy
 import json
 

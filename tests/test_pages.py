@@ -1,4 +1,4 @@
-"""Section 21, Pages: what `/` is to a browser and to others, and what it is told by /admin."""
+"""Section 39, Pages: what `/` is to a browser and to others, and what it is told by /admin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 13, Plain endpoints, and what Anthropic's clients have beside /v1/messages: completions, embeddings, token counts and the mirror."""
+"""Section 24, Plain endpoints, and what Anthropic's clients have beside /v1/messages: completions, embeddings, token counts and the mirror."""
 
 from __future__ import annotations
 

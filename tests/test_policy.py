@@ -1,4 +1,4 @@
-"""Section 7: what a model name stands for, in which order routes are tried, what cools and for how long. A row per rule."""
+"""Section 8: what a model name stands for, in which order routes are tried, what cools and for how long. A row per rule."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Sections 6 and 7 at work in the relay, over real sockets: bursts, lines, caps, affinity, restarts. Providers enforce what they grant, on the test's clock."""
+"""Sections 7 and 7 at work in the relay, over real sockets: bursts, lines, caps, affinity, restarts. Providers enforce what they grant, on the test's clock."""
 
 from __future__ import annotations
 

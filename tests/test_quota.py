@@ -1,4 +1,4 @@
-"""Section 6 and what section 7 makes of it: every style of telling limits leads to the right window, and room follows from what is counted."""
+"""Section 7 and what section 7 makes of it: every style of telling limits leads to the right window, and room follows from what is counted."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Section 19, Relay: dialogues between a client, the gateway and scripted providers.
+"""Section 36, Relay: dialogues between a client, the gateway and scripted providers.
 
 The gateway runs inside this process on a loop whose time the test moves, so that no test waits for a timeout.  Waits are
 for things that happen (a script reached a pause, bytes arrived); `settle` lets the gateway take in what is on its sockets.

@@ -1,4 +1,4 @@
-"""Section 17, the request log: a line of JSON for every request that ended, within caps, without secrets, and never in a request's way."""
+"""Section 30, the request log: a line of JSON for every request that ended, within caps, without secrets, and never in a request's way."""
 
 from __future__ import annotations
 
@@ -277,9 +277,9 @@ def test_a_disk_that_hangs_costs_bounded_memory(make_log: Callable[..., Log], mo
     began_at = time.monotonic()
     for number in range(40):
         log.put({"number": number}, 1 << 20, request_id="with body")
-    for _ in range(aicarousel._MAX_WAITING_ROWS):
+    for _ in range(aicarousel.MAX_WAITING_ROWS):
         log.put(request_id="more")
-    assert log.log._queue.qsize() == aicarousel._MAX_WAITING_ROWS and time.monotonic() - began_at < HANG_S / 2
+    assert log.log._queue.qsize() == aicarousel.MAX_WAITING_ROWS and time.monotonic() - began_at < HANG_S / 2
     hangs.set()
     log.flush()
     with_body = [line for lines in log.files().values() for line in lines if line["request_id"] == "with body"]

@@ -1,4 +1,4 @@
-"""Section 18, Server: what it accepts, refuses and answers on real sockets, before any application has a say.
+"""Section 35, Server: what it accepts, refuses and answers on real sockets, before any application has a say.
 
 The server runs in a thread on a loop whose time the test moves; the tests at the end stop whole gateways by signals.
 """

@@ -1,4 +1,4 @@
-"""Section 26, Set-up: the dialogue at a real pseudo-terminal, every path of every menu, with wrong answers at every prompt; what it does to files and to a running server."""
+"""Section 49, Set-up: the dialogue at a real pseudo-terminal, every path of every menu, with wrong answers at every prompt; what it does to files and to a running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 8: event streams in every framing, cut anywhere, read the same."""
+"""Section 9: event streams in every framing, cut anywhere, read the same."""
 from __future__ import annotations
 
 import json

@@ -367,7 +367,7 @@ def full_disk(path: Path, n_bytes: int = 32_768) -> Iterator[None]:
 @contextlib.contextmanager
 def failing(code: str) -> Iterator[None]:
     """Every transaction fails with one of SQLite's result codes, as a broken disk or one that became read-only makes it."""
-    begin = aicarousel._transaction
+    begin = aicarousel.transact
 
     @contextlib.contextmanager
     def refuse(connection: sqlite3.Connection, **_: Any) -> Iterator[None]:
@@ -375,11 +375,11 @@ def failing(code: str) -> Iterator[None]:
         error.sqlite_errorname = code
         raise error
         yield
-    aicarousel._transaction = refuse
+    aicarousel.transact = refuse
     try:
         yield
     finally:
-        aicarousel._transaction = begin
+        aicarousel.transact = begin
 
 
 TROUBLE: dict[str, Callable[[Path], contextlib.AbstractContextManager[None]]] = {
@@ -393,7 +393,7 @@ TROUBLE: dict[str, Callable[[Path], contextlib.AbstractContextManager[None]]] = 
 @pytest.mark.parametrize("case", TROUBLE)
 def test_trouble_neither_fails_nor_blocks_a_relay_and_loses_nothing(case: str, home: Path, path: Path, serve: Callable[[], Served], monkeypatch: pytest.MonkeyPatch,
                                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(aicarousel, "_COMMAND_BUSY_S", 0.05)
+    monkeypatch.setattr(aicarousel, "COMMAND_BUSY_S", 0.05)
     gateway = serve()
     capsys.readouterr()
     assert gateway.ask().status == 200 and gateway.usage.flush(HANG_S)
@@ -420,7 +420,7 @@ def test_trouble_neither_fails_nor_blocks_a_relay_and_loses_nothing(case: str, h
 @pytest.mark.parametrize("static", [True, False], ids=["API_KEYS", "stored-keys"])
 def test_a_start_sits_out_what_passes_where_a_key_is_known(
         case: str, static: bool, home: Path, path: Path, serve: Callable[[], Served], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(aicarousel, "_COMMAND_BUSY_S", 0.05)
+    monkeypatch.setattr(aicarousel, "COMMAND_BUSY_S", 0.05)
     if static:
         monkeypatch.setenv("API_KEYS", "a-key-from-the-environment")
     trouble = locked_elsewhere(path, "PRAGMA locking_mode = EXCLUSIVE") if "locked" in case else full_disk(path, 0)
@@ -610,7 +610,7 @@ def test_old_rows_are_let_go_of(path: Path, house: tuple[UsageWriter, list[float
     writer, _, utc = house
     rows_of_usage(path, "DELETE FROM usage")
     for number in range(2500):          # of 25 days, a hundred a day; the last one is now
-        writer.put(ROW._replace(request_id=str(number), at_utc=aicarousel._utc_text(utc[0] - (2499 - number) * 864) + ".000+00:00"))
+        writer.put(ROW._replace(request_id=str(number), at_utc=aicarousel.utc_text(utc[0] - (2499 - number) * 864) + ".000+00:00"))
     assert writer.flush(HANG_S)
     writer.keep_rows, writer.keep_days = keep_rows, keep_days
     pass_hours(house, 0.1, wall_jumps_s=jump_s)
@@ -636,7 +636,7 @@ def test_what_is_kept_can_be_set(serve: Callable[[], Served]) -> None:
 @case("storage-too-long-locked")
 def test_rows_beyond_what_memory_may_hold_are_counted(path: Path, serve: Callable[[], Served], monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest go, and it is said."""
-    monkeypatch.setattr(aicarousel, "_MAX_WAITING_ROWS", 5)
+    monkeypatch.setattr(aicarousel, "MAX_WAITING_ROWS", 5)
     gateway = serve()
     with failing("SQLITE_BUSY"):
         assert {gateway.ask().status for _ in range(12)} == {200}
@@ -649,9 +649,9 @@ def test_rows_beyond_what_memory_may_hold_are_counted(path: Path, serve: Callabl
 @case("storage-disk-that-hangs")
 def test_a_disk_that_never_answers_holds_nobody_up(path: Path, serve: Callable[[], Served], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the thread that writes comes to count what waits."""
-    monkeypatch.setattr(aicarousel, "_MAX_QUEUED", 3)
-    gateway, answers, begin = serve(), threading.Event(), aicarousel._transaction
-    monkeypatch.setattr(aicarousel, "_transaction", lambda connection, **more: (answers.wait(HANG_S), begin(connection, **more))[1])
+    monkeypatch.setattr(aicarousel, "MAX_QUEUED", 3)
+    gateway, answers, begin = serve(), threading.Event(), aicarousel.transact
+    monkeypatch.setattr(aicarousel, "transact", lambda connection, **more: (answers.wait(HANG_S), begin(connection, **more))[1])
     replies = [gateway.ask() for _ in range(12)]
     assert {reply.status for reply in replies} == {200} and max(reply.elapsed_s for reply in replies) < 2
     state = gateway.health()["database"]
@@ -844,7 +844,7 @@ def test_a_wall_clock_that_jumps_moves_no_cooldown_window_or_deadline(
     gateway.pass_time(DAY_S)
     assert ask(model="few/m").text == "few"
     assert gateway.usage.flush(HANG_S)
-    day = aicarousel._utc_text(time.time() + days * DAY_S)[:10]
+    day = aicarousel.utc_text(time.time() + days * DAY_S)[:10]
     assert rows_of(path, f"SELECT count(*) FROM usage WHERE at_utc LIKE '{day}%'")[0][0] >= 5
     assert gateway.end() == 0 and not gateway.told("ERROR")
 

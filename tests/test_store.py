@@ -1,4 +1,4 @@
-"""Section 17, Store: real files, real processes, real kills."""
+"""Section 30, Store: real files, real processes, real kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 10, translation: Chat requests read and written, Chat streams and answers read and written.
+"""Section 18, translation: Chat requests read and written, Chat streams and answers read and written.
 
 Ids like m73 are numbers of the catalogue of known mistakes, E1 and so on worked examples, of the translation reference.
 """

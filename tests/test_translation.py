@@ -1,4 +1,4 @@
-"""Section 14, Translation: which requests pass through, mistakes of the catalogue that show only at a running gateway, and worked examples across formats."""
+"""Section 26, Translation: which requests pass through, mistakes of the catalogue that show only at a running gateway, and worked examples across formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 17: connections to providers against real loopback servers: pool, deadlines, TLS, proxies, compression, cancellation."""
+"""Section 30: connections to providers against real loopback servers: pool, deadlines, TLS, proxies, compression, cancellation."""
 from __future__ import annotations
 
 import asyncio

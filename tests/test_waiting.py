@@ -1,4 +1,4 @@
-"""Whom a request waits for and whom it does not: misfits, failures, lines that are fair by key, caches worth waiting for. Section 7 alone, then at work in section 20."""
+"""Whom a request waits for and whom it does not: misfits, failures, lines that are fair by key, caches worth waiting for. Section 8 alone, then at work in section 20."""
 
 from __future__ import annotations
 
