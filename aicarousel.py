@@ -5,9 +5,10 @@
 # ///
 """AICarousel: one address for many LLM APIs.
 
-Clients speak OpenAI Chat Completions, OpenAI Responses or Anthropic Messages to it; it turns through providers, keys and
-models until one answers, translates where formats differ, and streams the answer on as it comes.  Start it with `python aicarousel.py serve`; README.md tells the rest.  It is one module, copied
-to a machine and run: Python 3.11 and the package h11 are all it needs, certifi is used where present.
+Clients speak OpenAI Chat Completions, OpenAI Responses or Anthropic Messages to it; it turns through providers, keys and models
+until one answers, translates where formats differ, and streams the answer on as it comes.  Start it with `python aicarousel.py serve`,
+or with `setup` first; README.md tells the rest.  It is one module, copied to a machine and run: Python 3.11 and the package h11 are
+all it needs, certifi is used where present.
 It fetches nothing for clients, phones nowhere, and connects to the configured providers alone.
 
 Contents
@@ -68,7 +69,8 @@ Life of a request
     -> Transport.request (35) -> failure: classify (6), cool (8), next route | success: commit, pump -> settle (30)
 
 Promises
-    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.  No secret is logged.  Pure sections never touch the outside world.
+    Nothing is retried after commit; the rest of a text may be asked for, and joined if nothing speaks against it.
+    No secret is logged.  Pure sections never touch the outside world.
     What is broken never looks whole: a stream without its proper ending ends in an error event.
 """
 
