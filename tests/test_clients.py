@@ -578,7 +578,7 @@ FAULTS: list[tuple[str, str, Callable[[Place, Gateway], None], str, str]] = [
     ("shadowed by a variable", "aider", variable, "of the environment hides http://127.0.0.1:", "take the address out of the environment"),
     ("shadowed from above", "opencode", above, "opencode.json hides http://127.0.0.1:", "take the address out of {work}/opencode.json"),
     ("/v1 too many, Gemini CLI", "gemini-cli", edit("gemini-cli", "{port}", "{port}/v1", 1), "the client adds the rest itself", "--write"),
-    ("another .env", "gemini-cli", nearer, "/work/.env is a port where nothing listens", "take it out of {work}/.env, then: python aicarousel.py config gemini-cli --write"),
+    ("another .env", "gemini-cli", nearer, "work/.env is a port where nothing listens", "take it out of {work}/.env, then: python aicarousel.py config gemini-cli --write"),
     ("WebSocket", "codex", edit("codex", "supports_websockets = false", "supports_websockets = true"), "supports_websockets is true", "--write"),
     ("built-in provider", "codex", built_in, "tries a WebSocket at every start", "--write"),
     ("no such provider", "codex", edit("codex", 'model_provider = "aicarousel"', 'model_provider = "gone"'), "there is no [model_providers.gone]", "--write"),
