@@ -24,6 +24,11 @@ def pytest_configure(config: Any) -> None:
     config.addinivalue_line("markers", "soak: takes a minute by design; leave it out with -m 'not soak'")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute by waiting goes first, so that others run beside it to its end."""
+    items.sort(key=lambda item: item.get_closest_marker("soak") is None)
+
+
 def serve_provider() -> Iterator[Provider]:
     """A scripted provider, closed at the end; a mistake in a script fails the test."""
     provider = Provider()
