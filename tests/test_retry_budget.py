@@ -106,7 +106,8 @@ def test_who_leaves_gives_its_place_back(build: Build, provider: Provider) -> No
         house.pass_time(0.5)
         provider.wait_paused("again")
         house.wait(lambda: house.gateway.relay.n_retrying == 1)
-    house.wait(lambda: len(house.gateway.relay.running) == house.gateway.relay.n_retrying == 0)
+    house.wait(lambda: not house.gateway.relay.running)
+    assert house.gateway.relay.n_retrying == 0
 
 
 @pytest.mark.parametrize(("fault", "n_asked"), [(OOPS, 0), (LATER, 0)], ids=["guessed", "proven"])
