@@ -4969,7 +4969,6 @@ def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
 #: Reasons a delta of kind stop may carry.
 STOP_REASONS: tuple[str, ...] = ("end", "length", "tool", "sequence", "filter", "refusal", "pause", "context")
 
-_CONTENT = frozenset({"text", "think", "call", "refuse", "opaque"})
 
 
 def new_hub(client: Format, model: str, stream: bool) -> Json:
@@ -5058,40 +5057,6 @@ def stop_delta(reason: str, sequence: str | None = None, details: Json | None = 
 def error_delta(status: int, message: str, code: str | None = None, type: str = "server_error") -> Json:
     """The end by failure."""
     return {"delta": "error", "status": status, "type": type, "code": code, "message": message}
-
-
-def check_deltas(deltas: Sequence[Json]) -> list[str]:
-    """Where a finished stream breaks the contract of the deltas, [] when it is kept."""
-    wrong: list[str] = []
-    kinds = [delta["delta"] for delta in deltas]
-    for index, (kind, delta) in enumerate(zip(kinds, deltas)):
-        if kind == "start" and index:
-            wrong.append(f"{index}: start is not first")
-        if kind in ("text", "think", "refuse", "args") and not delta["text"]:
-            wrong.append(f"{index}: {kind} is empty")
-        if kind == "call" and not (delta["id"] and delta["name"]):
-            wrong.append(f"{index}: call without id or name")
-        if kind in ("args", "note") and _since_content(kinds[:index]) != "call":
-            wrong.append(f"{index}: {kind} outside a call")
-        if kind in ("text", "refuse", "call", "opaque", "stop") and _last_thinking(kinds[:index]) == "think":
-            wrong.append(f"{index}: thinking was not sealed")
-        if kind in ("stop", "error") and index != len(kinds) - 1:
-            wrong.append(f"{index}: {kind} is not last")
-    ids = [delta["id"] for delta in deltas if delta["delta"] == "call"]
-    if len(set(ids)) != len(ids):
-        wrong.append("a call id occurs twice")
-    if kinds and kinds[-1] not in ("stop", "error"):
-        wrong.append("no end")
-    return wrong
-
-
-def _since_content(kinds: list[str]) -> str:
-    """The latest kind that opened something."""
-    return next((kind for kind in reversed(kinds) if kind in _CONTENT or kind == "seal"), "")
-
-
-def _last_thinking(kinds: list[str]) -> str:
-    return next((kind for kind in reversed(kinds) if kind in ("think", "seal", "text", "refuse", "call", "opaque")), "")
 
 
 def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
@@ -5684,11 +5649,6 @@ def system_parts(parts: Sequence[Json], profile: Profile) -> list[Json]:
     """System text without blanks and, for all but Anthropic, without Claude Code's billing block, which changes with every request."""
     billing = profile.family == "anthropic" and profile.vendor
     return [part for part in parts if not is_blank(part["text"]) and (billing or not part["text"].startswith("x-anthropic-billing-header:"))]
-
-
-def system_text(hub: Json) -> str:
-    """All system text in one string."""
-    return "\n\n".join(part["text"] for part in hub.get("system", ()))
 
 
 def apply_tool_changes(ready: Json, profile: Profile) -> None:
@@ -7181,11 +7141,6 @@ class Serialiser:
         slot.name = slot.name or name
         slot.namespace = slot.namespace or namespace
         self._advance()
-
-    def add_name(self, key: Any, fragment: str) -> None:
-        """More of a name that comes in pieces (profile name_fragments), while its call has not opened."""
-        if key in self._slots and self._slots[key] is not self._head:
-            self._slots[key].name += fragment
 
     def args(self, key: Any, text: str) -> None:
         """Arguments of the call under `key`."""
@@ -11798,7 +11753,7 @@ class MessagesPassage:
 ##############################################################################
 # /v1/completions and /v1/embeddings, older than Chat.  Both pass through to providers that have them; a completion is asked of
 # others too, as one user message.  A vector is asked of the model that was named and of no other: vectors of two models do not compare.
-# Guarded by tests/test_plain.py.
+# Gemini's generateContent is the third: a request becomes one of Chat.  Guarded by tests/test_plain.py and tests/test_gemini.py.
 
 _PROMPT_FIELDS = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs"})       # what a Chat request has no place for
 _COMPLETION_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
@@ -14512,6 +14467,100 @@ class UsageWriter:
             STORE_LOG.warning("usage.failed path=%s error=%s waiting=%d dropped=%d", self.path, error, len(self._rows), self.n_dropped)
 
 
+def load_routing(path: Path) -> dict[str, str]:
+    """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
+    try:
+        with plain_trouble(path), contextlib.closing(open_for_reading(path, RING_BUSY_S)) as connection:
+            return dict(connection.execute("SELECT key, state FROM routing").fetchall())
+    except ConfigError as error:
+        STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
+        return {}
+
+
+def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
+    """Counts for `status`: keys, and requests and tokens of one UTC day (`2026-01-31`, default today) and of all days."""
+    with readable_database(path) as connection:
+        active, revoked = connection.execute("SELECT coalesce(sum(is_active), 0), coalesce(sum(NOT is_active), 0) FROM api_keys").fetchone()
+        n_ever = connection.execute("SELECT count(*) FROM usage WHERE outcome <> 'discarded'").fetchone()[0]
+        n_today, n_input, n_output = connection.execute(
+            "SELECT coalesce(sum(outcome <> 'discarded'), 0), coalesce(sum(input + cached + cache_write), 0), coalesce(sum(output), 0) FROM usage"
+            " WHERE at_utc >= date(coalesce(?, 'now')) AND at_utc < date(coalesce(?, 'now'), '+1 day')", (day_utc, day_utc)).fetchone()
+    return {"keys_active": active, "keys_revoked": revoked, "requests": n_ever, "requests_today": n_today, "input_today": n_input, "output_today": n_output}
+
+
+# Statistics
+
+#: What requests can be grouped by, as SQL over the usage table.
+_GROUPS: Mapping[str, str] = {
+    "key": "CASE WHEN key_id THEN printf('%s #%d', key_name, key_id) ELSE key_name END",
+    "model": "wire_model",
+    "provider": "provider",
+    "day": "date(at_utc, 'localtime')",
+}
+GROUP_NAMES: tuple[str, ...] = tuple(_GROUPS)
+
+_USED = "input + cached + cache_write + output > 0"
+#: What is told of each group, as SQL; sums of nothing are null, which becomes 0.
+_FIGURES: Mapping[str, str] = {
+    "requests": "sum(outcome <> 'discarded')",
+    "ok": "sum(outcome = 'ok')",
+    "failed": "sum(outcome = 'error')",
+    "client_closed": "sum(outcome = 'client_closed')",
+    "attempts": "sum(attempts)",
+    **{name: f"sum({name})" for name in ("input", "cached", "cache_write", "output", "reasoning")},
+    "estimated_requests": "sum(estimated)",
+    "estimated_input": "sum(estimated * (input + cached + cache_write))",
+    "estimated_output": "sum(estimated * output)",
+    "unpriced_requests": f"sum(cost_usd IS NULL AND {_USED})",
+    "cost_usd": "sum(cost_usd)",
+}
+
+
+def local_midnight(utc_s: float, *, days_ago: int = 0) -> float:
+    """When a local day began, in seconds since 1970."""
+    today = datetime.fromtimestamp(utc_s).replace(hour=0, minute=0, second=0, microsecond=0)
+    return (today - timedelta(days=days_ago)).timestamp()
+
+
+def _figures_of(values: Sequence[Any]) -> Json:
+    """A row of figures.  cost_usd is the sum of what is known, None where nothing but unknown prices was used."""
+    figures = {name: value or 0 for name, value in zip(_FIGURES, values)}
+    figures["cost_usd"] = None if figures["unpriced_requests"] and not figures["cost_usd"] else round(float(figures["cost_usd"]), 9)
+    return figures
+
+
+def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provider: str | None = None, model: str | None = None, heatmap: bool = False) -> Json:
+    """What was used since an instant: {"since", "total": figures, "by", "groups": [{**group, **figures}], "hours"?: 7 x 24 requests, Monday first, local time}.
+
+    by: names of GROUP_NAMES.  model: as the client asked or as the provider calls it.  Figures are those of _FIGURES.
+    """
+    conditions, values = ["at_utc >= ?"], [utc_text(since_utc_s)]
+    if provider is not None:
+        conditions.append("provider = ?")
+        values.append(provider)
+    if model is not None:
+        conditions.append("? IN (model, wire_model)")
+        values.append(model)
+    source, figures = f"FROM usage WHERE {' AND '.join(conditions)}", ", ".join(_FIGURES.values())
+    stats: Json = {"since": f"{utc_text(since_utc_s)}Z"}
+    with readable_database(path) as connection:
+        connection.execute("BEGIN")       # one view for all of it
+        stats["total"] = _figures_of(connection.execute(f"SELECT {figures} {source}", values).fetchone())
+        stats["by"] = list(by)
+        stats["groups"] = []
+        if by:
+            names, places = ", ".join(_GROUPS[name] for name in by), ", ".join(str(number + 1) for number in range(len(by)))
+            for row in connection.execute(f"SELECT {names}, {figures} {source} GROUP BY {places} ORDER BY {places}", values):
+                stats["groups"].append({**dict(zip(by, row)), **_figures_of(row[len(by):])})
+        if heatmap:
+            stats["hours"] = [[0] * 24 for _ in range(7)]
+            for weekday, hour, count in connection.execute(
+                    f"SELECT (strftime('%w', at_utc, 'localtime') + 6) % 7, CAST(strftime('%H', at_utc, 'localtime') AS INTEGER), sum(outcome <> 'discarded')"
+                    f" {source} GROUP BY 1, 2", values):
+                stats["hours"][weekday][hour] = count
+    return stats
+
+
 ##############################################################################
 # 33. Request log                                         I/O | uses 2, 30
 ##############################################################################
@@ -14742,102 +14791,8 @@ def _show_field(name: str, value: Any, secrets: Collection[str], room: list[int]
     return shown_name, shown if redact(together) == together else "***"
 
 
-def load_routing(path: Path) -> dict[str, str]:
-    """What save_routing() last wrote; nothing, with a warning, when the database does not give it: routing goes on without."""
-    try:
-        with plain_trouble(path), contextlib.closing(open_for_reading(path, RING_BUSY_S)) as connection:
-            return dict(connection.execute("SELECT key, state FROM routing").fetchall())
-    except ConfigError as error:
-        STORE_LOG.warning("routing.lost path=%s error=%s", path, error)
-        return {}
-
-
-def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
-    """Counts for `status`: keys, and requests and tokens of one UTC day (`2026-01-31`, default today) and of all days."""
-    with readable_database(path) as connection:
-        active, revoked = connection.execute("SELECT coalesce(sum(is_active), 0), coalesce(sum(NOT is_active), 0) FROM api_keys").fetchone()
-        n_ever = connection.execute("SELECT count(*) FROM usage WHERE outcome <> 'discarded'").fetchone()[0]
-        n_today, n_input, n_output = connection.execute(
-            "SELECT coalesce(sum(outcome <> 'discarded'), 0), coalesce(sum(input + cached + cache_write), 0), coalesce(sum(output), 0) FROM usage"
-            " WHERE at_utc >= date(coalesce(?, 'now')) AND at_utc < date(coalesce(?, 'now'), '+1 day')", (day_utc, day_utc)).fetchone()
-    return {"keys_active": active, "keys_revoked": revoked, "requests": n_ever, "requests_today": n_today, "input_today": n_input, "output_today": n_output}
-
-
-# Statistics
-
-#: What requests can be grouped by, as SQL over the usage table.
-_GROUPS: Mapping[str, str] = {
-    "key": "CASE WHEN key_id THEN printf('%s #%d', key_name, key_id) ELSE key_name END",
-    "model": "wire_model",
-    "provider": "provider",
-    "day": "date(at_utc, 'localtime')",
-}
-GROUP_NAMES: tuple[str, ...] = tuple(_GROUPS)
-
-_USED = "input + cached + cache_write + output > 0"
-#: What is told of each group, as SQL; sums of nothing are null, which becomes 0.
-_FIGURES: Mapping[str, str] = {
-    "requests": "sum(outcome <> 'discarded')",
-    "ok": "sum(outcome = 'ok')",
-    "failed": "sum(outcome = 'error')",
-    "client_closed": "sum(outcome = 'client_closed')",
-    "attempts": "sum(attempts)",
-    **{name: f"sum({name})" for name in ("input", "cached", "cache_write", "output", "reasoning")},
-    "estimated_requests": "sum(estimated)",
-    "estimated_input": "sum(estimated * (input + cached + cache_write))",
-    "estimated_output": "sum(estimated * output)",
-    "unpriced_requests": f"sum(cost_usd IS NULL AND {_USED})",
-    "cost_usd": "sum(cost_usd)",
-}
-
-
-def local_midnight(utc_s: float, *, days_ago: int = 0) -> float:
-    """When a local day began, in seconds since 1970."""
-    today = datetime.fromtimestamp(utc_s).replace(hour=0, minute=0, second=0, microsecond=0)
-    return (today - timedelta(days=days_ago)).timestamp()
-
-
-def _figures_of(values: Sequence[Any]) -> Json:
-    """A row of figures.  cost_usd is the sum of what is known, None where nothing but unknown prices was used."""
-    figures = {name: value or 0 for name, value in zip(_FIGURES, values)}
-    figures["cost_usd"] = None if figures["unpriced_requests"] and not figures["cost_usd"] else round(float(figures["cost_usd"]), 9)
-    return figures
-
-
-def read_stats(path: Path, *, since_utc_s: float, by: Sequence[str] = (), provider: str | None = None, model: str | None = None, heatmap: bool = False) -> Json:
-    """What was used since an instant: {"since", "total": figures, "by", "groups": [{**group, **figures}], "hours"?: 7 x 24 requests, Monday first, local time}.
-
-    by: names of GROUP_NAMES.  model: as the client asked or as the provider calls it.  Figures are those of _FIGURES.
-    """
-    conditions, values = ["at_utc >= ?"], [utc_text(since_utc_s)]
-    if provider is not None:
-        conditions.append("provider = ?")
-        values.append(provider)
-    if model is not None:
-        conditions.append("? IN (model, wire_model)")
-        values.append(model)
-    source, figures = f"FROM usage WHERE {' AND '.join(conditions)}", ", ".join(_FIGURES.values())
-    stats: Json = {"since": f"{utc_text(since_utc_s)}Z"}
-    with readable_database(path) as connection:
-        connection.execute("BEGIN")       # one view for all of it
-        stats["total"] = _figures_of(connection.execute(f"SELECT {figures} {source}", values).fetchone())
-        stats["by"] = list(by)
-        stats["groups"] = []
-        if by:
-            names, places = ", ".join(_GROUPS[name] for name in by), ", ".join(str(number + 1) for number in range(len(by)))
-            for row in connection.execute(f"SELECT {names}, {figures} {source} GROUP BY {places} ORDER BY {places}", values):
-                stats["groups"].append({**dict(zip(by, row)), **_figures_of(row[len(by):])})
-        if heatmap:
-            stats["hours"] = [[0] * 24 for _ in range(7)]
-            for weekday, hour, count in connection.execute(
-                    f"SELECT (strftime('%w', at_utc, 'localtime') + 6) % 7, CAST(strftime('%H', at_utc, 'localtime') AS INTEGER), sum(outcome <> 'discarded')"
-                    f" {source} GROUP BY 1, 2", values):
-                stats["hours"][weekday][hour] = count
-    return stats
-
-
 ##############################################################################
-# 34. Key limits                                          I/O | uses 2, 30-31, 33
+# 34. Key limits                                          I/O | uses 2, 30-32
 ##############################################################################
 # What a key may use is decided on the loop's own thread, in memory.  Guarded by tests/test_accounts.py.
 
@@ -17298,7 +17253,7 @@ class ModelLists:
 ##############################################################################
 # 39. Pages                                               pure | uses -
 ##############################################################################
-# What is read by people and by tools rather than by models: the front page, the list of models.
+# What is read by people and by tools rather than by models: the page, the API described once, metrics.  Guarded by tests/test_pages.py and tests/test_page.py.
 
 FRONT_PAGE = """AICarousel {version}: one address for many LLM APIs.
 
@@ -17919,7 +17874,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 
 
 ##############################################################################
-# 41. Endpoints                                           I/O | uses 1-4, 7-10, 18, 22-26, 29, 32-35, 37-40
+# 41. Endpoints                                           I/O | uses 1-4, 7-10, 18, 22-26, 29, 32, 34-35, 37-40
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -19686,10 +19641,9 @@ def log_in_copilot(home: Home) -> str:
 ##############################################################################
 # 44. Clients                                             I/O | uses 2, 4-5, 9, 31, 42
 ##############################################################################
-# What each client is given and what it says: its files and how they are edited, the configuration that it really takes, its
-# dialogue; the launcher, doctor and selftest.  Facts of the clients were seen on the wire in 2026-11, with the versions in tests/test_clients.py.
+# What each client is given: its files, how they are edited and taken back.  Facts of the clients were seen on the wire in 2026-11, with the versions in tests/test_clients.py.
 # Files are changed as text and the change is read back: what would come out as anything but the old values and ours is refused.
-# One more client: a row in CLIENTS, a reader in _LAYERS for doctor, its recipe in README.
+# One more client: a row in CLIENTS, a reader in _LAYERS for doctor (section 47), its recipe in README.
 
 NEW_KEY = "sk-..."          #: where no key is known yet
 
@@ -20626,7 +20580,7 @@ def dig(tree: Any, *path: str) -> Any:
 
 
 ##############################################################################
-# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31, 33, 35, 42-46
+# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31-32, 35, 42-46
 ##############################################################################
 # Each check gives a row: fine, worth a note, or wrong with what mends it.  One more check: a function that yields rows.  Guarded by tests/test_clients.py.
 
@@ -21799,7 +21753,7 @@ def set_up_logging() -> None:
 
 
 ##############################################################################
-# 51. Command line                                        I/O | uses 1-2, 4, 9-10, 17, 26, 30-31, 33, 35, 40-45, 47-50
+# 51. Command line                                        I/O | uses 1-2, 4, 9-10, 17, 26, 30-32, 35, 40-45, 47-50
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.

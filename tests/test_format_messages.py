@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import aicarousel as gateway
+from deltas import check_deltas
 from dialects import without_found
 
 HERE = Path(__file__).resolve().parent
@@ -550,7 +551,7 @@ def read_events(*values: Any, profile: Any = CLAUDE, seed: str = "s") -> list[Js
     reader = gateway.MessagesStreamReader(gateway.Source(profile, seed))
     deltas = [delta for value in values for delta in reader.feed(value if isinstance(value, gateway.Event) else event(value))]
     deltas += reader.close()
-    assert gateway.check_deltas(deltas) == [] and reader.done and reader.close() == []
+    assert check_deltas(deltas) == [] and reader.done and reader.close() == []
     return without_found(deltas)
 
 
@@ -791,7 +792,7 @@ ANSWER = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claud
 
 def test_a_whole_answer_is_a_stream_of_one() -> None:
     deltas = gateway.messages_read_answer(ANSWER, gateway.Source(CLAUDE))
-    assert gateway.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     assert without_frame(deltas) == [
         {"delta": "think", "text": "Hm."}, seal(data="EqQB"), seal(field="redacted", data="EmwK"), {"delta": "text", "text": "Hello"},
         {"delta": "cite", "url": "https://a.example", "title": "A", "raw": HIT, "family": "anthropic", "start": 0, "end": 5},
@@ -1411,7 +1412,7 @@ def test_a_recorded_answer_comes_through_reader_and_writer(file: str) -> None:
         deltas = [delta for item in events.feed(response["sse"].encode()) + events.close() for delta in reader.feed(item)] + reader.close()
     else:
         deltas = gateway.messages_read_answer(response["body"], source)
-    assert gateway.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     wanted = wire.semantics("messages", response)
     for answer in ({"status": 200, "sse": write_stream(deltas).decode()}, {"status": 200, "body": gateway.messages_write_answer(deltas, ASKED)}):
         assert [issue for issue in validate.validate("messages", answer) if issue["level"] != "warn" and not ("fallback" in json.dumps(response) and issue["detail"] in NEWER)] == []

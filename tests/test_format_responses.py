@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import aicarousel as a
+from deltas import check_deltas
 from dialects import without_found
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -63,7 +64,7 @@ def reader(**fields: Any) -> a.ResponsesStreamReader:
 def read_stream(*events: a.Event, **fields: Any) -> list[Any]:
     stream = reader(**fields)
     deltas = [delta for one in events for delta in stream.feed(one)] + stream.close()
-    assert a.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     return deltas
 
 
@@ -1172,7 +1173,7 @@ def test_recorded_answers_come_out_valid_and_the_same(path: Path) -> None:
         assert name in NOT_CARRIED or recording["endpoint"] != "responses" or "error" in recording["response"]["body"]
         return
     deltas = deltas_of(recording)
-    assert a.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     fields, _ = DIFFERENCES.get(name, ("", ""))
     stream, body = write_bytes(deltas), a.responses_write_answer(deltas, asked())
     want = wire.semantics("responses", recording["response"])

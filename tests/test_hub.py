@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import aicarousel as a
+from deltas import check_deltas
 
 ANTHROPIC = a.profile_for("anthropic", "claude-sonnet-4-5", "messages")
 NEW_CLAUDE = a.profile_for("anthropic", "claude-opus-5", "messages")
@@ -611,7 +612,7 @@ SERIAL = [
 @pytest.mark.parametrize("script,wanted", [row[1:] for row in SERIAL], ids=[row[0] for row in SERIAL])
 def test_serialiser(script, wanted):
     deltas = drive(script)
-    assert short(deltas) == wanted and a.check_deltas(deltas) == []
+    assert short(deltas) == wanted and check_deltas(deltas) == []
 
 
 def test_m30_m51_m61_a_cut_is_an_error():
@@ -650,7 +651,7 @@ def test_serialiser_keeps_the_contract_and_loses_no_text(script, reason):
         deltas += out.take()
     out.finish(reason)
     deltas += out.close(ended=True)
-    assert a.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     if deltas[-1]["delta"] == "stop":
         assert "".join(delta["text"] for delta in deltas if delta["delta"] == "text") == "".join(step[1] for step in script if step[0] == "text")
 

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 import aicarousel as a
+from deltas import check_deltas
 
 anthropic = pytest.importorskip("anthropic", reason="the Anthropic SDK is not installed")
 openai = pytest.importorskip("openai", reason="the OpenAI SDK is not installed")
@@ -328,7 +329,7 @@ def delta_streams(draw: Any) -> list[Json]:
 @examples(100)
 @given(delta_streams(), st.sampled_from(FORMATS))
 def test_P1_what_is_written_is_what_the_vendors_sdk_understands(deltas: list[Json], client: str) -> None:
-    assert a.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     if client == "chat":        # the SDK's type of a chunk knows no freeform calls
         deltas = [{**delta, "kind": "function"} if delta["delta"] == "call" else delta for delta in deltas]
     before = copy.deepcopy(deltas)
@@ -827,7 +828,7 @@ def test_P12_no_event_breaks_a_stream(row: tuple[str, Any], client: str) -> None
     wire, events = row
     raw = b"".join(as_bytes([event for event in events if not isinstance(event, str)] if isinstance(events, list) else [{"whole": events}], ascii_only=True))
     reader = a.FORMATS[wire].reader(a.Source(VENDORS[wire], "s"))
-    assert a.check_deltas(a.read_events(raw, reader)) == []
+    assert check_deltas(a.read_events(raw, reader)) == []
     out, way = relayed([raw], wire, client)
     assert way.done or way.broken or way.error is not None
     if way.done:
@@ -842,7 +843,7 @@ def test_P12_no_whole_answer_breaks_its_reader(row: tuple[str, Any], client: str
     if fmt.find_error(body) is not None or fmt.judge_answer(body)[0]:
         return              # no route's answer: the relay reads it no further
     deltas = fmt.read_answer(body, a.Source(VENDORS[wire], "s"))
-    assert a.check_deltas(deltas) == []
+    assert check_deltas(deltas) == []
     if deltas[-1]["delta"] != "error":
         a.dump_json(a.translate_answer(deltas, asked_by(client), client, lambda: 25)[0])
 

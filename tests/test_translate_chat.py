@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import aicarousel as a
+from deltas import check_deltas
 from dialects import without_found
 
 Json = dict[str, Any]
@@ -585,7 +586,7 @@ def read_bytes(pieces: list[bytes], profile: a.Profile = CEREBRAS, names: a.Name
     deltas = [delta for piece in pieces for event in events.feed(piece) for delta in reader.feed(event)]
     deltas += [delta for event in events.close() for delta in reader.feed(event)]
     deltas += reader.close()
-    assert reader.done and a.check_deltas(deltas) == []
+    assert reader.done and check_deltas(deltas) == []
     return without_found(deltas)
 
 
@@ -913,7 +914,7 @@ def test_an_answer_is_read(body: Any, expected: list[Json]) -> None:
     before = copy.deepcopy(body)
     deltas = a.chat_read_answer(body, a.Source(CEREBRAS))
     assert without_found(deltas) == expected
-    assert body == before and a.check_deltas(deltas) == []
+    assert body == before and check_deltas(deltas) == []
 
 
 def test_m38_choices_that_are_one_answer() -> None:
@@ -1256,7 +1257,7 @@ def test_a_recorded_answer_is_read_and_written(name: str) -> None:
         assert read_bytes([data[index:index + 61] for index in range(0, len(data), 61)], profile, names) == deltas
     else:
         deltas = a.chat_read_answer(response["body"], a.Source(profile, "s", names=names))
-        assert a.check_deltas(deltas) == []
+        assert check_deltas(deltas) == []
     asked = asked_by(True, **({"legacy": True} if hub.get("legacy") else {}))
     failed = deltas[-1]["delta"] == "error"
     want = wire.semantics("chat", response)
