@@ -21569,8 +21569,8 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
         lines.append(f"providers: {', '.join(active)}")
-    if not any(credential.secret for provider in gateway.config.active for credential in provider.credentials):
-        lines += ["No provider key was found. Looked for: " + ", ".join(gateway.config.looked_for or ("none",)),
+    if gateway.config.looked_for and not any(credential.secret for provider in gateway.config.active for credential in provider.credentials):
+        lines += ["No provider key was found. Looked for: " + ", ".join(gateway.config.looked_for),
                   f"Put one as NAME=value into {home.env_path}; it is picked up while the server runs."
                   + ("" if settings.demo else " To try without any: serve --demo")]
     lines += [f"warning: {warning}" for warning in gateway.config.warnings]
