@@ -50,7 +50,7 @@ def test_a_client_that_reads_nothing_has_the_time_that_is_set(one: Callable[...,
     with house.connect(receive_buffer=4096) as client:
         client.send(post(house, chat_body("a/m", stream=True)))
         provider.wait_calls("a")
-        house.wait(lambda: any(link.writer.transport.get_write_buffer_size() > 100_000 for link in house.server._links))
+        house.wait(lambda: any(link.inbox.transport.get_write_buffer_size() > 100_000 for link in house.server._links))
         house.pass_time(1.5)
         assert house.do(house.server.n_connections) == 1
         house.pass_time(1.0)

@@ -564,11 +564,11 @@ def test_slow_reader_gets_its_whole_answer(hall: Hall, close: bool) -> None:
 def test_end_of_an_answer_reaches_a_client_that_pauses(hall: Hall, half_closed: bool) -> None:
     """What is still on its way when the answer is done is not thrown away, neither at once nor a second later."""
     def unsent() -> int:
-        return sum(link.writer.transport.get_write_buffer_size() for link in hall.server._links)
+        return sum(link.inbox.transport.get_write_buffer_size() for link in hall.server._links)
 
     with hall.connect(receive_buffer=4096) as client:
         hall.settle()
-        hall.do(lambda: [link.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096) for link in hall.server._links])
+        hall.do(lambda: [link.inbox.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096) for link in hall.server._links])
         client.send(request("GET", "/pages", "Connection: close"))
         if half_closed:
             client.socket.shutdown(socket.SHUT_WR)
@@ -580,9 +580,9 @@ def test_end_of_an_answer_reaches_a_client_that_pauses(hall: Hall, half_closed: 
 
 def test_a_client_that_resets_while_its_answer_leaves_is_no_failure(hall: Hall, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Between the last write and the end of writing the socket may be gone: the system then says that it is not connected."""
-    def gone(writer: asyncio.StreamWriter) -> None:
+    def gone(transport: asyncio.Transport) -> None:
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
-    monkeypatch.setattr(asyncio.StreamWriter, "write_eof", gone)
+    monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "write_eof", gone)
     with hall.connect() as client:
         client.send(b"GET / HTTP/1.1\r\n\r\n")
         assert client.read_all().status == 400
@@ -625,7 +625,7 @@ def test_no_delay_is_set(hall: Hall) -> None:
         client.send(request())
         client.read_until(b"<>")
         [link] = hall.do(lambda: list(hall.server._links))
-        assert link.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert link.inbox.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_head_and_body_leave_together(hall: Hall) -> None:

@@ -333,7 +333,7 @@ def test_ending_an_old_answer_does_no_harm_to_a_new_one_on_its_connection(run: A
             new = await transport.request(peer.origin, REQUEST, TIMEOUTS)
             old.abort()
             old.release()
-            assert await body_of(new) == b"ok" and transport.n_parked() == 1 and not new._line.writer.is_closing()
+            assert await body_of(new) == b"ok" and transport.n_parked() == 1 and not new._line.inbox.transport.is_closing()
     run(main())
 
 
