@@ -818,6 +818,8 @@ class TokenClasses(NamedTuple):
 
 def token_classes(usage: Usage) -> TokenClasses:
     """`usage` without overlaps; a provider that claims more of the cache than its prompt holds is believed up to the prompt."""
+    if not (usage.cached or usage.cache_write):
+        return TokenClasses(usage.input, 0, 0, usage.output)
     cached = min(usage.cached, usage.input)
     written = min(usage.cache_write, usage.input - cached)
     return TokenClasses(usage.input - cached - written, cached, written, usage.output)
@@ -13315,16 +13317,24 @@ def check_lines(head: bytes, max_headers: int) -> int:
 def parse_request_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
     """Method, target, version and headers of a request head. Header names are lower case; repeated ones are joined, but for the
     few that must be alone. Raises BadHttp."""
+    plain, length = cut_length(head)
+    method, target, version, headers = judge_request_head(plain)
+    return method, target, version, {**headers, "content-length": length} if length else dict(headers)
+
+
+def cut_length(head: bytes) -> tuple[bytes, str]:
+    """A head with 0 for its Content-Length, and what that was, "" for none: a client sends the same head again and again but for it. Raises BadHttp."""
     lengths = list(_LENGTH_LINE.finditer(head))
-    if len(lengths) > 1 or (lengths and lengths[0][1] is None):
+    if not lengths:
+        return head, ""
+    found = lengths[0]
+    if len(lengths) > 1 or found[1] is None:
         raise BadHttp("Content-Length is not one number")       # h11 would join equal ones
-    length = lengths[0] if lengths else None
-    plain = head[:length.start(1)] + b"0" + head[length.end(1):] if length else head
-    method, target, version, headers = (_known_request_head if len(head) <= _KEPT_HEAD_BYTES else _judge_request_head)(plain)
-    return method, target, version, {**headers, "content-length": length[1].decode("ascii")} if length else dict(headers)
+    start, end = found.span(1)
+    return head[:start] + b"0" + head[end:], found[1].decode("ascii")
 
 
-def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
+def judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     """What h11 and this section's own rules make of a head."""
     check_lines(head, MAX_CLIENT_HEADERS)
     if b"\r\n " in head or b"\r\n\t" in head:
@@ -13349,9 +13359,7 @@ def _judge_request_head(head: bytes) -> tuple[str, str, str, Mapping[str, str]]:
     return event.method.decode("ascii"), event.target.decode("latin-1"), event.http_version.decode("ascii"), headers
 
 
-#: A client sends the same head again and again but for its length; what h11 has judged byte for byte needs no second judgement.
-_known_request_head = functools.lru_cache(maxsize=256)(_judge_request_head)
-_KEPT_HEAD_BYTES = 4096
+KEPT_HEAD_BYTES = 4096          #: of heads whose judgement is kept
 _LENGTH_LINE = re.compile(rb"\ncontent-length[ \t]*:(?:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n))?", re.IGNORECASE)
 _ALONE = frozenset({"authorization", "content-length", "content-type", "expect", "host", "origin", "transfer-encoding", "x-api-key"})
 
@@ -13365,7 +13373,7 @@ def parse_answer_head(head: bytes) -> tuple[int, list[tuple[str, str]]]:
     parts = _BEFORE_VALUE.split(text[:-4])          # the first line, then by turns a name and a value
     names, values = tuple(parts[1::2]), parts[2::2]
     framing = tuple([values[place] for place in _framing_places(names)])
-    judge = _known_answer_shape if len(head) <= _KEPT_HEAD_BYTES else _judge_answer_shape
+    judge = _known_answer_shape if len(head) <= KEPT_HEAD_BYTES else _judge_answer_shape
     status, lower_names = judge(parts[0], names, framing)
     if len(lower_names) != len(values) or len(values) != n_lines - 2:
         raise BadHttp("folded or repeated framing lines in the head")
@@ -14145,7 +14153,8 @@ _KEY_COLUMNS = "id, key_prefix, name, created_at, last_used_at, is_active, usage
 _LIMIT_COLUMNS = ("admin", "expires_at", *KeyLimits.__dataclass_fields__)
 
 
-def _hash_of(key: str) -> str:
+def hash_key(key: str) -> str:
+    """What stands for a key wherever it is kept."""
     # surrogatepass: a header may hold anything, and no text may raise here
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -14220,10 +14229,10 @@ def create_key(path: Path, name: str, *, length: int = 64, key: str | None = Non
         raise ConfigError("key name", ascii(name), "printable characters")
     secret = f"sk-{secrets.token_hex((length + 1) // 2)[:length]}" if key is None else _checked_key(key)
     with _changing_keys(path) as connection:
-        if connection.execute("SELECT 1 FROM api_keys WHERE key_hash = ?", (_hash_of(secret),)).fetchone():
+        if connection.execute("SELECT 1 FROM api_keys WHERE key_hash = ?", (hash_key(secret),)).fetchone():
             raise ConfigError("gateway key", "one that exists already", "a new one")
         number = connection.execute(
-            "INSERT INTO api_keys (key_hash, key_prefix, name) VALUES (?, ?, ?)", (_hash_of(secret), f"{secret[:7]}...", name)).lastrowid
+            "INSERT INTO api_keys (key_hash, key_prefix, name) VALUES (?, ?, ?)", (hash_key(secret), f"{secret[:7]}...", name)).lastrowid
         if stored:
             _store_limits(connection, int(number or 0), stored)
         [(_, row)] = _select_keys(connection, "id = ?", number)
@@ -14261,7 +14270,7 @@ def find_key(path: Path, key: str) -> GatewayKey | None:
     if not path.exists():
         return None
     with readable_database(path) as connection:
-        found = _select_keys(connection, "key_hash = ?", _hash_of(key))
+        found = _select_keys(connection, "key_hash = ?", hash_key(key))
     return found[0][1] if found else None
 
 
@@ -14299,17 +14308,20 @@ class KeyRing:
         self._reload()
 
     def find(self, key: str) -> GatewayKey | None:
-        """The key's row, None for a key that is unknown or revoked.  Compared in constant time, by hash."""
+        """The key's row, None for a key that is unknown or revoked."""
+        return self.find_digest(hash_key(key))
+
+    def find_digest(self, digest: str) -> GatewayKey | None:
+        """find() by hash_key() of a key.  Compared in constant time."""
         if self._epoch[:] != self._seen:
             self._reload()
-        digest = _hash_of(key)
         stored, found = self._keys.get(digest, ("", None))
         return found if hmac.compare_digest(stored, digest) else None
 
     def accept(self, static_keys: Iterable[str]) -> None:
         """From now on take these keys, besides those of the database, and no other static ones."""
         before, stamp = self._static, GatewayKey(0, "...", "API_KEYS", "", "", True, 0)      # no prefix: such a key may be short
-        self._static = {digest: (digest, stamp) for digest in (_hash_of(key) for key in static_keys if key)}
+        self._static = {digest: (digest, stamp) for digest in (hash_key(key) for key in static_keys if key)}
         self._keys = {**{digest: row for digest, row in self._keys.items() if digest not in before}, **self._static}
 
     def any_key(self) -> bool:
@@ -15628,6 +15640,7 @@ class Request:
     secure: bool = False
     key: Any = None                         #: what the application found the caller to be
     answer_headers: Headers = field(default_factory=list)   #: sent with whatever answers this request
+    memo: dict[str, Any] = field(default_factory=dict)      #: what follows from the head alone; requests with the same head share it, so that it is worked out once
 
 
 class Sink(Protocol):
@@ -15833,20 +15846,10 @@ class _Link:
         return head
 
     def _read_request(self, head: bytes) -> Request:
-        method, target, version, headers = parse_request_head(head)
-        if len(target) > MAX_TARGET_BYTES:
-            raise BadHttp("the request target is too long", 414)
-        if not _TARGET.fullmatch(target) or "%00" in target:
-            raise BadHttp("the request target has characters that may not stand there")
-        if version not in ("1.0", "1.1"):
-            raise BadHttp("HTTP version not supported", 505)
-        if not target.startswith("/"):
-            scheme, _, rest = target.partition("://")
-            if scheme.lower() not in ("http", "https") or not rest:
-                raise BadHttp("the request target must be a path")
-            target = "/" + rest.partition("/")[2]
-        path, _, query = target.partition("?")
-        return Request(method, path, query, headers, version, self._peer, self.server.clock(), b"", self._secure)
+        plain, length = cut_length(head)
+        known = (_known_head if len(head) <= KEPT_HEAD_BYTES else _judge_head)(plain)
+        headers = {**known.headers, "content-length": length} if length else dict(known.headers)
+        return Request(known.method, known.path, known.query, headers, known.version, self._peer, self.server.clock(), b"", self._secure, None, [], known.memo)
 
     async def _read_body(self, request: Request, framing: Framing) -> bytes:
         """The whole body, within the limits."""
@@ -15933,6 +15936,38 @@ class _Link:
             self.inbox.transport.close()
         else:
             self.close()
+
+
+class _Head(NamedTuple):
+    """The head of a request, judged; its headers but for the Content-Length."""
+    method: str
+    path: str
+    query: str
+    version: str
+    headers: Mapping[str, str]
+    memo: dict[str, Any]
+
+
+def _judge_head(plain: bytes) -> _Head:
+    """What h11 and the server make of a head without its length. Raises BadHttp."""
+    method, target, version, headers = judge_request_head(plain)
+    if len(target) > MAX_TARGET_BYTES:
+        raise BadHttp("the request target is too long", 414)
+    if not _TARGET.fullmatch(target) or "%00" in target:
+        raise BadHttp("the request target has characters that may not stand there")
+    if version not in ("1.0", "1.1"):
+        raise BadHttp("HTTP version not supported", 505)
+    if not target.startswith("/"):
+        scheme, _, rest = target.partition("://")
+        if scheme.lower() not in ("http", "https") or not rest:
+            raise BadHttp("the request target must be a path")
+        target = "/" + rest.partition("/")[2]
+    path, _, query = target.partition("?")
+    return _Head(method, path, query, version, headers, {})
+
+
+#: What has been judged byte for byte needs no second judgement: 8 us of a request.
+_known_head = functools.lru_cache(maxsize=256)(_judge_head)
 
 
 def _glimpse(buffer: bytes) -> Request:
@@ -16106,6 +16141,7 @@ _SWEEP_S = 1.0                  #: how often requests whose time is over are loo
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
 _MAX_TARGETS = 4096
+_MAX_KEPT_NAME = 200            #: characters of a model's name whose choice is kept
 MODELS_FRESH_S = 300.0
 _MODELS_S = 20.0                #: how long a provider may take over its list
 _MODELS_BYTES = 8 << 20
@@ -16246,12 +16282,14 @@ class Relay:
         self._user_agent = user_agent
         self._targets: dict[tuple[str, str], tuple[Provider, tuple[Origin, str]]] = {}
         self._allowed: dict[tuple[str, ...], Catalogue] = {}
+        self._choices: dict[str | None, Choice] = {}         #: what names stand for by the configuration, of those asked for
 
     def configure(self, config: Config) -> None:
         """Route by `config` from now on; requests under way finish on what they began with."""
         self.config, self.catalogue = config, build_catalogue(config)
         self._targets = {}
         self._allowed = {}
+        self._choices = {}
         self.state.rules = failure_rules(config.carousel.limits)
         self.resuming = frozenset(provider.name for provider in config.active if any(way_on(provider, model, config.carousel.resume) for model in provider.models))
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
@@ -16259,7 +16297,7 @@ class Relay:
 
     def choose(self, job: Job) -> tuple[Choice, Catalogue]:
         """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
-        catalogue, choice = (self.catalogue, resolve(self.catalogue, job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
+        catalogue, choice = (self.catalogue, self._resolve(job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
         if not job.models:
             return choice, catalogue
         if job.wish is not None:
@@ -16270,6 +16308,17 @@ class Relay:
                 self._allowed.clear()
             allowed = self._allowed[job.models] = allow_catalogue(catalogue, job.models)
         return allow_choice(choice, job.model, job.models), allowed
+
+    def _resolve(self, name: str | None) -> Choice:
+        """resolve(), once for a name. Raises GatewayError 404."""
+        choice = self._choices.get(name)
+        if choice is None:
+            choice = resolve(self.catalogue, name)
+            if len(name or "") <= _MAX_KEPT_NAME:
+                if len(self._choices) >= _MAX_TARGETS:
+                    self._choices.clear()
+                self._choices[name] = choice
+        return choice
 
     def within_reach(self, job: Job) -> Iterator[Route]:
         """Every route that may come to serve the job, some more than once. Raises GatewayError 403 and 404."""
@@ -18000,7 +18049,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 
 
 ##############################################################################
-# 41. Endpoints                                           I/O | uses 1-4, 7-10, 18, 22-26, 29, 32, 34-35, 37-40
+# 41. Endpoints                                           I/O | uses 1-4, 7-10, 18, 22-26, 29, 31-32, 34-35, 37-40
 ##############################################################################
 # Gateway is the running whole; it is the Application a Server serves.  `admit` looks at the head alone: host, origin,
 # path, method, content type, key, in this order.  A handler parses, calls, renders, and stays short.
@@ -18119,7 +18168,7 @@ class Gateway:
         """The handler for a request, by its head alone. Raises GatewayError for everything that may not go on."""
         self._check_host(request)
         self._check_origin(request)
-        endpoint = self._find_endpoint(request.path)
+        endpoint = _of_head(request, "endpoint", lambda request: self._find_endpoint(request.path))
         if endpoint is None:
             raise GatewayError(f"There is nothing at {request.path[:200]}.", 404, "not_found", "invalid_request_error")
         if request.method == "OPTIONS" and self.config.settings.cors_origins:
@@ -18129,7 +18178,7 @@ class Gateway:
             request.answer_headers.append(("allow", ", ".join(endpoint.handlers)))
             raise GatewayError(f"{request.path[:200]} takes {', '.join(endpoint.handlers)}, not {request.method[:20]}.", 405, "method_not_allowed", "invalid_request_error")
         if request.method == "POST":
-            _check_content_type(request)
+            _of_head(request, "content type", _check_content_type)
         if endpoint.admin:
             request.key = self._authenticate_admin(request)
         elif endpoint.needs_key:
@@ -18199,12 +18248,10 @@ class Gateway:
 
     def _find_key(self, request: Request) -> GatewayKey:
         """The gateway key that a request shows. Raises GatewayError 401."""
-        shown = request.headers.get("authorization", "")
-        shown = shown[7:].strip() if shown[:7].lower() == "bearer " else ""
-        shown = shown or next((request.headers[name].strip() for name in _KEY_HEADERS if request.headers.get(name)), "")
-        if not shown:
+        digest = _of_head(request, "key", _shown_key)
+        if not digest:
             raise unauthorized(MISSING_KEY)
-        key = self.keys.find(shown)
+        key = self.keys.find_digest(digest)
         if key is None:
             raise unauthorized(INVALID_KEY)
         if key.expires_at is not None and self.world.utc() >= key.expires_at:
@@ -18533,14 +18580,12 @@ class Gateway:
         """A checked request as the relay needs it."""
         self.n_requests += 1
         key = request.key
-        name, told = body.get("model"), request.headers
-        return Job(
-            id=f"{self._id_prefix}{self.n_requests:08x}", raw=raw, body=body, model=plain_model(name) if client == "messages" and name else name,
-            stream=body.get("stream") is True and client != "embeddings", received_at=request.received_at, key_id=key.id if key else 0, key_name=key.name if key else "",
-            may_fall_back=told.get("x-aicarousel-no-fallback") not in ("1", "true"), idempotency_key=header_value(told.get("idempotency-key", ""))[:200], client=client,
-            betas=header_value(told.get("anthropic-beta", ""))[:2000], version=header_value(told.get("anthropic-version", ""))[:40],
-            blanks=told.get("x-aicarousel-keep-alive") in ("1", "true"), models=key.limits.models if key and key.limits else (), wish=wish,
-            session=told.get("x-session-id", "")[:512], limit_s=_read_limit_s(told), faults=read_faults(told["x-aicarousel-mock"]) if "x-aicarousel-mock" in told else ())
+        name, told = body.get("model"), _of_head(request, "told", _told_by_head)
+        # In the order of Job: by name it takes 1 us longer.
+        return Job(f"{self._id_prefix}{self.n_requests:08x}", raw, body, plain_model(name) if client == "messages" and name else name,
+                   body.get("stream") is True and client != "embeddings", request.received_at, key.id if key else 0, key.name if key else "", told.may_fall_back,
+                   told.idempotency_key, client, told.betas, told.version, told.blanks, key.limits.models if key and key.limits else (), wish, told.session, None,
+                   told.limit_s, told.faults)
 
     def _settle(self, settled: Settled) -> None:
         """One log line and one usage row per request, one more per discarded attempt; and what its key had reserved."""
@@ -18563,7 +18608,7 @@ class Gateway:
             self.accounts.settle(job.hold, sum(row.input + row.cached + row.cache_write + row.output for row in rows))
             # What nobody has a price for costs a key with a budget what was reserved for it, as long as this process remembers.
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
-        if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
+        if job.key_id and (spent_usd := sum([row.cost_usd for row in rows if row.cost_usd]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
         self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
                                        settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
@@ -18575,12 +18620,11 @@ class Gateway:
              n_attempts: int) -> UsageRow:
         """A row of the usage table, with its cost."""
         tokens, price = token_classes(usage), price_for(route.provider, route.model) if route else None
-        return UsageRow(
-            request_id=request_id, at_utc=f"{_second_text(int(utc))}.{int(utc % 1.0 * 1000.0):03d}+00:00", key_id=job.key_id, key_name=job.key_name,
-            client_format=job.client, model=job.model or "", provider=route.provider.name if route else "", credential=route.credential.id if route else "",
-            wire_model=route.model.id if route else "", route=route.id if route else "", input=tokens.input, output=tokens.output, cached=tokens.cached,
-            cache_write=tokens.cache_write, reasoning=usage.reasoning, cost_usd=cost_usd(tokens, price), estimated=usage.estimated, status=status, outcome=outcome,
-            first_ms=first_ms, total_ms=total_ms, attempts=n_attempts, streamed=job.stream, price=price_text(price))
+        where = (route.provider.name, route.credential.id, route.model.id, route.id) if route else ("", "", "", "")
+        # In the order of UsageRow: by name it takes 1 us longer.
+        return UsageRow(request_id, f"{_second_text(int(utc))}.{int(utc % 1.0 * 1000.0):03d}+00:00", job.key_id, job.key_name, job.client, job.model or "", *where,
+                        tokens.input, tokens.output, tokens.cached, tokens.cache_write, usage.reasoning, cost_usd(tokens, price), usage.estimated, status, outcome,
+                        first_ms, total_ms, n_attempts, job.stream, price_text(price))
 
 
 @functools.lru_cache(2)
@@ -18741,6 +18785,42 @@ class GeminiSink:
     async def flush(self) -> None:
         if not self._exchange.finished:
             await self._exchange.flush()
+
+
+def _of_head(request: Request, name: str, find: Callable[[Request], Any]) -> Any:
+    """What `find` makes of the head of a request, and of nothing else; found once for all with the same head. What it raises is not kept."""
+    memo = request.memo
+    if name not in memo:
+        memo[name] = find(request)
+    return memo[name]
+
+
+def _shown_key(request: Request) -> str:
+    """The hash of the gateway key that a request shows, "" for none."""
+    shown = request.headers.get("authorization", "")
+    shown = shown[7:].strip() if shown[:7].lower() == "bearer " else ""
+    shown = shown or next((request.headers[name].strip() for name in _KEY_HEADERS if request.headers.get(name)), "")
+    return hash_key(shown) if shown else ""
+
+
+class _Told(NamedTuple):
+    """Fields of Job that headers tell."""
+    may_fall_back: bool
+    idempotency_key: str
+    betas: str
+    version: str
+    blanks: bool
+    session: str
+    limit_s: float
+    faults: tuple[Fault, ...]
+
+
+def _told_by_head(request: Request) -> _Told:
+    """Raises GatewayError 400."""
+    told = request.headers
+    return _Told(told.get("x-aicarousel-no-fallback") not in ("1", "true"), header_value(told.get("idempotency-key", ""))[:200], header_value(told.get("anthropic-beta", ""))[:2000],
+                 header_value(told.get("anthropic-version", ""))[:40], told.get("x-aicarousel-keep-alive") in ("1", "true"), told.get("x-session-id", "")[:512],
+                 _read_limit_s(told), read_faults(told["x-aicarousel-mock"]) if "x-aicarousel-mock" in told else ())
 
 
 def _wants_anthropic(request: Request) -> bool:
