@@ -3527,7 +3527,7 @@ def read_limits(preset_name: str, headers: Iterable[tuple[str, str]], utc: float
     """What the headers of any answer say of its windows. Names are lower case; what cannot be understood is passed over."""
     said: dict[tuple[str, float], dict[str, str]] = {}
     for name, value in headers:
-        known = _read_name(name)
+        known = _read_name(name) if "limit" in name else None
         if known is not None:
             field_name, measure, span_s, named = known
             words = said.setdefault((measure, span_s), {})
@@ -4196,7 +4196,8 @@ class _Survey:
 
 def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState, now: float, strategy: str, facts: Facts, give_up_at: float, pinned_id: str) -> _Survey:
     """Ask of each route once whether it cools and whether it has room."""
-    ready: list[tuple[tuple[float, ...], Route]] = []
+    ready: list[Route] = []
+    measured: dict[str, tuple[float, ...]] = {}         # by route, where the strategy measures
     found = _Survey([], [], [], [], [], [])
     soft, late, probes, waits, skipped = found.soft, found.late, found.probes, found.waits, found.skipped
     metric, ledger, n_full = _METRICS.get(strategy), state.ledger, 0
@@ -4220,7 +4221,9 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
             continue
         shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
         if shortage is None:
-            ready.append(((place, metric(state, route, facts, now)) if metric else (place,), route))
+            ready.append(route)
+            if metric:
+                measured[route.id] = place, metric(state, route, facts, now)
         elif shortage.soft:
             soft.append((shortage.at, route))
         else:
@@ -4229,15 +4232,15 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
             if shortage.at != _ENDLESS:
                 waits.append(Wait(shortage.at, shortage.proven, route))
     if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
-        paced = [route for _, route in ready if is_unknown(ledger, route)]
+        paced = [route for route in ready if is_unknown(ledger, route)]
         skipped += [(route, "quota: unknown, others are being answered") for route in paced]
         waits += [Wait(now + _PROBE_S, False, route) for route in paced]
-        ready = [pair for pair in ready if not is_unknown(ledger, pair[1])] if paced else ready
+        ready = [route for route in ready if not is_unknown(ledger, route)] if paced else ready
     if metric:
-        ready.sort(key=lambda pair: pair[0])
+        ready.sort(key=lambda route: measured[route.id])
     soft.sort(key=_end_of)
     late.sort(key=_end_of)
-    found.routes = [route for _, route in ready]
+    found.routes = ready
     return found
 
 
@@ -7458,6 +7461,7 @@ class CallHolder:
 ROUTING_FIELDS = frozenset({"api_base", "base_url", "api_key", "headers", "extra_headers", "extra_body", "custom_llm_provider", "mock_response", "fallbacks", "user_config"})
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_TALKERS = ("user", "assistant", "system", "developer")     #: roles that need no more than a content
 _NUMBER = (int, float)
 CHAT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((str,), "a string"),
@@ -7508,7 +7512,8 @@ def check_chat_request(body: Any) -> Json:
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list with at least one message.", param="messages", code="invalid_type")
     for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
+        if not (type(message) is dict and type(message.get("content")) is str and message.get("role") in _TALKERS and "tool_calls" not in message):     # as nearly all are
+            _check_message(message, f"messages[{index}]")
     for index, tool in enumerate(body.get("tools") or ()):
         if not isinstance(tool, dict) or not isinstance(tool.get("type", "function"), str):
             raise bad_request(f"tools[{index}] must be an object with a type.", param=f"tools[{index}]", code="invalid_type")
@@ -7631,7 +7636,7 @@ def chat_usage(body: Json) -> Usage | None:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if type(value) is int and value > 0 else 0
 
 
 #: What a delta or a message must hold one of to be an answer at all.
@@ -7664,7 +7669,7 @@ def _content_bytes(part: Any) -> int:
 
 
 def _has_content(part: Any) -> bool:
-    return isinstance(part, dict) and any(part.get(name) for name in CONTENT_FIELDS)
+    return isinstance(part, dict) and (bool(part.get("content")) or any(part.get(name) for name in CONTENT_FIELDS))
 
 
 def find_chat_error(body: Any) -> Any:
@@ -7695,12 +7700,13 @@ def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
     """Whether a whole body is a Chat answer: ("", usage) when it is, else why not (not_json, empty_answer); an empty one may have been counted."""
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
         return "not_json", None
-    choices = [choice for choice in body["choices"] if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
-    if len(choices) != len(body["choices"]):
-        return "not_json", None
-    if not any(_has_content(choice["message"]) or str(choice.get("finish_reason")) in _SILENT_STOPS for choice in choices):
-        return "empty_answer", chat_usage(body)
-    return "", chat_usage(body)
+    is_empty = True
+    for choice in body["choices"]:
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict):
+            return "not_json", None
+        is_empty = is_empty and not _has_content(message) and str(choice.get("finish_reason")) not in _SILENT_STOPS
+    return "empty_answer" if is_empty else "", chat_usage(body)
 
 
 class ChatPassage:
@@ -13109,6 +13115,9 @@ def _clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
 
 
+NEVER_AT = float("inf")         #: an instant of the clock
+
+
 def _ring_nobody() -> None:
     """What a stopped alarm calls."""
 
@@ -13119,7 +13128,7 @@ class Alarm:
     __slots__ = ("due_at", "_loop", "_clock", "_ring", "_timer")
 
     def __init__(self, ring: Callable[[], None]) -> None:
-        self.due_at = float("inf")
+        self.due_at = NEVER_AT
         self._loop = asyncio.get_running_loop()
         self._clock = _clock_of(self._loop)
         self._ring = ring
@@ -13136,7 +13145,7 @@ class Alarm:
 
     def rest(self) -> None:
         """Do not ring until set again; the timer is left to run out, which is cheaper than cancelling it."""
-        self.due_at = float("inf")
+        self.due_at = NEVER_AT
 
     def stop(self) -> None:
         """Never ring again, and hold nothing: an alarm and what it rings would else keep each other until a garbage collection."""
@@ -13148,10 +13157,10 @@ class Alarm:
 
     def _look(self) -> None:
         self._timer = None
-        if self.due_at == float("inf"):
+        if self.due_at == NEVER_AT:
             return
         if self._clock() >= self.due_at:
-            self.due_at = float("inf")
+            self.due_at = NEVER_AT
             self._ring()
         else:
             self._timer = self._loop.call_at(self.due_at, self._look)
@@ -15832,15 +15841,15 @@ class _Link:
         self._buffer = self._buffer.lstrip(b"\r\n")       # RFC 9112 2.2: empty lines before a request line are ignored
         bounds = self.server.application.bounds
         self.alarm.set(bounds.client_head_s if self._buffer else bounds.client_idle_s)
-        while not (end := find_head_end(self._buffer)):
+        end = find_head_end(self._buffer) if self._buffer else 0
+        while not end:
             data = await self.inbox.read()
             if not data:
                 return None
-            if self._buffer:
-                self._buffer += data
-                continue
-            self._buffer = data.lstrip(b"\r\n")
-            if self._buffer and b"\r\n\r\n" not in data:
+            begins = not self._buffer
+            self._buffer = data.lstrip(b"\r\n") if begins else self._buffer + data
+            end = find_head_end(self._buffer) if self._buffer else 0
+            if begins and self._buffer and not end:
                 self.alarm.set(bounds.client_head_s)
         head, self._buffer = self._buffer[:end], self._buffer[end:]
         return head
@@ -16359,7 +16368,7 @@ class Relay:
         self.running[run] = ends_at
         if self._sweeper is None:
             self._sweeper = Alarm(self._sweep)
-        if self._sweeper.due_at == float("inf"):
+        if self._sweeper.due_at == NEVER_AT:
             self._sweeper.set(_SWEEP_S)
 
     def _sweep(self) -> None:
@@ -16617,12 +16626,13 @@ class _Run:
             self._sent = []
         while self._n_asked < carousel.max_attempts and (waiting or await self._replan(waiting)):
             route = waiting.popleft()
-            if self._cooled.intersection(route.keys) or self._has_filled_up(route):
-                continue                # another attempt of this request has just shown that it is out, or another request was there first
-            why = (misfit(route, self._needs) if self._attempts else "") or self._hold_back(route, waiting)     # the route that leads a plan fits
-            if why:
-                self._passed_over.append((route, why))
-                continue
+            if self._attempts:          # the route that leads a plan is free, and fits
+                if self._cooled.intersection(route.keys) or self._has_filled_up(route):
+                    continue            # another attempt of this request has just shown that it is out, or another request was there first
+                why = misfit(route, self._needs) or self._hold_back(route, waiting)
+                if why:
+                    self._passed_over.append((route, why))
+                    continue
             failure = await self._try(route)
             if self._owed is not None:
                 return await self._go_on(route, waiting)
@@ -17093,7 +17103,7 @@ class _Run:
         """A body that is not streamed: read whole, judged, then sent on as it came or in the client's format."""
         route = attempt.route
         body = await self._read_whole(answer, route)
-        if body.lstrip()[:5] in (b"data:", b"event", b": kee") and self._wire.reader is not None:
+        if body[:1] != b"{" and body.lstrip()[:5] in (b"data:", b"event", b": kee") and self._wire.reader is not None:
             sent = self._translate_whole(read_events(body, self._wire.reader(self._source())), route)
         else:
             parsed = self._parse_answer(body, route)
@@ -18838,7 +18848,10 @@ def _check_content_type(request: Request) -> None:
 def parse_body(raw: bytes) -> Any:
     """A request body as JSON, halves of surrogate pairs replaced. Raises GatewayError 400 for what is not JSON, NaN and Infinity included."""
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        value, end = _DECODER.raw_decode(text) if text[:1] == "{" else (None, -1)
+        if end != len(text):
+            value = _DECODER.decode(text)       # with blanks around it, or something behind it, which this tells
         if raw.count(b"[") + raw.count(b"{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
             raise RecursionError
         return mend_text(value) if b"\\" in raw and (b"\\ud" in raw or b"\\uD" in raw) else value      # one byte is found ten times as fast as three
