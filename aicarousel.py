@@ -3406,13 +3406,13 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
         for window in bucket.windows:
             if window.kind != "rolling" or len(window.entries) >= _GRAINS:
                 _expire(window, now, ledger.utc_less_now)
-            if window.measure == "requests":
+            if window.measure == "requests":            # _amounts() written out, here and in settle(): they run for every window of every request
                 _add(window, now, 1.0)
             else:
-                out, later = _amounts(window, n_input, n_output)
-                if out:
-                    _add(window, now, out)
-                window.held += later
+                if n_input and window.measure != "output":
+                    _add(window, now, float(n_input))
+                if window.measure != "input":
+                    window.held += n_output
             if window.grows_at <= now and window.used + window.held > window.known:
                 _grow(window, now)
     return hold
@@ -3431,13 +3431,15 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
             if window.measure != "requests":
                 if window.kind != "rolling":
                     _expire(window, now, ledger.utc_less_now)
-                reserved, promised = _amounts(window, hold.n_input, hold.n_output)
-                out, later = _amounts(window, n_input, n_output)
-                window.held = window.held - promised if window.held > promised else 0.0
-                if out < reserved:
-                    _take_back(window, hold.at, reserved - out)
-                elif out > reserved:
-                    later += out - reserved
+                later = 0.0
+                if window.measure != "input":
+                    later = float(n_output)
+                    window.held = window.held - hold.n_output if window.held > hold.n_output else 0.0
+                if window.measure != "output":
+                    if n_input < hold.n_input:
+                        _take_back(window, hold.at, float(hold.n_input - n_input))
+                    else:
+                        later += n_input - hold.n_input
                 if later:
                     _add(window, now, later)
             if window.source == "preset" and _confirmed(bucket, window) > _FREE_SLACK * window.known:
@@ -14564,12 +14566,12 @@ class UsageWriter:
         self._disconnect()
 
     def _take(self, item: UsageRow | LearnedRow | dict[str, str] | threading.Event | None) -> None:
-        if item is None:
+        if isinstance(item, UsageRow):
+            self._rows.append(item)
+        elif item is None:
             self._stopping = True
         elif isinstance(item, dict):
             self._routing = item
-        elif isinstance(item, UsageRow):
-            self._rows.append(item)
         elif isinstance(item, LearnedRow):
             self._learned[item.kind, item.key] = item
         else:
@@ -15739,11 +15741,9 @@ class Exchange:
     def _head(self, status: int, headers: Headers, length: str) -> bytes:
         if not self._link.server.open:
             self.keep_alive = False
-        lines = [f"HTTP/1.1 {status} {REASON_PHRASES.get(status, 'Unknown')}\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in (*headers, *self._answer_headers)]
+        fields = "".join([f"{name}: {value}\r\n" for name, value in (headers + self._answer_headers if self._answer_headers else headers)])
         goes_on = "" if self.keep_alive and not self._plain_version else f"connection: {'keep-alive' if self.keep_alive else 'close'}\r\n"
-        lines += [length, self._link.server.date_line(), goes_on, "\r\n"]
-        return "".join(lines).encode("latin-1")
+        return f"HTTP/1.1 {status} {REASON_PHRASES.get(status, 'Unknown')}\r\n{fields}{length}{self._link.server.date_line()}{goes_on}\r\n".encode("latin-1")
 
 
 class _Link:
