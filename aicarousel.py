@@ -13168,6 +13168,11 @@ class Alarm:
             self._timer = self._loop.call_at(self.due_at, self._look)
 
 
+#: asyncio asks for memory for the most that a read may bring, which for its 256 KiB costs 1 to 5 us each time; a flood is worth that, a request and its answer are not.
+_READ_BYTES_AT_FIRST = 64 * 1024
+_READ_BYTES_OF_MUCH = 256 * 1024
+
+
 class Inbox(asyncio.Protocol):
     """One connection: what has come over it, for the one task that reads, and its transport to write to.
 
@@ -13195,12 +13200,15 @@ class Inbox(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self.transport.max_size = _READ_BYTES_AT_FIRST
         if self._begin is not None:
             self._task = self._loop.create_task(self._begin(self))
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append(data)
         self._n_bytes += len(data)
+        if len(data) == _READ_BYTES_AT_FIRST:
+            self.transport.max_size = _READ_BYTES_OF_MUCH
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
         elif self.parked:
