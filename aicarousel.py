@@ -14443,7 +14443,7 @@ class LearnedRow(NamedTuple):
 
 
 _INSERT_LEARNED = "INSERT OR REPLACE INTO learned (kind, key, value, until_utc) VALUES (?, ?, ?, ?)"
-_ROWS_AT_ONCE = 40          #: of SQLite's 999 variables in one statement
+_ROWS_AT_ONCE = 999 // len(UsageRow._fields)        #: an older SQLite takes 999 values in one statement
 _INSERT_USAGE, _INSERT_MANY = (f"INSERT OR IGNORE INTO usage ({', '.join(UsageRow._fields)}) VALUES " + ", ".join([f"({', '.join('?' * len(UsageRow._fields))})"] * n_rows)
                                for n_rows in (1, _ROWS_AT_ONCE))
 

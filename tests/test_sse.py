@@ -240,3 +240,17 @@ def test_a_run_is_read_as_its_events_one_by_one_and_written_so(texts: list[str],
 ], ids=range(15))
 def test_what_is_no_run_is_left_to_a_closer_look(block: bytes) -> None:
     assert aicarousel.read_alike(block, 0, PREFIX, SUFFIX) == ([], 0)
+
+
+def result_of(read: object, raw: bytes) -> object:
+    try:
+        return read(raw)            # type: ignore[operator]
+    except ValueError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("raw", [
+    b'{"a": [1, 2.5]}', b' {"a": 1}', b'{"a": 1}\n', b'{"a": 1}x', b'{"a": }', b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}', '{"a": "\u00e9"}'.encode(), '{"a": 1}'.encode("utf-16-le"),
+    '{"a": 1}'.encode("utf-8-sig"), b"{", b"[1]", b"", b"nothing", b'{"a": NaN}'], ids=range(15))
+def test_bytes_are_read_as_json_loads_reads_them(raw: bytes) -> None:
+    assert repr(result_of(aicarousel.load_json, raw)) == repr(result_of(json.loads, raw))

@@ -537,13 +537,18 @@ ODD = {
 }
 
 
+@pytest.mark.parametrize("n_others", [1, 60], ids=["few", "many"])
 @pytest.mark.parametrize("case", ODD)
-def test_an_odd_row_does_not_hold_up_the_others(path: Path, writer: UsageWriter, case: str) -> None:
+def test_an_odd_row_does_not_hold_up_the_others(path: Path, writer: UsageWriter, case: str, n_others: int) -> None:
+    """Nor does one that came twice; many go in by one statement."""
     changes, sql, expected = ODD[case]
+    aicarousel.create_key(path, "ci")
     writer.put(ROW._replace(request_id="odd", **changes))
-    writer.put(ROW)
+    for number in (0, *range(n_others)):
+        writer.put(ROW._replace(request_id=f"r{number}"))
     assert writer.flush(10)
-    assert rows_of(path, sql) == expected and rows_of(path, "SELECT count(*) FROM usage WHERE request_id = 'r1'") == [(1,)]
+    assert rows_of(path, sql) == expected and rows_of(path, "SELECT count(*) FROM usage WHERE request_id <> 'odd'") == [(n_others,)]
+    assert aicarousel.list_keys(path)[0].n_used == n_others + 1
 
 
 def test_a_locked_database_blocks_nobody_and_loses_nothing(path: Path, writer: UsageWriter) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import aicarousel
-from aicarousel import (Answer, Job, Origin, Relay, Timeouts, Transport, UpstreamFailure, World, build_catalogue, load_config, make_client_context, no_proxy_covers, real_world, resolve,
+from aicarousel import (Answer, Inbox, Job, Origin, Relay, Timeouts, Transport, UpstreamFailure, World, build_catalogue, load_config, make_client_context, no_proxy_covers, real_world, resolve,
                         split_url)
 from fakes import TLS, ShiftedLoop
 
@@ -268,6 +268,28 @@ def test_whatever_comes_unasked_spoils_a_pooled_connection(run: Any, unasked: by
             gate.set()
             await peer.until(lambda: line.inbox.spoiled)
             assert await ask(transport, peer.origin) == b"B!" and (peer.n_connections, len(peer.requests)) == (2, 2), "the request was not sent on the first"
+    run(main())
+
+
+def test_no_more_is_taken_in_than_is_read(run: Any) -> None:
+    async def main() -> None:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"x" * 9_000_000)
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+            inbox = Inbox(100_000)
+            await asyncio.get_running_loop().create_connection(lambda: inbox, *server.sockets[0].getsockname())
+            async with asyncio.timeout(10):
+                while inbox.transport.is_reading():
+                    await asyncio.sleep(0.005)
+                n_bytes = len(await inbox.read())
+                assert 100_000 < n_bytes < 400_000 and inbox.transport.is_reading()
+                while piece := await inbox.read():
+                    n_bytes += len(piece)
+            assert n_bytes == 9_000_000 and inbox.at_end
+            inbox.transport.abort()
     run(main())
 
 
