@@ -15492,7 +15492,9 @@ class Transport:
         if not reusable:
             line.close()
             return
-        lines = self._pool.setdefault(line.origin, deque())
+        lines = self._pool.get(line.origin)
+        if lines is None:
+            lines = self._pool[line.origin] = deque()
         line.inbox.parked = True
         line.alarm.set(self.bounds.pool_idle_s)
         line.phase = "parked"
