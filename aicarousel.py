@@ -452,8 +452,67 @@ class ConfigError(Exception):
 ##############################################################################
 # What is known of each provider: one row each, data only, in the order in which they are tried when there is no
 # models.json.  A row says only what differs from Preset's defaults.  Names and limits age fast: live answers win over them.
+# What a target takes is a Profile: its preset's `takes`, then what its format and its model change of that.
 # Source: public catalogues and vendor pages, read 2026-11.  Guarded by tests/test_presets.py.
 # One more provider: one more row; a provider that behaves like CUSTOM_PRESET needs none, only its entry in models.json.
+# One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in `takes` or MODEL_FACTS.
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a target takes and how it answers, for one preset, wire model and wire format."""
+    format: Format = "chat"
+    preset: str = ""
+    model: str = ""                          #: wire model
+    family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
+    vendor: bool = False                     #: the true Anthropic or the true OpenAI
+    reject: tuple[str, ...] = ()             #: body fields that are answered by 400; outer.inner for one within another
+    message_reject: tuple[str, ...] = ()     #: the same within a message
+    max_fields: tuple[str, ...] = ("max_tokens", "max_completion_tokens")     #: names that it knows for the longest answer, the one to use first
+    developer: bool = False                  #: knows the role developer
+    late_system: str = "wrap"                #: keep: system text between turns keeps its role
+    null_content: str | None = None          #: `content` beside calls
+    replay: str = ""                         #: how thinking goes back: native, thinking, reasoning_content, reasoning, reasoning_details, think_tag
+    must_replay: bool = False                #: refuses tool turns whose thinking is missing
+    effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
+    switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
+    schema: str = "full"                     #: json, none: what response_format may be
+    schema_with_tools: bool = True           #: whether it may stand beside tools
+    one_strict: bool = False                 #: `strict` must be the same on all tools
+    tool_schema: str = ""                    #: gemini: only its subset
+    choices: tuple[str, ...] = ("auto", "none", "required", "tool")
+    required_word: str = "required"
+    call_id: str = ""                        #: anthropic, openai64, mistral9
+    tool_images: bool = False
+    file_url: bool = False
+    cache_control: bool = False
+    cache_key: bool = False                  #: takes prompt_cache_key
+    top_k: bool = False
+    penalties: bool = True
+    sampling: str = "ok"                     #: idle: only while not thinking; never
+    completions: bool = False                #: completes plain text at /completions, with any of its models
+    custom_tools: bool = False
+    namespaces: bool = False
+    hosted: bool = False                     #: its own server-run tools may be offered
+    via_hub: bool = False
+    own_ids: bool = False
+    merge_choices: bool = False
+    think_open: bool = False
+    name_fragments: bool = False
+    repeats_args: bool = False
+    note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
+    thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
+    prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
+                                             #: fields; echo: as prefix, and its answer begins with what it was given
+    user_first: bool = False
+    forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
+    max_stop: int | None = None              #: how many stop strings, 0 for none
+    seed_field: str = "seed"
+    max_out_limit: int | None = None
+    default_max_out: int = 8192
+    images: bool = True
+    extra_names: bool = False                #: assistant and tool messages want `name`
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preset:
@@ -471,13 +530,7 @@ class Preset:
     auth_scheme: str = "Bearer"              #: "" for the bare key
     headers: tuple[tuple[str, str], ...] = ()
     bucket: Literal["account", "model", "machine"] = "account"    #: what a rate limit counts against; model: (account, model)
-    rejects: tuple[str, ...] = ()            #: request fields that are answered by 400 or 422
-    message_rejects: tuple[str, ...] = ()    #: the same within a message
-    renames: Mapping[str, str] = field(default_factory=dict)      #: request fields that go by another name
-    max_field: Literal["", "max_tokens", "max_completion_tokens"] = ""   #: the only spelling it knows, "" where both are
-    system_role: Literal["", "system"] = "system"                 #: what role developer becomes, "" to leave it
-    stream_options: bool = True              #: whether include_usage may be asked for
-    completions: bool = False                #: whether it completes plain text at /completions, with any of its models
+    takes: Mapping[str, Any] = field(default_factory=dict)        #: fields of Profile that differ when it is spoken to in Chat, whichever the model
     first_byte_s: float = 60.0
     idle_s: float = 90.0
     free_limits: Limits | None = None        #: of the free tier; per model where `bucket` is model
@@ -514,13 +567,19 @@ _OPENAI_LONG = (272_000, 2.0, 1.5)
 _LITE_DAY = Limits(rpm=15, rpd=500, tpm=250_000)
 _ONE_TOKEN = ("POST", "/chat/completions")   # where the model list answers any key, or none
 
+#: What many that copy the Chat of years ago have in common, and servers on one's own machine.
+_PLAIN_CHAT: Json = {"max_fields": ("max_tokens",), "reject": ("store",)}
+_LOCAL: Json = {"top_k": True, "null_content": "", "completions": True}
+_OPENAI_CHOICES = ("auto", "none", "required", "tool", "allowed", "custom")
+
 _ROWS: Mapping[str, Preset] = {
     "gemini": Preset(
         "Google Gemini API (AI Studio)", "https://generativelanguage.googleapis.com/v1beta/openai",
         ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"), "https://aistudio.google.com/app/api-keys",
         default="gemini-3.5-flash-lite", bucket="model", first_byte_s=90.0,
+        takes={"tool_schema": "gemini", "null_content": "", "reject": ("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias", "service_tier", "safety_identifier",
+               "user", "verbosity")},
         check=_ONE_TOKEN,                    # some new keys list models and yet cannot generate
-        rejects=("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias"),
         models=(
             _known_model("gemini-3.5-flash-lite", 1048576, 65536, "tvr", (0.3, 2.5, 0.03), _LITE_DAY),
             _known_model("gemini-3.1-flash-lite", 1048576, 65536, "tvr", (0.25, 1.5, 0.025), _LITE_DAY),
@@ -535,7 +594,8 @@ _ROWS: Mapping[str, Preset] = {
     "groq": Preset(
         "GroqCloud", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), "https://console.groq.com/keys",
         default="openai/gpt-oss-120b", bucket="model", first_byte_s=30.0, free_limits=Limits(30, 1000, 8_000, 200_000),
-        rejects=("logprobs", "top_logprobs", "logit_bias", "store", "metadata"), message_rejects=("name", "reasoning_content", "reasoning"),
+        takes={"max_fields": ("max_completion_tokens", "max_tokens"), "penalties": False, "message_reject": ("name", "reasoning_content", "reasoning"),
+               "reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 65536, "tr", (0.15, 0.6, 0.075)),
             _known_model("qwen/qwen3.8-27b", 131072, 16384, "tvr", (0.8, 4.0)),
@@ -550,6 +610,7 @@ _ROWS: Mapping[str, Preset] = {
         "OpenRouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",), "https://openrouter.ai/settings/keys",
         default="nvidia/nemotron-3-ultra-550b-a55b:free", first_byte_s=120.0, free_limits=Limits(rpm=20, rpd=50), check=("GET", "/key"),
         other_urls={"messages": "https://openrouter.ai/api/v1", "responses": "https://openrouter.ai/api/v1"},
+        takes={"replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
         models=(
             _known_model("nvidia/nemotron-3-ultra-550b-a55b:free", 1000000, 65536, "tr", _FREE),
             _known_model("google/gemma-4-31b-it:free", 262144, 32768, "tvr", _FREE),
@@ -564,8 +625,9 @@ _ROWS: Mapping[str, Preset] = {
     "cerebras": Preset(
         "Cerebras Inference", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",), "https://cloud.cerebras.ai/platform/",
         default="gpt-oss-120b", bucket="model", first_byte_s=30.0, free_limits=Limits(rpm=5, tpm=30_000, tpd=1_000_000),
-        rejects=("store", "metadata", "logit_bias", "frequency_penalty", "presence_penalty", "service_tier", "reasoning", "enable_thinking"),
-        message_rejects=("reasoning_content",), completions=True,
+        takes={"max_fields": ("max_completion_tokens", "max_tokens"), "penalties": False, "replay": "reasoning", "message_reject": ("reasoning_content",), "completions": True,
+               "schema_with_tools": False, "one_strict": True, "reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias",
+               "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("gpt-oss-120b", 131072, 40960, "tr", (0.35, 0.75)),
             _known_model("qwen-3.8-27b", 131072, 40960, "tvr", (0.99, 1.49)),
@@ -578,7 +640,8 @@ _ROWS: Mapping[str, Preset] = {
         })),
     "ollama": Preset(                        # OLLAMA_API_KEY is the cloud's: it is never sent to the local server
         "Ollama (local)", "http://127.0.0.1:11434/v1", keyless=True,
-        default="gemma3:1b", bucket="machine", first_byte_s=300.0, max_field="max_tokens", completions=True,
+        default="gemma3:1b", bucket="machine", first_byte_s=300.0,
+        takes={"max_fields": ("max_tokens",), "replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True, "completions": True},
         other_urls={"messages": "http://127.0.0.1:11434/v1", "responses": "http://127.0.0.1:11434/v1"},
         models=(
             _known_model("gemma3:1b", 32768, 8192, "", _FREE),
@@ -587,7 +650,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "ollama-cloud": Preset(
         "Ollama Cloud", "https://ollama.com/v1", ("OLLAMA_API_KEY", "OLLAMA_CLOUD_API_KEY"), "https://ollama.com/settings/keys",
-        default="gpt-oss:120b", first_byte_s=300.0, max_field="max_tokens", check=("GET", "https://ollama.com/api/usage"),
+        default="gpt-oss:120b", first_byte_s=300.0, check=("GET", "https://ollama.com/api/usage"),
+        takes={"max_fields": ("max_tokens",), "replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
         models=(
             _known_model("gpt-oss:120b", 131072, 32768, "tr", (0.15, 0.6, 0.014)),
             _known_model("glm-5.3-flash", 1000000, 131072, "tvr", (0.15, 0.5, 0.03)),
@@ -599,7 +663,8 @@ _ROWS: Mapping[str, Preset] = {
         "Hugging Face Inference Providers", "https://router.huggingface.co/v1",
         ("HF_TOKEN", "HUGGINGFACE_API_KEY", "HUGGINGFACE_API_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
         "https://huggingface.co/settings/tokens/new?ownUserPermissions=inference.serverless.write&tokenType=fineGrained",
-        default="openai/gpt-oss-120b", first_byte_s=120.0, max_field="max_tokens", check=("GET", "https://huggingface.co/api/whoami-v2"),
+        default="openai/gpt-oss-120b", first_byte_s=120.0, check=("GET", "https://huggingface.co/api/whoami-v2"),
+        takes={"max_fields": ("max_tokens",)},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 32768, "tr", (0.25, 0.69)),
             _known_model("zai-org/GLM-5.3-Flash", 1048576, 131072, "tvr", (0.15, 0.5)),
@@ -608,7 +673,9 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "openai": Preset(
         "OpenAI", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "https://platform.openai.com/api-keys",
-        default="gpt-6-luna", bucket="model", first_byte_s=180.0, idle_s=180.0, max_field="max_completion_tokens", system_role="",
+        default="gpt-6-luna", bucket="model", first_byte_s=180.0, idle_s=180.0,
+        takes={"max_fields": ("max_completion_tokens",), "developer": True, "vendor": True, "call_id": "openai64", "custom_tools": True, "cache_key": True, "max_stop": 4,
+               "choices": _OPENAI_CHOICES},
         other_urls={"responses": "https://api.openai.com/v1"},
         models=(
             _known_model("gpt-6-luna", 1050000, 128000, "tvr", (0.1, 0.5, 0.01), long=_OPENAI_LONG),
@@ -624,6 +691,7 @@ _ROWS: Mapping[str, Preset] = {
         "Anthropic Claude API", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",), "https://platform.claude.com/settings/keys",
         format="messages", default="claude-haiku-5-5", bucket="model", first_byte_s=120.0,
         auth_header="x-api-key", auth_scheme="", headers=(("anthropic-version", "2023-06-01"),),
+        takes={"vendor": True},
         models=(
             _known_model("claude-haiku-5-5", 1000000, 128000, "tvr", (0.1, 0.5, 0.01, 0.125), long=(100_000, 5.0, 5.0)),
             _known_model("claude-sonnet-5-5", 1000000, 128000, "tvr", (2.0, 10.0, 0.1, 2.5)),
@@ -633,7 +701,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"claude-3-*": "2025-2026", "claude-sonnet-4-5": "2026-11-30", "claude-mythos-preview": "2026-06-09"})),
     "github-copilot": Preset(                # GITHUB_TOKEN is left out: every build machine has one, and it is not meant for this
         "GitHub Copilot", "https://api.githubcopilot.com", ("COPILOT_GITHUB_TOKEN", "GITHUB_COPILOT_TOKEN"),
-        default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0, rejects=("store",), max_field="max_completion_tokens",
+        default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0,
+        takes={"reject": ("store",), "merge_choices": True},
         other_urls={"messages": "https://api.githubcopilot.com/v1", "responses": "https://api.githubcopilot.com"},
         login=True, check=("GET", "/copilot_internal/v2/token"),
         headers=(("user-agent", "GitHubCopilotChat/0.35.0"), ("editor-version", "vscode/1.107.0"), ("editor-plugin-version", "copilot-chat/0.35.0"),
@@ -651,8 +720,10 @@ _ROWS: Mapping[str, Preset] = {
         })),
     "deepseek": Preset(
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
-        default="deepseek-flash", first_byte_s=180.0, rejects=("store",), max_field="max_tokens", check=("GET", "https://api.deepseek.com/user/balance"),
+        default="deepseek-flash", first_byte_s=180.0, check=("GET", "https://api.deepseek.com/user/balance"),
         continue_url="https://api.deepseek.com/beta",
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "images": False,
+               "continues": "prefix"},
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(
             _known_model("deepseek-flash", 1000000, 384000, "tvr", (0.3, 1.2, 0.006)),
@@ -661,9 +732,10 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"deepseek-chat deepseek-reasoner": "2026-07-24", "deepseek-v4-flash deepseek-v4-flash-vision-exp": "2026-09-10"})),
     "mistral": Preset(                       # usage comes with the last chunk unasked
         "Mistral La Plateforme", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), "https://console.mistral.ai/api-keys",
-        default="mistral-small-latest", max_field="max_tokens", stream_options=False, free_limits=Limits(rpm=60, tpm=500_000),
-        rejects=("store", "user", "logit_bias", "logprobs", "top_logprobs", "stream_options"), message_rejects=("reasoning_content",),
-        renames={"seed": "random_seed"},
+        default="mistral-small-latest", free_limits=Limits(rpm=60, tpm=500_000),
+        takes={"max_fields": ("max_tokens",), "seed_field": "random_seed", "required_word": "any", "call_id": "mistral9", "prefill": "prefix", "continues": "echo", "user_first": True,
+               "extra_names": True, "message_reject": ("reasoning_content", "reasoning"), "reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata",
+               "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("mistral-small-latest", 262144, 256000, "tvr", (0.15, 0.6, 0.015)),
             _known_model("ministral-8b-latest", 262144, 128000, "tv", (0.15, 0.15, 0.015)),
@@ -672,7 +744,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "xai": Preset(
         "xAI Grok", "https://api.x.ai/v1", ("XAI_API_KEY",), "https://console.x.ai/team/default/api-keys",
-        default="grok-4.3", idle_s=180.0, rejects=("store", "logit_bias"), max_field="max_completion_tokens",
+        default="grok-4.3", idle_s=180.0,
+        takes={"max_fields": ("max_completion_tokens",), "reject": ("logit_bias", "store")},
         other_urls={"responses": "https://api.x.ai/v1"},
         models=(
             _known_model("grok-4.3", 1000000, 30000, "tvr", (1.25, 2.5, 0.2), long=(199_999,)),
@@ -681,7 +754,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"grok-3 grok-4-0709 grok-4-fast-* grok-4-1-fast-* grok-code-fast-1": "2026-05-15"})),
     "together": Preset(
         "Together AI", "https://api.together.ai/v1", ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY"), "https://api.together.ai/settings/api-keys",
-        default="openai/gpt-oss-120b", rejects=("store",), max_field="max_tokens", completions=True,
+        default="openai/gpt-oss-120b",
+        takes={**_PLAIN_CHAT, "top_k": True, "switch": "reasoning", "completions": True},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 131072, "tr", (0.15, 0.6)),
             _known_model("zai-org/GLM-5.3-Flash", 1048575, 400000, "tvr", (0.15, 0.5, 0.03)),
@@ -689,7 +763,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "fireworks": Preset(
         "Fireworks AI", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",), "https://app.fireworks.ai/settings/users/api-keys",
-        default="accounts/fireworks/models/glm-5p3-flash", rejects=("store",), max_field="max_tokens", completions=True,
+        default="accounts/fireworks/models/glm-5p3-flash",
+        takes={**_PLAIN_CHAT, "top_k": True, "completions": True},
         check=("GET", "https://api.fireworks.ai/v1/accounts/fireworks/models?pageSize=1"),   # its /models fails for accounts without deployments
         other_urls={"messages": "https://api.fireworks.ai/inference/v1"},
         models=(
@@ -700,7 +775,8 @@ _ROWS: Mapping[str, Preset] = {
     "nvidia": Preset(
         "NVIDIA NIM (build.nvidia.com)", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY", "NVIDIA_NIM_API_KEY"),
         "https://build.nvidia.com/settings/api-keys",
-        default="nvidia/nemotron-3-ultra-550b-a55b", first_byte_s=300.0, idle_s=300.0, rejects=("store",), max_field="max_tokens",
+        default="nvidia/nemotron-3-ultra-550b-a55b", first_byte_s=300.0, idle_s=300.0,
+        takes={**_PLAIN_CHAT, "reject": ("store", "metadata", "parallel_tool_calls")},
         free_limits=Limits(rpm=40), check=_ONE_TOKEN,
         models=(
             _known_model("nvidia/nemotron-3-ultra-550b-a55b", 1000000, 65536, "tr", _FREE),
@@ -711,7 +787,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"meta/llama-3.3-70b-instruct deepseek-ai/deepseek-v4-* z-ai/glm-5.2 minimaxai/minimax-m3 qwen/qwen3-coder-480b*": "2026-09"})),
     "sambanova": Preset(
         "SambaNova Cloud", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",), "https://cloud.sambanova.ai/apis",
-        default="gpt-oss-120b", rejects=("store",), max_field="max_tokens", free_limits=Limits(rpm=20, rpd=20, tpd=200_000), check=_ONE_TOKEN,
+        default="gpt-oss-120b", free_limits=Limits(rpm=20, rpd=20, tpd=200_000), check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "reject": ("store", "n", "logit_bias"), "penalties": False},
         models=(
             _known_model("gpt-oss-120b", 131072, 131072, "tr", (0.22, 0.59)),
             _known_model("gemma-4-31B-it", 131072, 131072, "v", (0.38, 1.15)),
@@ -720,7 +797,8 @@ _ROWS: Mapping[str, Preset] = {
     "cloudflare": Preset(
         "Cloudflare Workers AI", "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1",
         ("CLOUDFLARE_API_TOKEN", "CLOUDFLARE_API_KEY"), "https://dash.cloudflare.com/profile/api-tokens",
-        default="@cf/openai/gpt-oss-120b", rejects=("store",), needs=("CLOUDFLARE_ACCOUNT_ID",),
+        default="@cf/openai/gpt-oss-120b", needs=("CLOUDFLARE_ACCOUNT_ID",),
+        takes={"reject": ("store",)},
         check=("GET", "https://api.cloudflare.com/client/v4/user/tokens/verify"),
         other_urls={"responses": "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1"},
         models=(
@@ -731,7 +809,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "zai": Preset(
         "Z.ai / GLM", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY", "ZHIPU_API_KEY"), "https://z.ai/manage-apikey/apikey-list",
-        default="glm-4.7-flash", rejects=("store",), max_field="max_tokens", check=_ONE_TOKEN,
+        default="glm-4.7-flash", check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1},
         other_urls={"messages": "https://api.z.ai/api/anthropic/v1"},
         models=(
             _known_model("glm-4.7-flash", 200000, 131072, "tr", _FREE),
@@ -740,7 +819,9 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "moonshot": Preset(
         "Moonshot / Kimi", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY", "KIMI_API_KEY"), "https://platform.moonshot.ai/console/api-keys",
-        default="kimi-k2.6", rejects=("store",), max_field="max_tokens", check=("GET", "/users/me/balance"),
+        default="kimi-k2.6", check=("GET", "/users/me/balance"),
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True,
+               "continues": "partial"},
         other_urls={"messages": "https://api.moonshot.ai/anthropic/v1"},
         models=(
             _known_model("kimi-k2.6", 262144, 262144, "tvr", (0.95, 4.0, 0.16)),
@@ -750,7 +831,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"moonshot-v1-* kimi-k2.5": "2026-08-31", "kimi-k2-*": "2026"})),
     "minimax": Preset(
         "MiniMax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), "https://platform.minimax.io",
-        default="MiniMax-M3.1-Flash", max_field="max_tokens", check=_ONE_TOKEN,
+        default="MiniMax-M3.1-Flash", check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "replay": "think_tag"},
         other_urls={"messages": "https://api.minimax.io/anthropic/v1"},
         models=(
             _known_model("MiniMax-M3.1-Flash", 1000000, 524288, "tvr", (0.15, 0.6, 0.015)),
@@ -760,7 +842,8 @@ _ROWS: Mapping[str, Preset] = {
     "qwen": Preset(
         "Alibaba Model Studio (Qwen, DashScope)", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", ("DASHSCOPE_API_KEY",),
         "https://modelstudio.console.alibabacloud.com",
-        default="qwen3.8-flash", idle_s=600.0, rejects=("store",), max_field="max_tokens",
+        default="qwen3.8-flash", idle_s=600.0,
+        takes={**_PLAIN_CHAT, "switch": "enable_thinking", "continues": "partial"},
         other_urls={"messages": "https://dashscope-intl.aliyuncs.com/apps/anthropic/v1"},
         models=(
             _known_model("qwen3.8-flash", 1000000, 131072, "tvr", (0.15, 0.47, 0.016)),
@@ -769,13 +852,16 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "lmstudio": Preset(
         "LM Studio (local)", "http://127.0.0.1:1234/v1", ("LMSTUDIO_API_KEY", "LM_STUDIO_API_KEY"), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"}, completions=True),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"},
+        takes={**_LOCAL, "replay": "reasoning"}),
     "vllm": Preset(
         "vLLM server (local)", "http://127.0.0.1:8000/v1", ("VLLM_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"}, completions=True),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"},
+        takes={**_LOCAL, "replay": "reasoning", "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"}),
     "llamacpp": Preset(
         "llama.cpp server (local)", "http://127.0.0.1:8080/v1", ("LLAMA_CPP_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, rejects=("store",), completions=True),
+        bucket="machine", first_byte_s=300.0,
+        takes={**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final", "reject": ("store",)}),
     "github-models": Preset(
         "GitHub Models (retired)", "https://models.github.ai/inference",
         gone="another provider: GitHub Models was retired on 2026-07-30 and its address answers 410 Gone"),
@@ -785,6 +871,75 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({name: replace(row, name=name) 
 
 #: What is assumed of a provider that has no row.
 CUSTOM_PRESET = Preset("Custom provider", name="custom")
+
+# What targets take.
+
+#: What a format makes of a preset's `takes`, which are those of its Chat.
+_FORMAT_ROWS: Mapping[str, Json] = {
+    "chat": {},
+    "messages": {"continues": "", "replay": "thinking", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+                 "user_first": True,
+                 "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
+                 "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
+    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "penalties": False,
+                  "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
+}
+_CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
+_NEW_CLAUDE: Json = {"thinking": ("adaptive",), "sampling": "never", "effort": _CLAUDE_LEVELS, "prefill": "no", "default_max_out": 32000}
+_OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (), "prefill": "ok", "forced_choice": "not_enabled", "default_max_out": 32000}
+
+#: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
+MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
+    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
+    ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
+    ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
+    ("deepseek", "messages", "*", {"images": False}),
+    ("*", "messages", "*claude*", _NEW_CLAUDE),
+    ("*", "messages", "*fable-5* *mythos-*", {"forced_choice": "no"}),
+    ("*", "messages", "*opus-4-6* *opus-4.6* *sonnet-4-6* *sonnet-4.6*", {"thinking": ("adaptive", "enabled"), "sampling": "idle", "effort": ("low", "medium", "high", "max")}),
+    ("*", "messages", "*sonnet-4-0* *sonnet-4-2* *sonnet-4-5* *sonnet-4.5* *sonnet-4 *opus-4-0* *opus-4-1* *opus-4-2* *opus-4 *haiku-4-5* *haiku-4.5* *3-7-sonnet*",
+     _OLD_CLAUDE),
+    ("*", "messages", "*opus-4-5* *opus-4.5*", {**_OLD_CLAUDE, "effort": ("low", "medium", "high")}),
+    ("*", "messages", "*claude-2* *claude-3-5* *claude-3-opus* *claude-3-sonnet* *claude-3-haiku*",
+     {"thinking": (), "sampling": "ok", "effort": (), "prefill": "ok", "default_max_out": 4096, "schema": "none"}),
+    ("openai", "responses", "*", {"replay": "native", "custom_tools": True, "namespaces": True, "hosted": True, "choices": _OPENAI_CHOICES}),
+    ("openai", "*", "o1* o3* o4* gpt-5* gpt-6*", {"max_stop": 0, "sampling": "idle", "penalties": False, "effort": ("minimal", "low", "medium", "high")}),
+    ("openai", "*", "gpt-5.1* gpt-5.2* gpt-5.3*", {"effort": ("none", "low", "medium", "high", "xhigh")}),
+    ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
+    ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
+    ("openai", "responses", "*", {"max_stop": 0}),
+    ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
+    ("xai", "*", "*", {"effort": (), "max_stop": None}),
+    ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
+    ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
+    ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("groq", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("groq", "chat", "*llama*", {"effort": ()}),
+    ("cerebras", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("cerebras", "chat", "*glm*", {"effort": ("none",), "replay": "think_tag"}),
+    ("cerebras", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("gemini", "chat", "*", {"effort": ("none", "minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemini-3*", {"note_dummy": "skip_thought_signature_validator", "effort": ("minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemma*", {"effort": ()}),
+    ("mistral", "chat", "*", {"effort": ("none", "high")}),
+    ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
+    ("github-copilot", "chat", "gpt-5* gpt-6* o3* o4*", {"max_fields": ("max_completion_tokens",), "max_stop": 0, "sampling": "idle"}),
+    ("moonshot", "chat", "*k2* moonshot-v1*", {"effort": ()}),
+    ("*", "chat", "*kimi-k2*", {"own_ids": True}),
+    ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
+    """What `model` of `preset` takes when spoken to in `format`; a preset without a row has only the defaults."""
+    fields: Json = {"family": preset, **PRESETS.get(preset, CUSTOM_PRESET).takes, **_FORMAT_ROWS[format]}
+    for preset_glob, format_glob, models, row in MODEL_FACTS:
+        if fnmatch.fnmatchcase(preset, preset_glob) and fnmatch.fnmatchcase(format, format_glob) and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in models.split()):
+            fields.update(row)
+    return Profile(format, preset, model, **fields)
+
 
 # Prices.
 #
@@ -4782,187 +4937,6 @@ def write_alike(before: bytes, texts: Sequence[str], after: bytes) -> bytes:
 # dropped.  A part is a dict with "type", a delta a dict with "delta".  Absent means absent.  `args` of a call is always the exact JSON string.
 # Before editing: prepare() must stay idempotent and deterministic (prefix caches compare bytes), and must never change what it was given.
 # Source: published SDK types and vendor references, read 2026-11.  Guarded by tests/test_hub.py.
-# One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in _PROFILE_ROWS or MODEL_FACTS.
-
-# ---- Profiles: what is odd about a provider, as data
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What a target takes and how it answers, for one preset, wire model and wire format."""
-    format: Format = "chat"
-    preset: str = ""
-    model: str = ""                          #: wire model
-    family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
-    vendor: bool = False                     #: the true Anthropic or the true OpenAI
-    reject: tuple[str, ...] = ()             #: body fields that are answered by 400; outer.inner for one within another
-    message_reject: tuple[str, ...] = ()     #: the same within a message
-    max_field: str = "max_tokens"
-    system_role: str = "system"
-    late_system: str = "wrap"                #: keep: system text between turns keeps its role
-    null_content: str | None = None          #: `content` beside calls
-    replay: str = ""                         #: how thinking goes back: native, thinking, reasoning_content, reasoning, reasoning_details, think_tag
-    must_replay: bool = False                #: refuses tool turns whose thinking is missing
-    effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
-    switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
-    schema: str = "full"                     #: json, none: what response_format may be
-    schema_with_tools: bool = True           #: whether it may stand beside tools
-    one_strict: bool = False                 #: `strict` must be the same on all tools
-    tool_schema: str = ""                    #: gemini: only its subset
-    choices: tuple[str, ...] = ("auto", "none", "required", "tool")
-    required_word: str = "required"
-    call_id: str = ""                        #: anthropic, openai64, mistral9
-    tool_images: bool = False
-    file_url: bool = False
-    cache_control: bool = False
-    cache_key: bool = False                  #: takes prompt_cache_key
-    top_k: bool = False
-    penalties: bool = True
-    sampling: str = "ok"                     #: idle: only while not thinking; never
-    stream_options: bool = True
-    custom_tools: bool = False
-    namespaces: bool = False
-    hosted: bool = False                     #: its own server-run tools may be offered
-    via_hub: bool = False
-    own_ids: bool = False
-    codex_length: str = "incomplete"
-    merge_choices: bool = False
-    think_tags: bool = False
-    think_open: bool = False
-    name_fragments: bool = False
-    repeats_args: bool = False
-    note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
-    thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
-    prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
-    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
-                                             #: fields; echo: as prefix, and its answer begins with what it was given
-    user_first: bool = False
-    forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
-    max_stop: int | None = None              #: how many stop strings, 0 for none
-    seed_field: str = "seed"
-    max_out_limit: int | None = None
-    default_max_out: int = 8192
-    images: bool = True
-    extra_names: bool = False                #: assistant and tool messages want `name`
-
-
-_TRUE_CHAT: Json = {"call_id": "openai64", "system_role": "system", "custom_tools": True, "cache_key": True, "max_stop": 4, "vendor": True,
-                    "choices": ("auto", "none", "required", "tool", "allowed", "custom")}
-_LOCAL: Json = {"replay": "reasoning", "top_k": True, "null_content": ""}
-
-_PROFILE_ROWS: Mapping[str, Json] = {
-    "anthropic": {"family": "anthropic", "vendor": True},
-    "openai": {"family": "openai", **_TRUE_CHAT},
-    "gemini": {"family": "gemini", "tool_schema": "gemini", "null_content": "", "reject": ("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias",
-               "service_tier", "safety_identifier", "user", "verbosity")},
-    "groq": {"reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier"),
-             "message_reject": ("name", "reasoning_content", "reasoning"), "max_field": "max_completion_tokens", "penalties": False},
-    "cerebras": {"reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias", "service_tier", "prompt_cache_key",
-                 "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning",
-                 "schema_with_tools": False, "one_strict": True},
-    "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
-    "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
-                "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "echo", "user_first": True, "extra_names": True},
-    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
-                 "continues": "prefix"},
-    "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
-    "huggingface": {},
-    "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
-    "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
-    "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
-    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final"},
-    "lmstudio": {**_LOCAL},
-    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
-                 "continues": "partial"},
-    "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
-    "minimax": {"replay": "think_tag", "reject": ("store",)},
-    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",), "continues": "partial"},
-    "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
-    "fireworks": {"top_k": True},
-    "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
-    "sambanova": {"reject": ("store", "n", "logit_bias"), "penalties": False},
-    "cloudflare": {},
-    "perplexity": {"choices": (), "user_first": True},
-}
-
-_FORMAT_ROWS: Mapping[str, Json] = {
-    "chat": {},
-    "messages": {"continues": "", "replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
-                 "user_first": True,
-                 "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
-                 "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
-    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
-                  "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
-}
-_CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
-_NEW_CLAUDE: Json = {"thinking": ("adaptive",), "sampling": "never", "effort": _CLAUDE_LEVELS, "prefill": "no", "default_max_out": 32000}
-_OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (), "prefill": "ok", "forced_choice": "not_enabled", "default_max_out": 32000}
-
-#: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
-MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
-    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
-    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
-    ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
-    ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
-    ("deepseek", "messages", "*", {"images": False}),
-    ("*", "messages", "*claude*", _NEW_CLAUDE),
-    ("*", "messages", "*fable-5* *mythos-*", {"forced_choice": "no"}),
-    ("*", "messages", "*opus-4-6* *opus-4.6* *sonnet-4-6* *sonnet-4.6*", {"thinking": ("adaptive", "enabled"), "sampling": "idle", "effort": ("low", "medium", "high", "max")}),
-    ("*", "messages", "*sonnet-4-0* *sonnet-4-2* *sonnet-4-5* *sonnet-4.5* *sonnet-4 *opus-4-0* *opus-4-1* *opus-4-2* *opus-4 *haiku-4-5* *haiku-4.5* *3-7-sonnet*",
-     _OLD_CLAUDE),
-    ("*", "messages", "*opus-4-5* *opus-4.5*", {**_OLD_CLAUDE, "effort": ("low", "medium", "high")}),
-    ("*", "messages", "*claude-2* *claude-3-5* *claude-3-opus* *claude-3-sonnet* *claude-3-haiku*",
-     {"thinking": (), "sampling": "ok", "effort": (), "prefill": "ok", "default_max_out": 4096, "schema": "none"}),
-    ("openai", "responses", "*", {"replay": "native", "custom_tools": True, "namespaces": True, "hosted": True, "choices": _TRUE_CHAT["choices"]}),
-    ("openai", "*", "o1* o3* o4* gpt-5* gpt-6*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle", "penalties": False, "effort": ("minimal", "low", "medium", "high")}),
-    ("openai", "*", "gpt-5.1* gpt-5.2* gpt-5.3*", {"effort": ("none", "low", "medium", "high", "xhigh")}),
-    ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
-    ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
-    ("openai", "responses", "*", {"max_field": "max_output_tokens", "max_stop": 0}),
-    ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
-    ("xai", "*", "*", {"effort": (), "max_stop": None}),
-    ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
-    ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
-    ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
-    ("groq", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
-    ("groq", "chat", "*llama*", {"effort": ()}),
-    ("cerebras", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
-    ("cerebras", "chat", "*glm*", {"effort": ("none",), "replay": "think_tag"}),
-    ("cerebras", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
-    ("gemini", "chat", "*", {"effort": ("none", "minimal", "low", "medium", "high")}),
-    ("gemini", "chat", "*gemini-3*", {"note_dummy": "skip_thought_signature_validator", "effort": ("minimal", "low", "medium", "high")}),
-    ("gemini", "chat", "*gemma*", {"effort": ()}),
-    ("mistral", "chat", "*", {"effort": ("none", "high")}),
-    ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
-    ("github-copilot", "chat", "gpt-5* gpt-6* o3* o4*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle"}),
-    ("moonshot", "chat", "*k2* moonshot-v1*", {"effort": ()}),
-    ("*", "chat", "*kimi-k2*", {"own_ids": True}),
-    ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
-)
-
-
-def _profile_row(preset: str, row: Json) -> Profile:
-    return Profile(preset=preset, **{"family": preset, **row})
-
-
-#: Profiles by preset name, for their Chat endpoint and no model in particular.
-PROFILES: Mapping[str, Profile] = MappingProxyType({name: _profile_row(name, row) for name, row in _PROFILE_ROWS.items()})
-
-
-@functools.lru_cache(maxsize=1024)
-def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
-    """What `model` of `preset` takes when spoken to in `format`; a preset without a row has only the defaults."""
-    profile = PROFILES.get(preset) or Profile(preset=preset, family=preset)
-    changes: Json = {"model": model, "format": format, **_FORMAT_ROWS[format]}
-    if format != "chat" and not (profile.family in ("anthropic", "openai") and profile.vendor):
-        changes["vendor"] = False
-    for preset_glob, format_glob, models, row in MODEL_FACTS:
-        if fnmatch.fnmatchcase(preset, preset_glob) and fnmatch.fnmatchcase(format, format_glob) and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in models.split()):
-            changes.update(row)
-    return replace(profile, **changes)
-
 
 # ---- Parts and deltas
 
@@ -5486,7 +5460,7 @@ def _recall_turn(turn: Json, memo: Memo) -> Json:
 
 
 ##############################################################################
-# 12. Turns                                               pure | uses 2, 10-11
+# 12. Turns                                               pure | uses 2-3, 10-11
 ##############################################################################
 # Rules of the hub, part three: what a conversation must look like before a provider takes it.  Everything here gives new lists and is idempotent.
 # Guarded by tests/test_hub.py and tests/test_properties.py.
@@ -6997,7 +6971,7 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
 
 
 ##############################################################################
-# 17. Stream rules                                        pure | uses 10-11, 13, 16
+# 17. Stream rules                                        pure | uses 3, 10-11, 13, 16
 ##############################################################################
 # What every reader of a stream needs and no format owns: the order deltas must have, ids for calls, calls held until they are whole.
 # Guarded by tests/test_held_calls.py and tests/test_properties.py.
@@ -7514,25 +7488,26 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
+def chat_pass_request(raw: bytes, body: Json, wire_model: str, profile: Profile, edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
     """The provider's body for a Chat request that passes through, and what was left out or changed.
 
     in: the client's bytes and the same parsed    out: those bytes with another model, or new ones where more has to change
     """
-    dropped = tuple(name for name in preset.rejects if name in body)
+    dropped = tuple(name for name in profile.reject if name in body)
     changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
-    if body.get("stream") and preset.stream_options and not (body.get("stream_options") or {}).get("include_usage"):
+    if body.get("stream") and "stream_options" not in profile.reject and not (body.get("stream_options") or {}).get("include_usage"):
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    messages = _fit_messages(body["messages"], preset)
+    messages = _fit_messages(body["messages"], profile)
     if messages is not body["messages"]:
         changes["messages"] = messages
-    other_max = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(preset.max_field)
-    renamed = {name: other for name, other in preset.renames.items() if name in body}
-    changes |= {other: body[name] for name, other in renamed.items()}
-    removed = {*dropped, *renamed, *ROUTING_FIELDS.intersection(body)}
-    if other_max in body:
-        removed.add(other_max)
-        changes.setdefault(preset.max_field, body.get(preset.max_field) or body[other_max])
+    removed = {*dropped, *ROUTING_FIELDS.intersection(body)}
+    if profile.seed_field != "seed" and "seed" in body:
+        removed.add("seed")
+        changes[profile.seed_field] = body["seed"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body and name not in profile.max_fields:
+            removed.add(name)
+            changes[profile.max_fields[0]] = body.get(profile.max_fields[0]) or body[name]
     return write_passing(raw, body, changes, removed, dropped, edits)
 
 
@@ -7546,10 +7521,10 @@ def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str
     return dump_json(made), (*dropped, *told)
 
 
-def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
+def _fit_messages(messages: list[Json], profile: Profile) -> list[Json]:
     """The messages without fields the provider rejects and with its word for developer; the same list when nothing changes."""
-    unwanted = preset.message_rejects
-    rename = preset.system_role if "developer" in [message["role"] for message in messages] else ""
+    unwanted = profile.message_reject
+    rename = "system" if not profile.developer and "developer" in [message["role"] for message in messages] else ""
     if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
     fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
@@ -8232,9 +8207,9 @@ def chat_write_request(hub: Json, profile: Profile) -> Json:
     """
     body: Json = {"model": profile.model or hub["model"], "messages": _write_chat_messages(hub, profile)}
     if hub.get("stream"):
-        body |= {"stream": True, **({"stream_options": {"include_usage": True}} if profile.stream_options else {})}
+        body |= {"stream": True, **({"stream_options": {"include_usage": True}} if "stream_options" not in profile.reject else {})}
     if hub.get("max_out") is not None:
-        body[profile.max_field] = hub["max_out"]
+        body[profile.max_fields[0]] = hub["max_out"]
     body |= {profile.seed_field if name == "seed" else name: value for name, value in (hub.get("sampling") or {}).items()}
     if hub.get("stop"):
         body["stop"] = hub["stop"]
@@ -8302,7 +8277,7 @@ def _write_chat_messages(hub: Json, profile: Profile) -> list[Json]:
     messages: list[Json] = []
     names: dict[str, str] = {}
     if hub.get("system"):
-        messages.append({"role": profile.system_role, "content": _write_chat_content(hub["system"], "\n\n")})
+        messages.append({"role": "system", "content": _write_chat_content(hub["system"], "\n\n")})
     for turn in hub["turns"]:
         if turn["role"] == "assistant":
             messages.append(_write_chat_said(turn["parts"], profile))
@@ -8312,7 +8287,7 @@ def _write_chat_messages(hub: Json, profile: Profile) -> list[Json]:
         messages += [_write_chat_result(part, names if profile.extra_names else {}) for part in results]
         rest = [part for part in turn["parts"] if part["type"] in _CHAT_PART_WRITERS]
         if rest:
-            messages.append({"role": profile.system_role if turn["role"] == "system" else "user", "content": _write_chat_content(rest, "\n")})
+            messages.append({"role": "system" if turn["role"] == "system" else "user", "content": _write_chat_content(rest, "\n")})
     if profile.prefill == "prefix" and messages and messages[-1]["role"] == "assistant":
         messages[-1]["prefix"] = True
     rejected = set(profile.message_reject)
@@ -12445,7 +12420,7 @@ class UsageFiller:
 
 
 ##############################################################################
-# 26. Translation                                         pure | uses 1-2, 9-12, 15, 17-25
+# 26. Translation                                         pure | uses 1-3, 9, 11-12, 15, 17-25
 ##############################################################################
 # FORMATS is the one place where the three formats stand side by side: what the relay and the endpoints ask of a format is
 # a field of its row.  A request passes through when client and provider speak the same format and nothing has to change
@@ -12587,13 +12562,13 @@ _DOUBT = 1.1
 
 def misfit(route: Route, needs: Needs) -> str:
     """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_parameter, too_small."""
-    model, preset = route.model, route.provider.preset
+    model = route.model
     if needs.tools and model.tools is False:
         return "no_tools"
-    profile = target_profile(preset.name, model, route.provider.format)
+    profile = target_profile(route.provider.preset.name, model, route.provider.format)
     if not profile.images and needs.images:
         return "no_vision"
-    if needs.required and not needs.required.isdisjoint((*preset.rejects, *profile.reject)):
+    if needs.required and not needs.required.isdisjoint(profile.reject):
         return "no_parameter"
     window = needs.window(route)
     if needs.n_overflows and (needs.n_overflows > 1 if window is None else window <= needs.overflowed):
@@ -12601,10 +12576,10 @@ def misfit(route: Route, needs: Needs) -> str:
     return "too_small" if window is not None and needs.exceeds(window, model.id) else ""
 
 
-def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
+def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile) -> bool:
     """Whether a request may go to this target in the client's own bytes: nothing in it has to change but the model and rejected fields."""
     if client == "completions":
-        return preset.completions and profile.format == "chat"
+        return profile.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
     if client != profile.format or profile.via_hub or b"aic1." in raw or (not profile.images and b"image" in raw):
@@ -15958,7 +15933,7 @@ class Server:
 
 
 ##############################################################################
-# 37. Relay                                               I/O | uses 1-2, 4, 6-13, 15-18, 23, 25-29, 35
+# 37. Relay                                               I/O | uses 1-4, 6-13, 15-18, 23, 25-29, 35
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
@@ -16820,14 +16795,13 @@ class _Run:
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
         if self._seam is not None:
             return self._continuation_body(route, self._seam)
-        self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
+        self._passing = may_pass(job.client, job.raw, job.body, self._profile) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         edits = self._edits(route)
         if self._passing and job.client == "chat":
-            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, edits)
+            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, self._profile, edits)
         elif self._passing:
-            rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
-            body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
+            body, self._dropped = pass_request(job.raw, job.body, route.model.id, () if job.client == "embeddings" else self._profile.reject, edits)
         else:
             hub = recall(self._needs.hub(), self._relay.memo)
             self._names = name_map(hub, self._profile)
@@ -19237,7 +19211,7 @@ def _cheap_call(provider: Provider) -> tuple[Provider, str, str, bytes]:
         return replace(provider, base_url=f"{scheme}://{host}"), method, path.partition(host)[2], b""
     if path != "/chat/completions" or provider.format != "chat":
         return provider, "GET", "/models" if path.startswith("https:") else path if method == "GET" else "/models", b""
-    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], provider.preset.max_field or "max_tokens": 1})
+    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
 
 
 async def check_key(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> Verdict:
@@ -21753,7 +21727,7 @@ def set_up_logging() -> None:
 
 
 ##############################################################################
-# 51. Command line                                        I/O | uses 1-2, 4, 9-10, 17, 26, 30-32, 35, 40-45, 47-50
+# 51. Command line                                        I/O | uses 1-4, 9-10, 17, 26, 30-32, 35, 40-45, 47-50
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.

@@ -723,7 +723,7 @@ def test_fold():
                                      a.call_part("i", "n", "{}")]
 
 
-@pytest.mark.parametrize("preset", a.PROFILES)
+@pytest.mark.parametrize("preset", a.PRESETS)
 @pytest.mark.parametrize("format", ["chat", "messages", "responses"])
 def test_every_preset_has_a_profile_in_every_format(preset, format):
     profile = a.profile_for(preset, "some-model", format)

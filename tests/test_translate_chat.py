@@ -467,7 +467,6 @@ def test_system_text_is_written() -> None:
     assert messages_of(system=[billing, a.text_part("a"), a.text_part("b")])[0] == {"role": "system", "content": "a\n\nb"}      # m105
     assert messages_of(system=[a.text_part("a"), a.text_part("b", MARK)], profile=OPENROUTER)[0]["content"] == [
         {"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": MARK}]
-    assert messages_of(system=[a.text_part("a")], profile=a.Profile(system_role="developer"))[0]["role"] == "developer"
     assert messages_of(system=[]) == HI
 
 
