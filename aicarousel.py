@@ -4689,20 +4689,19 @@ def repairs_of(state: RoutingState, route: Route, utc: float) -> tuple[Repair, .
 
 
 def repair_row(repair: Repair) -> Json:
-    """A repair as it is stored and shown."""
+    """A repair as it is stored."""
     return {"field": repair.field, "how": repair.how, "to": repair.to, "value": repair.value, "until_utc": repair.until_utc}
 
 
-def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Put back what was stored: kind, model key, JSON. Rows that another version wrote otherwise are passed over."""
-    for kind, key, text in rows:
+def load_learned(state: RoutingState, repairs: Mapping[str, Sequence[Json]], windows: Mapping[str, Sequence[Any]]) -> None:
+    """Go on with the repairs and windows of another process, by model; what is not understood is passed over."""
+    for key, rows in repairs.items():
+        with contextlib.suppress(TypeError):
+            state.repairs[key] = tuple(Repair(**row) for row in rows)
+    for key, row in windows.items():
         with contextlib.suppress(ValueError, TypeError):
-            value = json.loads(text)
-            if kind == "repairs":
-                state.repairs[key] = tuple(Repair(**row) for row in value)
-            elif kind == "window":
-                n_tokens, until_utc, shared = value
-                state.windows[key] = ContextWindow(int(n_tokens), float(until_utc), bool(shared))
+            n_tokens, until_utc, shared = row
+            state.windows[key] = ContextWindow(int(n_tokens), float(until_utc), bool(shared))
 
 
 def still_listed(route: Route) -> str:
@@ -13468,6 +13467,13 @@ _MIGRATIONS: tuple[_Migration, ...] = (
     ), ("DROP TABLE learned",)),
     # What routing has learned, as JSON that only sections 7 and 8 understand.
     _Migration("routing", ("CREATE TABLE routing (key TEXT PRIMARY KEY, state TEXT NOT NULL)",), ("DROP TABLE routing",)),
+    # All of it in one table, under "kind key"; a week is how long rows were kept that say nothing of it themselves.
+    _Migration("joined", ("INSERT OR REPLACE INTO routing SELECT kind || ' ' || key, value FROM learned", "DROP TABLE learned"), (
+        "CREATE TABLE learned (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, until_utc REAL NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
+        """INSERT INTO learned SELECT substr(key, 1, instr(key, ' ') - 1), substr(key, instr(key, ' ') + 1), state, strftime('%s', 'now') + 7 * 86400
+            FROM routing WHERE key LIKE 'repairs %' OR key LIKE 'window %'""",
+        "DELETE FROM routing WHERE key LIKE 'repairs %' OR key LIKE 'window %'",
+    )),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -14225,15 +14231,6 @@ class UsageRow(NamedTuple):
     price: str                 #: the price that was applied and where from, "" for none
 
 
-class LearnedRow(NamedTuple):
-    """Something that was learned of a provider and is worth keeping over a restart. Field names are the columns of the table `learned`."""
-    kind: str
-    key: str
-    value: str                 #: JSON
-    until_utc: float           #: seconds since 1970
-
-
-_INSERT_LEARNED = "INSERT OR REPLACE INTO learned (kind, key, value, until_utc) VALUES (?, ?, ?, ?)"
 _INSERT_USAGE = f"INSERT OR IGNORE INTO usage ({', '.join(UsageRow._fields)}) VALUES ({', '.join('?' * len(UsageRow._fields))})"
 
 
@@ -14279,7 +14276,7 @@ class UsageWriter:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic, utc: Callable[[], float] = time.time) -> None:
         self.path, self._clock, self._utc = path, clock, utc
-        self._queue: queue.SimpleQueue[UsageRow | LearnedRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[UsageRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
         self.keep_rows, self.keep_days = MAX_COUNT, 0      #: of the usage table; 0 days for all
@@ -14288,7 +14285,6 @@ class UsageWriter:
         self._house_seen = (utc(), clock())
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
-        self._learned: dict[tuple[str, str], LearnedRow] = {}
         self._routing: dict[str, str] | None = None
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
@@ -14309,19 +14305,6 @@ class UsageWriter:
         """For /health: whether the database takes rows, how many wait for it, how many were given up, what was mended."""
         return {"state": "failing" if self._failing else "ok", "waiting": self._queue.qsize() + len(self._rows), "dropped": self.n_dropped, "mended": self.mended or None}
 
-    def learn(self, row: LearnedRow) -> None:
-        """Queue `row`, in the place of an older one of its kind and key; never waits, never raises."""
-        self._queue.put(row)
-
-    def learned(self, now_utc: float) -> list[LearnedRow]:
-        """What was learned and still holds; nothing where the database cannot be read, since routing goes on without it."""
-        try:
-            with contextlib.closing(open_for_reading(self.path, RING_BUSY_S)) as connection:
-                return [LearnedRow(*row) for row in connection.execute("SELECT kind, key, value, until_utc FROM learned WHERE until_utc > ?", (now_utc,))]
-        except sqlite3.Error as error:
-            STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
-            return []
-
     def save_routing(self, rows: dict[str, str]) -> None:
         """Queue what routing knows, in place of what was saved before; the latest wins. Never waits, never raises."""
         self._queue.put(rows)
@@ -14341,7 +14324,7 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._rows and not self._learned and self._routing is None:
+            if not self._rows and self._routing is None:
                 with contextlib.suppress(queue.Empty):
                     self._take(self._queue.get(timeout=max(0.0, self._house_at - self._clock())))
             if self._clock() >= self._house_at:
@@ -14357,25 +14340,23 @@ class UsageWriter:
             STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
-    def _take(self, item: UsageRow | LearnedRow | dict[str, str] | threading.Event | None) -> None:
+    def _take(self, item: UsageRow | dict[str, str] | threading.Event | None) -> None:
         if item is None:
             self._stopping = True
         elif isinstance(item, dict):
             self._routing = item
         elif isinstance(item, UsageRow):
             self._rows.append(item)
-        elif isinstance(item, LearnedRow):
-            self._learned[item.kind, item.key] = item
         else:
             self._flushes.append(item)
 
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
-        self._failing = bool(self._rows or self._learned or self._routing is not None) and not self._write()
+        self._failing = bool(self._rows or self._routing is not None) and not self._write()
         while len(self._rows) > MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
-        if not self._rows and not self._learned and self._routing is None:
+        if not self._rows and self._routing is None:
             while self._flushes:
                 self._flushes.pop().set()
 
@@ -14389,9 +14370,6 @@ class UsageWriter:
                 self._inode = inode_of(self.path)
             with transact(self._connection, n_tries=WRITER_TRIES):
                 _insert_usage(self._connection, self._rows)
-                if self._learned:
-                    self._connection.executemany(_INSERT_LEARNED, self._learned.values())
-                    self._connection.execute("DELETE FROM learned WHERE until_utc < CAST(strftime('%s', 'now') AS REAL)")
                 if self._routing is not None:
                     self._connection.execute("DELETE FROM routing")
                     self._connection.executemany("INSERT INTO routing VALUES (?, ?)", self._routing.items())
@@ -14401,7 +14379,6 @@ class UsageWriter:
             self._mend(error)
             return False
         self._rows.clear()
-        self._learned.clear()
         self._routing = None
         return True
 
@@ -16070,11 +16047,10 @@ def make_target(provider: Provider, credential: Credential, settings: Settings, 
 class Relay:
     """Attempts, commit and pump for all requests; one for the life of the process."""
 
-    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], keep: Callable[[str, str, Any], None], user_agent: str) -> None:
+    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], user_agent: str) -> None:
         self.world = world
         self.transport = transport
         self.settle = settle
-        self.keep = keep                #: kind, key and JSON value of something that was learned
         self.state = RoutingState()
         self.tokens: Tokens | None = None
         self.config: Config
@@ -16083,7 +16059,7 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
-        self.has_news = False                                #: something was proven that rows() should be saved for
+        self.has_news = False                                #: something was proven or learned that rows() should be saved for
         self.resuming: frozenset[str] = frozenset()          #: providers that may go on with a stream that broke off
         self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
         self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
@@ -16167,21 +16143,24 @@ class Relay:
 
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
-        now = self.world.clock()
-        kinds = (("bucket", ledger_rows(self.state.ledger, now)), ("cooldown", cooldown_rows(self.state, now)))
+        now, utc, state = self.world.clock(), self.world.utc(), self.state
+        repairs = {key: [repair_row(repair) for repair in known if repair.until_utc > utc] for key, known in state.repairs.items()}
+        windows = {key: window for key, window in state.windows.items() if window.until_utc > utc}
+        kinds = (("bucket", ledger_rows(state.ledger, now)), ("cooldown", cooldown_rows(state, now)), ("repairs", repairs), ("window", windows))
         return {f"{kind} {key}": dump_json(row).decode() for kind, rows in kinds for key, row in rows.items()}
 
     def load(self, rows: Mapping[str, str]) -> None:
         """Go on from what rows() gave another process."""
-        found: dict[str, dict[str, Json]] = {"bucket": {}, "cooldown": {}}
+        found: dict[str, dict[str, Any]] = {"bucket": {}, "cooldown": {}, "repairs": {}, "window": {}}
         for name, text in rows.items():
             kind, _, key = name.partition(" ")
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(text)
-                if kind in found and isinstance(row, dict):
+                if kind in found and isinstance(row, dict if kind in ("bucket", "cooldown") else list):
                     found[kind][key] = row
         load_ledger(self.state.ledger, found["bucket"], self.world.clock())
         load_cooldowns(self.state, found["cooldown"], self.world.clock())
+        load_learned(self.state, found["repairs"], found["window"])
 
     def foresee(self, job: Job, sink: Sink) -> Decision:
         """What would be decided for a job as things are, without asking anybody. Raises GatewayError where its model's name leads nowhere."""
@@ -16829,9 +16808,8 @@ class _Run:
         relay, key = self._relay, route.keys[2]
         if failure.reason == "context_overflow":
             shorter = find_shrink(failure, json.loads(sent)) if sent else None
-            window = learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None)
-            if window is not None:
-                relay.keep("window", key, window)
+            if learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None) is not None:
+                relay.has_news = True
             self._needs.note_overflow(self._needs.window(route))
             self._shrink = (route, shorter) if shorter is not None and self._shrink is None else self._shrink
         elif failure.kind == "parameter" and sent:
@@ -16839,7 +16817,7 @@ class _Run:
             cure = learn_repair(relay.state, route, failure, json.loads(sent), relay.world.utc())
             self._repaired = cure is not None
             if relay.state.repairs.get(key) is not before:
-                relay.keep("repairs", key, [repair_row(repair) for repair in relay.state.repairs[key]])
+                relay.has_news = True
                 self._log.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
                                   log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
@@ -17917,9 +17895,9 @@ class Gateway:
         self.usage = usage
         self.world = world
         self.transport = Transport(world)
-        self.relay = Relay(world, self.transport, self._settle, self._keep, f"aicarousel/{__version__}")
-        restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
+        self.relay = Relay(world, self.transport, self._settle, f"aicarousel/{__version__}")
         self.relay.configure(config)
+        self.relay.load(load_routing(usage.path))
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists = ModelLists(self.relay)
@@ -18372,10 +18350,6 @@ class Gateway:
             return self.accounts.admit(request.key, n_tokens, usd)
         finally:
             request.answer_headers += self.accounts.headers(request.key)
-
-    def _keep(self, kind: str, key: str, value: Any) -> None:
-        """Have something that was learned written down."""
-        self.usage.learn(LearnedRow(kind, key, json.dumps(value), self.world.utc() + LEARNED_S))
 
     def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat, wish: Wish | None) -> Job:
         """A checked request as the relay needs it."""
@@ -21379,7 +21353,6 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage.mended = mended
     gateway = Gateway(config, keys, usage, world)
     gateway.recipes, gateway.request_log = page_recipes, request_log
-    gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
