@@ -6,22 +6,18 @@ The recordings live in ../shared beside the checkout; where they are not, the ca
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import re
-import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai SDK is not installed: python -m pip install openai")
 import aicarousel
-from fakes import FAKE_KEY, Gateway, Provider, answer, frame, stream
+from fakes import FAKE_KEY, Gateway, Provider, answer, frame, free_port, load_kit, stream
 from pydantic import BaseModel
 
 Json = dict[str, Any]
@@ -68,14 +64,6 @@ def each(recordings: list[Json]) -> Any:
     return pytest.mark.parametrize("recording", [pytest.param({}, marks=pytest.mark.skip(reason=ABSENT), id="absent")])
 
 
-def load_kit(name: str) -> ModuleType:
-    """A program of ../shared/conformance."""
-    folder = str(SHARED / "conformance")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 @dataclass
 class Stage:
     """A running gateway with one provider per recording, and what that provider was asked."""
@@ -88,12 +76,6 @@ class Stage:
     def asked(self, recording: Json) -> Json:
         """The body that reached the provider last."""
         return next(entry["body"] for entry in reversed(self.replay.log) if entry["id"] == recording["id"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import pytest
 
 import aicarousel
 from aicarousel import ConfigError, KeyRing, UsageRow, UsageWriter
+from fakes import mode_of, rows_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, signals and file locks are POSIX")
 
@@ -70,15 +70,6 @@ def writer(path: Path) -> Iterator[UsageWriter]:
     made = UsageWriter(path)
     yield made
     made.close()
-
-
-def rows_of(path: Path, sql: str) -> list[tuple]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def backups_of(path: Path) -> list[Path]:
