@@ -4858,6 +4858,36 @@ def read_frame(frame: bytes) -> Event:
     return Event(name, "\n".join(data), frame)
 
 
+class Passage:
+    """A provider's stream on its way to a client: feed() and close() give what may go there, attributes tell what was seen.
+
+    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
+    """
+
+    __slots__ = ("content", "done", "error", "broken", "n_content_bytes", "n_signs", "frames")
+    _look: Callable[[bytes], bytes]         #: what of whole frames may go to the client; each format's own
+
+    def __init__(self) -> None:
+        self.content = False                #: something of the answer itself has come
+        self.done = False                   #: its end has come
+        self.error: Any = None              #: what the format's find_error found
+        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
+        self.n_content_bytes = 0            #: for an estimate where no usage comes
+        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
+        self.frames = FrameSplitter()
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of `chunk`, and of what was kept before it, may go to the client now."""
+        if self.done or self.error or self.broken:
+            return b""
+        try:
+            block = self.frames.feed(chunk)
+        except UpstreamFailure as failure:
+            self.broken = failure.reason
+            return b""
+        return self._look(block) if block else b""
+
+
 class EventReader:
     """Bytes in, whole events out: FrameSplitter and read_frame together, for readers that look at every event."""
 
@@ -7643,23 +7673,15 @@ def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
     return "", chat_usage(body)
 
 
-class ChatPassage:
-    """A provider's Chat stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class ChatPassage(Passage):
+    """A provider's Chat stream on its way through."""
 
-    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "frames", "_echo", "_prefix", "_suffix", "_last", "_called")
+    __slots__ = ("usage", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_prefix", "_suffix", "_last", "_called")
 
     def __init__(self, *, wants_usage: bool, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """n_prompt_tokens: an estimate, for a client that wants usage from a provider that tells none."""
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the end mark has come
+        super().__init__()
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_chat_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._reason: str | None = None     #: the first finish reason
         self._unfinished: set[str] = set()  #: choices that have begun and not finished
         self._finished: set[str] = set()
@@ -7667,7 +7689,6 @@ class ChatPassage:
         self._n_prompt_tokens = n_prompt_tokens
         self._usage_shown = False
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._prefix = self._suffix = b""   #: what the last event of plain text had around its text
         self._last: Json = {}
         self._called = False
@@ -7695,19 +7716,6 @@ class ChatPassage:
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
         return b": keep-alive\n\n"
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        if not block:
-            return b""
-        return self._look(block)
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -9738,7 +9746,7 @@ def call_item_args(item: Json) -> str:
 
 
 ##############################################################################
-# 21. Responses answers                                   pure | uses 1-2, 9-11, 16-17, 20
+# 21. Responses answers                                   pure | uses 1, 9-11, 16-17, 20
 ##############################################################################
 # The other half of Responses: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_responses.py.
 
@@ -10396,25 +10404,16 @@ def judge_responses_answer(body: Any) -> tuple[str, Usage | None]:
 _TEXT_DELTA_FRAME = b"event: response.output_text.delta\n"
 
 
-class ResponsesPassage:
-    """A provider's Responses stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class ResponsesPassage(Passage):
+    """A provider's Responses stream on its way through."""
 
-    Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "frames", "_echo", "_overhead", "_began", "_open_call", "_response")
+    __slots__ = ("finish", "usage", "sequence", "_echo", "_overhead", "_began", "_open_call", "_response")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the last event has come
+        super().__init__()
         self.finish: str | None = None      #: completed or incomplete
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_responses_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every event
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
         self.sequence = 0                   #: number of the last event
         self._began = self._open_call = False
@@ -10424,17 +10423,6 @@ class ResponsesPassage:
     def calling(self) -> bool:
         """Whether a tool call is open."""
         return self._open_call
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        return self._look(block) if block else b""
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -11575,26 +11563,17 @@ def _shows(block: Any) -> bool:
     return isinstance(block, dict) and (block.get("type") not in ("text", "thinking") or any(block.get(name) for name in ("text", "thinking", "signature")))
 
 
-class MessagesPassage:
-    """A provider's Messages stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class MessagesPassage(Passage):
+    """A provider's Messages stream on its way through."""
 
-    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "frames", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
+    __slots__ = ("finish", "usage", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """wants_usage is what other formats' passages ask; a Messages stream always carries its usage."""
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the end mark has come
+        super().__init__()
         self.finish: str | None = None      #: the first stop reason
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_messages_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._prefix = b""                  #: what the last plain delta had before its text
         self._raw_usage: Json = {}
         self._called = self._open_call = False
@@ -11607,17 +11586,6 @@ class MessagesPassage:
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
         return _PING
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        return self._look(block) if block else b""
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -12677,27 +12645,20 @@ class HeldPassage:
         return self._passage.failed(error, self._shown)
 
 
-class Translation:
-    """A provider's stream on its way to a client of another format: a passage's interface around reader, holder, filler and writer.
+class Translation(Passage):
+    """A provider's stream on its way to a client of another format: a passage around reader, holder, filler and writer.
 
     The writer is the request's own, since keep-alives may have gone through it; it is touched only once there is content, and then for good.
     """
 
-    __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
-                 "frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
+    __slots__ = ("finish", "kept", "_usage", "_counted", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
-        self.content = False
-        self.done = False
+        super().__init__()
         self.finish: str | None = None
         self._usage: Usage | None = None
         self._counted: Json = reader.counted
-        self.error: Any = None
-        self.broken = ""
-        self.n_content_bytes = 0
-        self.n_signs = 0
         self.kept: list[Json] = []              #: thinking and calls of the answer, for the memo
-        self.frames = FrameSplitter()
         self._reader = reader
         self._holder = CallHolder(live)
         self._filler = UsageFiller(n_prompt_tokens)
@@ -12719,15 +12680,7 @@ class Translation:
             self._usage = _usage_of(self._counted) if any(self._counted.values()) else None
         return self._usage
 
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
+    def _look(self, block: bytes) -> bytes:
         frames = iter(split_frames(block)) if b"\r" in block else None
         position, n_tries = 0, _RUN_TRIES if self._reads_runs and frames is None else 0
         while position < len(block):
