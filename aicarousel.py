@@ -493,12 +493,8 @@ class Profile:
     custom_tools: bool = False
     namespaces: bool = False
     hosted: bool = False                     #: its own server-run tools may be offered
-    via_hub: bool = False
     own_ids: bool = False
     merge_choices: bool = False
-    think_open: bool = False
-    name_fragments: bool = False
-    repeats_args: bool = False
     note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
     thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
     prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
@@ -4969,11 +4965,6 @@ def write_alike(before: bytes, texts: Sequence[str], after: bytes) -> bytes:
 
 # ---- Parts and deltas
 
-#: Reasons a delta of kind stop may carry.
-STOP_REASONS: tuple[str, ...] = ("end", "length", "tool", "sequence", "filter", "refusal", "pause", "context")
-
-
-
 def new_hub(client: Format, model: str, stream: bool) -> Json:
     """An empty hub request, for readers to fill."""
     return {"client": client, "model": model, "stream": stream, "turns": [], "extra": {}, "meta": {}, "dropped": []}
@@ -5053,7 +5044,7 @@ def usage_delta(usage: Json) -> Json:
 
 
 def stop_delta(reason: str, sequence: str | None = None, details: Json | None = None) -> Json:
-    """The proper end."""
+    """The proper end; reason: end, length, tool, sequence, filter, refusal, pause or context."""
     return {"delta": "stop", "reason": reason, **({"sequence": sequence} if sequence else {}), **({"details": details} if details else {})}
 
 
@@ -6189,7 +6180,7 @@ def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
         ready["tools"] = fitted
 
 
-def stub_tools(ready: Json, names: Names) -> None:
+def stub_tools(ready: Json) -> None:
     """Anthropic wants tools wherever the history has calls: one stub per name, not to be called."""
     called = dict.fromkeys(part["name"] for turn in ready["turns"] for part in turn["parts"] if part["type"] == "call")
     if called:
@@ -6677,7 +6668,7 @@ def prepare(hub: Json, profile: Profile) -> Json:
         ready["system"] = system_parts(ready["system"], profile)
     fit_tools(ready, profile, names)
     if profile.family == "anthropic" and profile.format == "messages" and "tools" not in ready:
-        stub_tools(ready, names)
+        stub_tools(ready)
     if ready.get("choice", {}).get("mode") != "none" or "tools" in hub:
         fit_choice(ready, profile, names)
     fit_max_out(ready, profile)
@@ -7115,7 +7106,7 @@ class Serialiser:
 
     def cite(self, record: Json) -> None:
         """A citation of the text before it."""
-        self._give({"delta": "cite", **record})
+        self._give(cite_delta(**record))
 
     def opaque(self, family: str, data: Any, text: str = "") -> None:
         """A block of the provider's own kind."""
@@ -7305,30 +7296,18 @@ _BROKEN = error_delta(502, "The provider stopped with an error.", "server_error"
 
 
 class TagSplitter:
-    """Splits <think> off the beginning of an answer's text, the same for every way the text was cut.
-
-    mode: auto (only when the answer begins with the tag), open (it begins inside), off.
-    """
+    """Splits <think> off the beginning of an answer's text, the same for every way the text was cut."""
 
     __slots__ = ("_mode", "_rest")
 
-    def __init__(self, mode: str = "auto") -> None:
-        self._mode = {"auto": "begin", "open": "inside_begin", "off": "off"}[mode]
+    def __init__(self) -> None:
+        self._mode = "begin"            #: then inside_begin, inside, after where the tag leads, and off
         self._rest = ""
 
     @property
     def is_off(self) -> bool:
         """Whether all that comes is text."""
         return self._mode == "off"
-
-    def stop(self) -> list[tuple[str, str]]:
-        """No tags are to be expected any more, since thinking came by a field; what was kept back is text."""
-        kept, self._rest = self._rest, ""
-        if self._mode == "begin":
-            self._mode = "off"
-            return [("text", kept)] if kept else []
-        self._rest = kept
-        return []
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """("think" | "text", text) pieces, in order, none empty."""
@@ -8376,8 +8355,6 @@ class _ChatCall:
     key: int
     place: tuple[Any, Any]                    #: number of the choice, index
     id: str = ""
-    name: str = ""                            #: fragments so far, for providers that cut names
-    sent: str = ""                            #: arguments so far, for providers that repeat them
     freeform: list[str] | None = None         #: text of a freeform call; its arguments are known at its end
 
 
@@ -8411,7 +8388,7 @@ class ChatStreamReader:
         self.done = False
         self._out = Serialiser(source)
         self._source = source
-        self._splitter: TagSplitter | None = TagSplitter("open" if source.profile.think_open else "auto")   # None: thinking comes by a field
+        self._splitter: TagSplitter | None = TagSplitter()   # None: thinking comes by a field
         self._prefix = self._suffix = ""         # what the last event of plain text had around its text
         self._around: tuple[bytes, bytes] | None = None      # the same of its whole frame
         self._calls: list[_ChatCall] = []
@@ -8624,9 +8601,6 @@ class ChatStreamReader:
         known = self._find_call(call_id, call.get("index"), bool(name), number)
         if "custom" in call and known.freeform is None:
             known.freeform = []
-        if self._source.profile.name_fragments:
-            known.name += name if name != known.name else ""
-            name = known.name if value else ""
         self._details = []
         self._out.call(known.key, call_id, name, "function" if known.freeform is None else "custom")
         if call.get("extra_content"):
@@ -8658,17 +8632,11 @@ class ChatStreamReader:
             return
         if not isinstance(value, str) and self._out.whole(call.key):
             return
-        if self._source.profile.repeats_args:
-            if call.sent and text == call.sent:
-                return
-            call.sent += text
         self._out.args(call.key, text)
 
     def _end_calls(self) -> None:
-        """What calls so far had kept back: a name in pieces, freeform text."""
+        """The freeform text that calls so far had kept back."""
         for call in self._calls:
-            if call.name:
-                self._out.call(call.key, call.id, call.name)
             if call.freeform:
                 self._out.args(call.key, freeform_args("".join(call.freeform)))
                 call.freeform = []
@@ -9730,6 +9698,7 @@ _ITEM_WRITERS: Mapping[str, Callable[[Json, Mapping[str, str]], Json]] = {
     "think": _write_reasoning_item, "call": _write_call_item, "result": _write_result_item, "opaque": lambda part, kinds: part["data"]}
 
 
+#: Items that are calls for the client to run, and their kind in the hub.
 CALL_ITEM_KINDS: Mapping[str, str] = {"function_call": "function", "custom_tool_call": "custom", "local_shell_call": "shell", "tool_search_call": "search"}
 
 
@@ -9751,9 +9720,6 @@ def call_item_args(item: Json) -> str:
 # The other half of Responses: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_responses.py.
 
 # ---- Answers: events to deltas
-
-#: Items that are calls for the client to run, and their kind in the hub.
-
 
 @dataclass(slots=True)
 class _SeenItem:
@@ -12549,7 +12515,7 @@ def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile) -> 
         return profile.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
-    if client != profile.format or profile.via_hub or b"aic1." in raw or (not profile.images and b"image" in raw):
+    if client != profile.format or b"aic1." in raw or (not profile.images and b"image" in raw):
         return False
     if profile.tool_schema and body.get("tools"):       # its subset of JSON Schema, and signatures on calls that the memo keeps
         return False
@@ -12589,7 +12555,7 @@ def translate_request(hub: Json, profile: Profile, edits: Edits = NO_EDITS) -> t
 
 def count_request(raw: bytes, body: Json, hub: Json, profile: Profile) -> bytes:
     """The body that asks a provider that speaks Messages for the tokens of a Messages request. Raises UpstreamFailure("fit")."""
-    if b"aic1." not in raw and not profile.via_hub:
+    if b"aic1." not in raw:
         return pass_request(raw, body, profile.model, ())[0]
     made, _ = translate_request(hub, profile)
     return dump_json({name: value for name, value in made.items() if name in _COUNTED_FIELDS})
@@ -16865,9 +16831,8 @@ class _Run:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
         if self._seam is not None:
-            source = self._source()._replace(profile=replace(self._profile, think_open=False))
             route = self._attempts[-1].route
-            return Translation(self._wire.reader(source), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
+            return Translation(self._wire.reader(self._source()), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
         if self._spoke and self._job.client == "responses":
             self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
