@@ -5091,6 +5091,32 @@ def _cited(parts: list[Json]) -> Json:
 
 # ---- Reading helpers
 
+Fields = Mapping[str, tuple[tuple[type, ...], str]]
+#: What a field of a request may be, in the words of the complaint.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "a string": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float), "an object": (dict,), "a list": (list,), "a string or a list": (str, list),
+    "a string or an object": (str, dict)}
+
+
+def fields_of(names_by_kind: Mapping[str, str]) -> Fields:
+    """What each field may be; the names of one kind are parted by spaces."""
+    return {name: (_KINDS[kind], kind) for kind, names in names_by_kind.items() for name in names.split()}
+
+
+def check_fields(body: Any, fields: Fields, counts: Sequence[str] = ()) -> None:
+    """Raises GatewayError 400 unless `body` is an object whose fields are what `fields` says, and `counts` at least 1; null passes, and so do unknown ones."""
+    if not isinstance(body, dict):
+        raise bad_request("The body must be a JSON object.")
+    for name, value in body.items():
+        if value is not None and name in fields:
+            types, expected = fields[name]
+            if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
+                raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
+    for name in counts:
+        if body.get(name) is not None and body[name] < 1:
+            raise bad_request(f"{name} must be at least 1.", param=name, code="invalid_value")
+
+
 def drop(hub: Json, *names: str) -> None:
     """Note what was left out, for the header x-aicarousel-dropped."""
     hub["dropped"].extend(name for name in names if name not in hub["dropped"])
@@ -5112,6 +5138,35 @@ def is_blank(text: str) -> bool:
 def empty_id(value: Any) -> bool:
     """Whether an id says nothing: missing, null, "", "null"."""
     return not isinstance(value, str) or value.strip() in ("", "null", "None", "undefined")
+
+
+def only_object(value: Any) -> Json:
+    """An object, {} for anything else: what others send is never trusted to have its shape."""
+    return value if isinstance(value, dict) else {}
+
+
+def dict_in(value: Json, name: str) -> Json:
+    """The object under `name`, {} for anything else."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else {}
+
+
+def dicts_in(value: Json, name: str) -> list[Json]:
+    """The objects in the list under `name`."""
+    inner = value.get(name)
+    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
+
+
+def str_in(value: Json, name: str) -> str:
+    """The text under `name`, "" for anything else."""
+    inner = value.get(name)
+    return inner if isinstance(inner, str) else ""
+
+
+def nested_in(value: Json, name: str) -> Json:
+    """The object under `name`, where one format has it, or the object itself, as the other writes it."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else value
 
 
 def rest_of(body: Json, known: Collection[str]) -> Json:
@@ -5159,6 +5214,20 @@ def read_stop(value: Any) -> list[str]:
     """Stop strings of a request: a string, a list or nothing."""
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [item for item in values if isinstance(item, str) and item]
+
+
+#: The hub's modes for the words of tool_choice in Chat and Responses.
+CHOICE_WORDS: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+
+
+def read_format(form: Json) -> Json | None:
+    """The hub's format for what Chat and Responses ask of an answer's; None where they ask nothing."""
+    if form.get("type") == "json_object":
+        return {"kind": "json"}
+    if form.get("type") != "json_schema":
+        return None
+    inner = nested_in(form, "json_schema")
+    return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
 
 
 _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"), (b"%PDF", "application/pdf"))
@@ -7411,52 +7480,23 @@ class CallHolder:
 ROUTING_FIELDS = frozenset({"api_base", "base_url", "api_key", "headers", "extra_headers", "extra_body", "custom_llm_provider", "mock_response", "fallbacks", "user_config"})
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-_NUMBER = (int, float)
-CHAT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "stream": ((bool,), "a boolean"),
-    "stream_options": ((dict,), "an object"),
-    "max_tokens": ((int,), "an integer"),
-    "max_completion_tokens": ((int,), "an integer"),
-    "n": ((int,), "an integer"),
-    "temperature": (_NUMBER, "a number"),
-    "top_p": (_NUMBER, "a number"),
-    "presence_penalty": (_NUMBER, "a number"),
-    "frequency_penalty": (_NUMBER, "a number"),
-    "seed": ((int,), "an integer"),
-    "stop": ((str, list), "a string or a list"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((str, dict), "a string or an object"),
-    "parallel_tool_calls": ((bool,), "a boolean"),
-    "response_format": ((dict,), "an object"),
-    "logprobs": ((bool,), "a boolean"),
-    "top_logprobs": ((int,), "an integer"),
-    "logit_bias": ((dict,), "an object"),
-    "user": ((str,), "a string"),
-    "metadata": ((dict,), "an object"),
-    "reasoning_effort": ((str,), "a string"),
-}
-_ANYTHING: tuple[tuple[type, ...], str] = ((object,), "")
-_AT_LEAST_ONE = ("max_tokens", "max_completion_tokens", "n")
-
-
-def check_fields(body: Any, fields: Mapping[str, tuple[tuple[type, ...], str]]) -> None:
-    """Raise GatewayError 400 unless `body` is an object whose known fields are of the types that `fields` gives; unknown ones may be anything."""
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
-    for name, value in body.items():
-        types, expected = fields.get(name, _ANYTHING)
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
-    for name in _AT_LEAST_ONE:
-        if body.get(name) is not None and body[name] < 1:
-            raise bad_request(f"{name} must be at least 1.", param=name, code="invalid_value")
+CHAT_FIELDS = fields_of({
+    "a string": "model user reasoning_effort",
+    "a boolean": "stream parallel_tool_calls logprobs",
+    "an integer": "max_tokens max_completion_tokens n seed top_logprobs",
+    "a number": "temperature top_p presence_penalty frequency_penalty",
+    "an object": "stream_options response_format logit_bias metadata",
+    "a list": "tools",
+    "a string or a list": "stop",
+    "a string or an object": "tool_choice",
+})
+CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")      #: fields that are at least 1
 
 
 def check_chat_request(body: Any) -> Json:
     """The body when it is a Chat request by its structure, flat tools nested. Raises GatewayError 400 that names the first field that is not."""
     body = _nested_tools(body)
-    check_fields(body, CHAT_FIELDS)
+    check_fields(body, CHAT_FIELDS, CHAT_COUNTS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list with at least one message.", param="messages", code="invalid_type")
@@ -7888,7 +7928,6 @@ _CHAT_META: Mapping[str, str] = {
     "metadata": "metadata",
     "store": "store",
 }
-_CHAT_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 #: Where an answer or a message of the history has its thinking; the first that holds text counts.
 _CHAT_THINK_FIELDS = ("reasoning_content", "reasoning", "reasoning_text", "cot_summary", "thinking")
 _CHAT_THINK_MODES: Mapping[str, str] = {"enabled": "on", "disabled": "off", "adaptive": "auto"}
@@ -7916,7 +7955,7 @@ def chat_read_request(body: Any) -> Json:
         "max_out": body.get("max_tokens") if max_out is None else max_out,
         "sampling": {name: body[name] for name in _CHAT_SAMPLING if body.get(name) is not None},
         "stop": read_stop(body.get("stop")),
-        "format": _read_chat_format(body.get("response_format") or {}),
+        "format": read_format(body.get("response_format") or {}),
         "think": _read_chat_think(body),
         "meta": _read_chat_meta(body),
         "legacy": bool(legacy and not tools) or None,      # the answer is to hold function_call instead of tool_calls
@@ -7926,15 +7965,6 @@ def chat_read_request(body: Any) -> Json:
     if extra:
         hub["extra"] = {"chat": extra}
     return hub
-
-
-def _chat_object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _chat_inner(value: Json, name: str) -> Json:
-    """The object under `name`, or the object itself where a client wrote it flat."""
-    return value[name] if isinstance(value.get(name), dict) else value
 
 
 def _read_chat_message(hub: Json, message: Json, where: str) -> None:
@@ -8019,7 +8049,7 @@ def _read_chat_parts(content: Any, where: str) -> list[Json]:
         place = f"{where}.content[{index}]"
         read = _CHAT_PART_READERS.get(part.get("type")) if isinstance(part, dict) else None
         if read is None:
-            raise bad_request(f'{place}: unknown part type "{_chat_object(part).get("type")}"', param=place, code="invalid_value")
+            raise bad_request(f'{place}: unknown part type "{only_object(part).get("type")}"', param=place, code="invalid_value")
         made = read(part, place)
         parts.append({**made, "cache": part["cache_control"]} if isinstance(part.get("cache_control"), dict) else made)
     return parts
@@ -8047,7 +8077,7 @@ def _read_chat_image(part: Json, place: str) -> Json:
 
 
 def _read_chat_file(part: Json, place: str) -> Json:
-    told = _chat_inner(part, "file")
+    told = nested_in(part, "file")
     name = told.get("filename") if isinstance(told.get("filename"), str) else None
     if isinstance(told.get("file_id"), str):
         return {"type": "file", "file_id": told["file_id"], **({"name": name} if name else {})}
@@ -8060,7 +8090,7 @@ def _read_chat_document(part: Json, place: str) -> Json:
 
 
 def _read_chat_audio(part: Json, place: str) -> Json:
-    audio = _chat_object(part.get("input_audio"))
+    audio = dict_in(part, "input_audio")
     return {"type": "audio", "data": _chat_source(audio.get("data") or part.get("input_audio"), place), "format": audio.get("format")}
 
 
@@ -8097,13 +8127,13 @@ def _read_chat_tool(tool: Json, where: str) -> Json:
     if kind not in ("function", "custom"):
         family = "anthropic" if re.search(r"_20\d{6}\Z", kind) else kind.partition(":")[0] if ":" in kind else "openai"
         return {"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool, **cache}
-    inner = _chat_object(tool.get(kind))
+    inner = dict_in(tool, kind)
     if not isinstance(inner.get("name"), str):
         raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
-    form = _chat_object(inner.get("format"))
+    form = dict_in(inner, "format")
     about, schema = inner.get("description"), inner.get("parameters")
     told = {"description": about if isinstance(about, str) else None, "schema": schema if kind == "function" and isinstance(schema, dict) else None, "strict": inner.get("strict"),
-            "grammar": _chat_inner(form, "grammar") if form.get("type") == "grammar" else None}
+            "grammar": nested_in(form, "grammar") if form.get("type") == "grammar" else None}
     grammar = told["grammar"]
     if grammar:
         told["grammar"] = {"syntax": grammar.get("syntax"), "definition": grammar.get("definition")}
@@ -8113,37 +8143,27 @@ def _read_chat_tool(tool: Json, where: str) -> Json:
 def _read_chat_choice(value: Any) -> Json | None:
     """The hub's choice for tool_choice or the older function_call; None for a word nobody knows."""
     if isinstance(value, str):
-        return {"mode": _CHAT_CHOICES[value]} if value in _CHAT_CHOICES else None
+        return {"mode": CHOICE_WORDS[value]} if value in CHOICE_WORDS else None
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
     if not isinstance(kind, str):
         return None
     if kind == "allowed_tools":
-        allowed = _chat_inner(value, "allowed_tools")
-        names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
+        allowed = nested_in(value, "allowed_tools")
+        names = [str(nested_in(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
         return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
-    if kind in _CHAT_CHOICES:
-        return {"mode": _CHAT_CHOICES[kind]}
+    if kind in CHOICE_WORDS:
+        return {"mode": CHOICE_WORDS[kind]}
     if kind in ("function", "custom", "tool"):
-        choice = {"mode": "tool", "name": str(_chat_inner(value, kind).get("name") or "")}
+        choice = {"mode": "tool", "name": str(nested_in(value, kind).get("name") or "")}
         return {**choice, "kind": "custom"} if kind == "custom" else choice
     return {"mode": "tool", "name": str(value.get("name") or kind), "kind": "hosted"}
 
 
-def _read_chat_format(form: Json) -> Json | None:
-    if form.get("type") == "json_object":
-        return {"kind": "json"}
-    if form.get("type") != "json_schema":
-        return None
-    inner = _chat_inner(form, "json_schema")
-    told = {name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}
-    return {"kind": "schema", "schema": _chat_object(inner.get("schema")), **told}
-
-
 def _read_chat_think(body: Json) -> Json:
     """What was asked of thinking, by any of the words providers have for it."""
-    reasoning, thinking, template = (_chat_object(body.get(name)) for name in ("reasoning", "thinking", "chat_template_kwargs"))
+    reasoning, thinking, template = (dict_in(body, name) for name in ("reasoning", "thinking", "chat_template_kwargs"))
     effort = body.get("reasoning_effort") or reasoning.get("effort")
     budget = reasoning.get("max_tokens") or thinking.get("budget_tokens")
     flags = [flag for flag in (reasoning.get("enabled"), body.get("enable_thinking"), template.get("enable_thinking")) if isinstance(flag, bool)]
@@ -8160,7 +8180,7 @@ def _read_chat_think(body: Json) -> Json:
 def _read_chat_meta(body: Json) -> Json:
     told = {name: body.get(field_name) for name, field_name in _CHAT_META.items()}
     told |= {"n": told["n"] if told["n"] != 1 else None, "logprobs": told["logprobs"] or None, "cache_auto": body.get("cache_control"),
-             "include_usage": _chat_object(body.get("stream_options")).get("include_usage") is True or None}
+             "include_usage": dict_in(body, "stream_options").get("include_usage") is True or None}
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -8175,10 +8195,10 @@ _CHAT_PARTLY_READ: Mapping[str, tuple[str, ...]] = {
 def _chat_extra(body: Json) -> Json:
     extra = rest_of(body, _CHAT_READ_FIELDS.union(_CHAT_SAMPLING, _CHAT_META.values()))
     for name, known in _CHAT_PARTLY_READ.items():
-        more = rest_of(_chat_object(body.get(name)), known)
+        more = rest_of(dict_in(body, name), known)
         if more:
             extra[name] = more
-    if _chat_object(body.get("response_format")).get("type") not in (None, "text", "json_object", "json_schema"):
+    if dict_in(body, "response_format").get("type") not in (None, "text", "json_object", "json_schema"):
         extra["response_format"] = body["response_format"]
     return extra
 
@@ -8478,7 +8498,7 @@ class ChatStreamReader:
     def _learn(self, chunk: Json, data: str) -> None:
         """Keep what stands around the text of an event that says nothing but its text."""
         choices = chunk.get("choices")
-        choice = _chat_object(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
+        choice = only_object(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
         delta = choice.get("delta")
         if not isinstance(delta, dict) or not isinstance(delta.get("content"), str) or choice.get("finish_reason") or choice.get("index"):
             return
@@ -8494,13 +8514,13 @@ class ChatStreamReader:
         usage = chunk.get("usage")
         if not usage:
             choices = chunk.get("choices")
-            usage = _chat_object(chunk.get("x_groq")).get("usage") or (_chat_object(choices[0]).get("usage") if isinstance(choices, list) and choices else None)
+            usage = dict_in(chunk, "x_groq").get("usage") or (only_object(choices[0]).get("usage") if isinstance(choices, list) and choices else None)
         if usage:
             self._out.usage(read_usage("chat", usage))
 
     def _take_choice(self, choice: Json) -> None:
         delta = choice.get("delta")
-        delta = delta if isinstance(delta, dict) else _chat_object(choice.get("message"))
+        delta = delta if isinstance(delta, dict) else dict_in(choice, "message")
         if delta.keys() - _CHAT_SPOKEN:
             self._take_more(delta, choice.get("index"))
         else:
@@ -8524,7 +8544,7 @@ class ChatStreamReader:
             self._refused = True
             self._out.refuse(delta["refusal"])
         for annotation in delta["annotations"] if isinstance(delta.get("annotations"), list) else ():
-            self._cite(_chat_inner(_chat_object(annotation), "url_citation"))
+            self._cite(nested_in(only_object(annotation), "url_citation"))
         for name in _CHAT_MEDIA:
             if delta.get(name):
                 self._out.opaque("chat", {name: delta[name]})
@@ -8590,7 +8610,7 @@ class ChatStreamReader:
     def _cite_sources(self) -> None:
         """Citations that stand beside the answer, when none stood in it."""
         for told in self._sources if isinstance(self._sources, list) and not self._cited else ():
-            self._cite({"url": told} if isinstance(told, str) else _chat_object(told))
+            self._cite({"url": told} if isinstance(told, str) else only_object(told))
 
     def _take_call(self, call: Json, number: Any) -> None:
         inner = call.get("function") or call.get("custom")
@@ -8660,7 +8680,7 @@ class ChatStreamReader:
 
     def _recover(self, found: Json) -> bool:
         """Whether the error holds a call that Groq would not pass on and the request's own tools can answer: then that is the answer."""
-        generation = _chat_object(found.get("error")).get("failed_generation")
+        generation = dict_in(found, "error").get("failed_generation")
         offered: Any = _OfferedTools(self._source.names)
         call = recover_call(generation, offered) if not self._calls else None
         if call is None:
@@ -8683,7 +8703,7 @@ def _read_chat_error(found: Json) -> Json:
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
         return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
-    inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
+    inside = only_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
     return {**read_error({"error": inside} if inside else found), "found": found}
 
 
@@ -8698,7 +8718,7 @@ def _answer_chunk(body: Any) -> Any:
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
         return body
     choices = [choice for choice in body["choices"] if isinstance(choice, dict)]
-    return {**body, "choices": [{**choice, "delta": _numbered_calls(_chat_object(choice.get("message")))} for choice in choices]}
+    return {**body, "choices": [{**choice, "delta": _numbered_calls(dict_in(choice, "message"))} for choice in choices]}
 
 
 def _numbered_calls(message: Json) -> Json:
@@ -8875,7 +8895,7 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
         if choices == []:
             continue
         choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
-        delta = _chat_object(choice.get("delta"))
+        delta = dict_in(choice, "delta")
         if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in CONTENT_FIELDS if name not in _BEFORE_TEXT):
             return None
         text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
@@ -8900,7 +8920,7 @@ def _sent_chunks(sent: bytes) -> Iterator[Json]:
     for frame in split_frames(sent):
         data = read_frame(frame).data
         if data:
-            yield _chat_object(json.loads(data))
+            yield only_object(json.loads(data))
 
 
 def _delta_error(delta: Json) -> GatewayError:
@@ -8922,7 +8942,7 @@ def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
     """(finish_reason, refusal still to be told): a refusal whose words are not known at all shows as content_filter."""
     reason = stop["reason"]
     if reason == "refusal" and not refused:
-        explanation = _chat_object(stop.get("details")).get("explanation")
+        explanation = dict_in(stop, "details").get("explanation")
         return ("stop", explanation) if isinstance(explanation, str) and explanation else ("content_filter", "")
     return "function_call" if reason == "tool" and legacy else WRITE_STOPS["chat"][reason], ""
 
@@ -8990,48 +9010,23 @@ def _chat_joined(old: Any, new: Any) -> Any:
 # ---- What a request must look like
 
 _RESPONSES_ROLES = frozenset({"user", "assistant", "system", "developer"})
-_RESPONSES_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "input": ((str, list), "a string or a list"),
-    "instructions": ((str, list), "a string"),
-    "stream": ((bool,), "a boolean"),
-    "stream_options": ((dict,), "an object"),
-    "max_output_tokens": ((int,), "an integer"),
-    "max_tool_calls": ((int,), "an integer"),
-    "temperature": ((int, float), "a number"),
-    "top_p": ((int, float), "a number"),
-    "top_logprobs": ((int,), "an integer"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((str, dict), "a string or an object"),
-    "parallel_tool_calls": ((bool,), "a boolean"),
-    "reasoning": ((dict,), "an object"),
-    "text": ((dict,), "an object"),
-    "include": ((list,), "a list"),
-    "store": ((bool,), "a boolean"),
-    "background": ((bool,), "a boolean"),
-    "previous_response_id": ((str,), "a string"),
-    "metadata": ((dict,), "an object"),
-    "user": ((str,), "a string"),
-    "prompt_cache_key": ((str,), "a string"),
-    "safety_identifier": ((str,), "a string"),
-    "service_tier": ((str,), "a string"),
-    "truncation": ((str,), "a string"),
-    "prompt": ((dict,), "an object"),
-}
+_RESPONSES_FIELDS = fields_of({
+    "a string": "model previous_response_id user prompt_cache_key safety_identifier service_tier truncation",
+    "a boolean": "stream parallel_tool_calls store background",
+    "an integer": "max_output_tokens max_tool_calls top_logprobs",
+    "a number": "temperature top_p",
+    "an object": "stream_options reasoning text metadata prompt",
+    "a list": "tools include",
+    "a string or a list": "input instructions",
+    "a string or an object": "tool_choice",
+})
 #: Any of these makes a request without input whole: the provider holds it.
 _STATE_FIELDS = ("previous_response_id", "prompt", "conversation")
 
 
 def check_responses_request(body: Any) -> Json:
     """The body when it is a Responses request by its structure. Raises GatewayError 400 that names the first field that is not."""
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
-    for name, value in body.items():
-        types, expected = _RESPONSES_FIELDS.get(name, ((object,), ""))
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
-    if body.get("max_output_tokens") is not None and body["max_output_tokens"] < 1:
-        raise bad_request("max_output_tokens must be at least 1.", param="max_output_tokens", code="invalid_value")
+    check_fields(body, _RESPONSES_FIELDS, ("max_output_tokens",))
     items = body.get("input")
     if not items and not any(body.get(name) for name in _STATE_FIELDS):
         raise bad_request("input must be a string or a list with at least one item.", param="input", code="missing_required_parameter")
@@ -9068,7 +9063,7 @@ def _check_responses_tool(tool: Any, where: str) -> None:
     if not isinstance(tool, dict) or not isinstance(tool.get("type", "function"), str):
         raise bad_request(f"{where} must be an object with a type.", param=where, code="invalid_type")
     kind = tool.get("type", "function")
-    if kind in ("function", "custom") and not isinstance(_nested_form(tool, kind).get("name"), str):
+    if kind in ("function", "custom") and not isinstance(nested_in(tool, kind).get("name"), str):
         raise bad_request(f"{where}.name is missing.", param=f"{where}.name", code="missing_required_parameter")
     if kind == "namespace":
         if not isinstance(tool.get("name"), str) or not isinstance(tool.get("tools"), list):
@@ -9086,30 +9081,6 @@ def check_responses_state(body: Json) -> None:
     for index, item in enumerate(items if isinstance(items, list) else ()):
         if item.get("type") == "item_reference":
             raise bad_request("item references need a provider that stores responses", param=f"input[{index}]", code="unsupported_value")
-
-
-def _nested_form(value: Json, name: str) -> Json:
-    """The object under `name`, where clients that mix formats put it, else the object itself."""
-    inner = value.get(name)
-    return inner if isinstance(inner, dict) else value
-
-
-def dict_in(value: Json, name: str) -> Json:
-    """The object under `name`, {} for anything else: what others send is never trusted to have its shape."""
-    inner = value.get(name)
-    return inner if isinstance(inner, dict) else {}
-
-
-def dicts_in(value: Json, name: str) -> list[Json]:
-    """The objects in the list under `name`."""
-    inner = value.get(name)
-    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
-
-
-def str_in(value: Json, name: str) -> str:
-    """A text under a name, empty where there is none."""
-    inner = value.get(name)
-    return inner if isinstance(inner, str) else ""
 
 
 # ---- Requests: body to hub
@@ -9222,7 +9193,7 @@ def _read_item_file(part: Json, where: str) -> Json:
 
 
 def _read_item_audio(part: Json, where: str) -> Json:
-    audio = _nested_form(part, "input_audio")
+    audio = nested_in(part, "input_audio")
     return {"type": "audio", "data": str_in(audio, "data"), "format": str_in(audio, "format")}
 
 
@@ -9359,7 +9330,7 @@ def _read_responses_options(hub: Json, body: Json) -> None:
     choice = _read_responses_choice(body["tool_choice"]) if body.get("tool_choice") is not None else None
     found = {"choice": choice, "parallel": body.get("parallel_tool_calls"), "max_out": body.get("max_output_tokens"),
              "sampling": {name: body[name] for name in ("temperature", "top_p") if body.get(name) is not None} or None,
-             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": _read_text_format(dict_in(dict_in(body, "text"), "format")) or None}
+             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": read_format(dict_in(dict_in(body, "text"), "format"))}
     hub.update({name: value for name, value in found.items() if value is not None})
     include = [name for name in body.get("include") or () if isinstance(name, str)]
     hub["meta"] = _read_responses_meta(body, include)
@@ -9388,29 +9359,17 @@ def _read_reasoning_field(reasoning: Json) -> Json:
     return {"mode": "on", "effort": effort, **shown} if effort else {"mode": "auto", **shown} if show else {}
 
 
-def _read_text_format(form: Json) -> Json:
-    if form.get("type") not in ("json_schema", "json_object"):
-        return {}
-    if form["type"] == "json_object":
-        return {"kind": "json"}
-    inner = _nested_form(form, "json_schema")
-    return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
-
-
-_RESPONSES_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
-
-
 def _read_responses_choice(value: Any) -> Json | None:
     """The hub's choice; None for a word nobody knows."""
     if isinstance(value, str):
-        return {"mode": _RESPONSES_CHOICES[value]} if value in _RESPONSES_CHOICES else None
+        return {"mode": CHOICE_WORDS[value]} if value in CHOICE_WORDS else None
     kind = value.get("type")
     if kind == "allowed_tools":
-        allowed = _nested_form(value, "allowed_tools")
+        allowed = nested_in(value, "allowed_tools")
         names = [_responses_choice_name(tool) for tool in dicts_in(allowed, "tools")]
         return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
-    if isinstance(kind, str) and kind in _RESPONSES_CHOICES:
-        return {"mode": _RESPONSES_CHOICES[kind]}
+    if isinstance(kind, str) and kind in CHOICE_WORDS:
+        return {"mode": CHOICE_WORDS[kind]}
     if kind in ("function", "custom", None):
         return {"mode": "tool", "name": _responses_choice_name(value), **({"kind": "custom"} if kind == "custom" else {})}
     return {"mode": "tool", "name": _responses_choice_name(value), "raw": value}
@@ -9418,7 +9377,7 @@ def _read_responses_choice(value: Any) -> Json | None:
 
 def _responses_choice_name(value: Json) -> str:
     kind = str_in(value, "type") or "function"
-    return str_in(_nested_form(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
+    return str_in(nested_in(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
 
 
 def _hosted_name(raw: Json) -> str:
@@ -9444,9 +9403,9 @@ def _read_responses_tool(tool: Json, namespace: str) -> list[Json]:
         return _read_responses_tools(dicts_in(tool, "tools"), str_in(tool, "name"))
     home = {"namespace": namespace} if namespace else {}
     if kind == "function":
-        return [{**_read_flat_function(_nested_form(tool, "function")), **home, **_responses_tool_rest(tool)}]
+        return [{**_read_flat_function(nested_in(tool, "function")), **home, **_responses_tool_rest(tool)}]
     if kind == "custom":
-        return [{**_read_flat_custom(_nested_form(tool, "custom")), **home, **_responses_tool_rest(tool)}]
+        return [{**_read_flat_custom(nested_in(tool, "custom")), **home, **_responses_tool_rest(tool)}]
     if kind == "local_shell":
         return [{"name": "local_shell", "description": "Runs a command on the user's machine.", "schema": _LOCAL_SHELL_SCHEMA, "kind": "function", "calls": "shell", "raw": tool}]
     if kind == "tool_search" and tool.get("execution") == "client":
@@ -9474,7 +9433,7 @@ def _read_flat_function(function: Json) -> Json:
 
 
 def _read_flat_custom(custom: Json) -> Json:
-    form = _nested_form(dict_in(custom, "format"), "grammar")
+    form = nested_in(dict_in(custom, "format"), "grammar")
     grammar = {"grammar": {"syntax": str_in(form, "syntax"), "definition": form["definition"]}} if str_in(form, "definition") else {}
     about = {"description": custom["description"]} if str_in(custom, "description") else {}
     return {"name": str_in(custom, "name"), "kind": "custom", **about, **grammar}
@@ -10496,25 +10455,15 @@ OWN = "anthropic"                #: whose signatures, server blocks and citation
 
 # ---- Checking
 
-_MESSAGES_NUMBER = (int, float)
-_MESSAGES_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "max_tokens": ((int,), "an integer"),
-    "messages": ((list,), "a list"),
-    "system": ((str, list), "a string or a list"),
-    "stream": ((bool,), "a boolean"),
-    "temperature": (_MESSAGES_NUMBER, "a number"),
-    "top_p": (_MESSAGES_NUMBER, "a number"),
-    "top_k": ((int,), "an integer"),
-    "stop_sequences": ((list,), "a list"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((dict,), "an object"),
-    "thinking": ((dict,), "an object"),
-    "output_config": ((dict,), "an object"),
-    "output_format": ((dict,), "an object"),
-    "metadata": ((dict,), "an object"),
-    "cache_control": ((dict,), "an object"),
-}
+_MESSAGES_FIELDS = fields_of({
+    "a string": "model",
+    "a boolean": "stream",
+    "an integer": "max_tokens top_k",
+    "a number": "temperature top_p",
+    "an object": "tool_choice thinking output_config output_format metadata cache_control",
+    "a list": "messages stop_sequences tools",
+    "a string or a list": "system",
+})
 _MESSAGES_ROLES = ("assistant", "system", "user")
 THREAD_CODE = "thread_unsupported_request"
 
@@ -10524,15 +10473,10 @@ def check_messages_request(body: Any, *, threads: bool = False) -> Json:
 
     max_tokens may be missing, as in a request to count tokens.  threads: the provider keeps conversations itself (only Anthropic does).
     """
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
+    check_fields(body, _MESSAGES_FIELDS)
     if body.get("thread") is not None and not threads:
         # anthropic SDK 2.x reads the details and goes on with the whole history; without them it would lose its history silently
         raise bad_request("thread: conversations are not kept here, send the whole history.", param="thread", code=THREAD_CODE)
-    for name, value in body.items():
-        types, expected = _MESSAGES_TYPES.get(name, ((object,), ""))
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
     if body.get("model") == "" or (body.get("max_tokens") or 0) < 0:
         name, expected = ("model", "a name") if body.get("model") == "" else ("max_tokens", "0 or more")
         raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_value")
@@ -10697,16 +10641,6 @@ def _read_blocks(content: Any) -> list[Json]:
     return [_BLOCK_READERS.get(block["type"], _read_other_block)(block) for block in content or ()]
 
 
-def only_object(value: Any) -> Json:
-    """An object, an empty one for what is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def only_objects(value: Any) -> list[Json]:
-    """The objects of a list, nothing for what is none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def _marked(part: Json, block: Json) -> Json:
     """The part with the block's cache mark."""
     return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
@@ -10714,7 +10648,7 @@ def _marked(part: Json, block: Json) -> Json:
 
 def _read_text_block(block: Json) -> Json:
     part = text_part(block["text"])
-    cites = [read_citation(citation) for citation in only_objects(block.get("citations"))]
+    cites = [read_citation(citation) for citation in dicts_in(block, "citations")]
     return _marked({**part, "cites": cites} if cites else part, block)
 
 
@@ -10809,13 +10743,13 @@ def _inner_text(value: Any) -> str:
 
 def _read_addition_block(block: Json) -> Json:
     """A tool that is to be offered from here on: defined here, or named and defined in the request."""
-    tool = only_object(block.get("tool"))
-    definition = only_object(tool.get("definition"))
+    tool = dict_in(block, "tool")
+    definition = dict_in(tool, "definition")
     return {"type": "tool_change", "add": [_read_tool(definition)] if isinstance(definition.get("name"), str) else [], "named": str(tool.get("name") or ""), "raw": block}
 
 
 def _read_removal_block(block: Json) -> Json:
-    return {"type": "tool_change", "remove": [str(only_object(block.get("tool")).get("name") or "")], "raw": block}
+    return {"type": "tool_change", "remove": [str(dict_in(block, "tool").get("name") or "")], "raw": block}
 
 
 _BLOCK_READERS: Mapping[str, Callable[[Json], Json]] = {
@@ -11087,9 +11021,9 @@ class MessagesStreamReader:
         return {name: count for name, count in read_usage("messages", self._usage).items() if count or name != "input"}
 
     def _finish(self, value: Json) -> None:
-        delta = only_object(value.get("delta"))
+        delta = dict_in(value, "delta")
         self._count(value.get("usage"))
-        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), only_object(delta.get("stop_details")) or None)
+        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), dict_in(delta, "stop_details") or None)
 
     def _find(self, index: Any) -> _BlockReader | None:
         return next((block for block in reversed(self._blocks) if block.index == index and not block.stopped), None)
@@ -11138,7 +11072,7 @@ class MessagesStreamReader:
         block.began_at = self._n_chars
         if kind == "text":
             self._apply(block, {"type": "text_delta", "text": body.get("text")})
-            block.cites += only_objects(body.get("citations"))
+            block.cites += dicts_in(body, "citations")
         elif kind == "thinking":
             self._apply(block, {"type": "thinking_delta", "thinking": body.get("thinking")})
             block.signature = str(body.get("signature") or "")
@@ -11664,13 +11598,9 @@ class MessagesPassage(Passage):
 # Gemini's generateContent is the third: a request becomes one of Chat.  Guarded by tests/test_plain.py and tests/test_gemini.py.
 
 _PROMPT_FIELDS = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs"})       # what a Chat request has no place for
-_COMPLETION_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **{name: rule for name, rule in CHAT_FIELDS.items() if name not in _PROMPT_FIELDS},
-    "suffix": ((str,), "a string"), "echo": ((bool,), "a boolean"), "best_of": ((int,), "an integer"), "logprobs": ((int,), "an integer"),
-}
-_EMBEDDING_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "dimensions": ((int,), "an integer"), "encoding_format": ((str,), "a string"), "user": ((str,), "a string"),
-}
+_COMPLETION_FIELDS: Fields = {**{name: rule for name, rule in CHAT_FIELDS.items() if name not in _PROMPT_FIELDS},
+                              **fields_of({"a string": "suffix", "a boolean": "echo", "an integer": "best_of logprobs"})}
+_EMBEDDING_FIELDS = fields_of({"an integer": "dimensions", "a string": "encoding_format user"})
 
 
 def _is_text_or_tokens(value: Any) -> bool:
@@ -11682,7 +11612,7 @@ def _is_text_or_tokens(value: Any) -> bool:
 
 def check_completions_request(body: Any) -> Json:
     """The body when it is a Completions request by its structure. Raises GatewayError 400."""
-    check_fields(body, _COMPLETION_FIELDS)
+    check_fields(body, _COMPLETION_FIELDS, CHAT_COUNTS)
     if not _is_text_or_tokens(body.get("prompt")):
         raise bad_request("prompt must be a string, a list of strings, or tokens.", param="prompt", code="invalid_type")
     return body
