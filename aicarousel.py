@@ -1332,9 +1332,9 @@ def _want_object(fields: Mapping[str, _Field], required: Sequence[str] = ()) -> 
     return check
 
 
-def _want_record(make: Callable[..., Any], fields: Mapping[str, _Field], required: Sequence[str] = ()) -> _Want:
+def _want_record(make: Callable[..., Any], fields: Mapping[str, _Field]) -> _Want:
     """Checker of an object that becomes a record."""
-    check = _want_object(fields, required)
+    check = _want_object(fields)
     return lambda value, place: make(**check(value, place))
 
 
@@ -2704,6 +2704,11 @@ def transport_failure(reason: str, phase: str, detail: str = "") -> UpstreamFail
     return _fail(reason, "", 0, detail=_clean(detail, _MESSAGE_MAX), phase=phase)
 
 
+def tells_overflow(words: str) -> bool:
+    """Whether an error's words say that the prompt does not fit the model."""
+    return _OVERFLOW.search(words) is not None and _RATE_WORDS.search(words) is None
+
+
 def _find_reason(preset_name: str, status: int, facts: _Facts) -> tuple[str, str | None]:
     """Reason, and the scope where a row names one."""
     words = facts.words
@@ -2712,7 +2717,7 @@ def _find_reason(preset_name: str, status: int, facts: _Facts) -> tuple[str, str
             return row.reason, row.scope
     if _over_allowance(status, words):
         return "request_over_tpm", None
-    if status not in (401, 402, 403) and _OVERFLOW.search(words) and not _RATE_WORDS.search(words):
+    if status not in (401, 402, 403) and tells_overflow(words):
         return "context_overflow", None
     if status == 402 or _MONEY.search(words):
         return "billing", None
@@ -5033,9 +5038,9 @@ def cite_delta(url: str, title: str, **more: Any) -> Json:
     return {"delta": "cite", "url": url, "title": title, **more}
 
 
-def opaque_delta(family: str, data: Any, text: str = "") -> Json:
-    """A block only its own family understands; `text` is a readable rendering."""
-    return {"delta": "opaque", "family": family, "data": data, **({"text": text} if text else {})}
+def opaque_delta(family: str, data: Any) -> Json:
+    """A block only its own family understands."""
+    return {"delta": "opaque", "family": family, "data": data}
 
 
 def usage_delta(usage: Json) -> Json:
@@ -6509,10 +6514,10 @@ def fit_format(ready: Json, profile: Profile) -> None:
 
 # ---- Cache marks, user, session, tier, fields of one format only
 
-def last_marks(ready: Json, limit: int = 4) -> None:
-    """Only the last `limit` cache marks: Anthropic takes no more, tools and system first in the count."""
+def _last_marks(ready: Json) -> None:
+    """Only the last four cache marks: Anthropic takes no more, tools and system first in the count."""
     marked = [part for part in _markable(ready) if part.get("cache")]
-    spare = {id(part) for part in marked[:max(0, len(marked) - limit)]}
+    spare = {id(part) for part in marked[:-4]}
     _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if id(part) in spare else part)
 
 
@@ -6540,7 +6545,7 @@ def fit_marks(ready: Json, profile: Profile) -> None:
             _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
         ready["meta"].pop("cache_auto", None)
         return
-    last_marks(ready)
+    _last_marks(ready)
     if profile.format == "messages" and profile.vendor and ready["client"] != "messages":
         ready["meta"].setdefault("cache_auto", {"type": "ephemeral"})
     elif profile.format != "messages":
@@ -6798,7 +6803,7 @@ def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...
 
 
 ##############################################################################
-# 16. Answers                                             pure | uses 2, 10
+# 16. Answers                                             pure | uses 2, 6, 10
 ##############################################################################
 # Tables between the formats' words for how an answer ends, what it used and what went wrong.  One more word: a row.  Guarded by tests/test_hub.py.
 
@@ -6910,29 +6915,25 @@ def write_usage(format: str, usage: Json) -> Json:
 
 
 class ErrorRow(NamedTuple):
-    """How one kind of error looks to Messages clients and to the others."""
-    messages_status: int
-    messages_type: str
+    """How one kind of error is told: the status, and OpenAI's words for it."""
     status: int
     type: str
     code: str | None
 
 
-#: What each client gets for a kind of error, before commit as a body, after commit as an event.
+#: What clients are told of a kind of error.
 ERROR_ROWS: Mapping[str, ErrorRow] = {
-    "bad_request": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", None),
-    "overflow": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", "context_length_exceeded"),
-    "too_large": ErrorRow(413, "request_too_large", 413, "invalid_request_error", None),
-    "unknown_model": ErrorRow(404, "not_found_error", 404, "invalid_request_error", "model_not_found"),
-    "key": ErrorRow(401, "authentication_error", 401, "invalid_request_error", "invalid_api_key"),
-    "credential": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
-    "payment": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "insufficient_quota"),
-    "forbidden": ErrorRow(403, "permission_error", 403, "invalid_request_error", None),
-    "rate": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
-    "overloaded": ErrorRow(529, "overloaded_error", 503, "server_error", "server_is_overloaded"),
-    "server": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
-    "timeout": ErrorRow(504, "timeout_error", 504, "server_error", "timeout"),
-    "no_route": ErrorRow(503, "overloaded_error", 503, "server_error", "no_route"),
+    "bad_request": ErrorRow(400, "invalid_request_error", None),
+    "overflow": ErrorRow(400, "invalid_request_error", "context_length_exceeded"),
+    "too_large": ErrorRow(413, "invalid_request_error", None),
+    "unknown_model": ErrorRow(404, "invalid_request_error", "model_not_found"),
+    "credential": ErrorRow(502, "server_error", "server_error"),
+    "payment": ErrorRow(429, "rate_limit_error", "insufficient_quota"),
+    "forbidden": ErrorRow(403, "invalid_request_error", None),
+    "rate": ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
+    "overloaded": ErrorRow(503, "server_error", "server_is_overloaded"),
+    "server": ErrorRow(502, "server_error", "server_error"),
+    "timeout": ErrorRow(504, "server_error", "timeout"),
 }
 
 _CODE_KINDS: Mapping[str, str] = {
@@ -6948,14 +6949,14 @@ _STATUS_KINDS: Mapping[int, str] = {400: "bad_request", 401: "credential", 402: 
 
 def error_kind(status: int, code: Any = None, message: str = "") -> str:
     """The row of ERROR_ROWS for what a provider said: its words first, then its code, then the status."""
-    if is_overflow(message) or code == "context_length_exceeded":
+    if tells_overflow(message):
         return "overflow"
     return _CODE_KINDS.get(code if isinstance(code, str) else "") or _STATUS_KINDS.get(status) or ("bad_request" if 400 <= status < 500 else "server")
 
 
-def read_error(error: Any, status: int = 502) -> Json:
+def read_error(error: Any) -> Json:
     """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
-    found = error
+    found, status = error, 502
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6988,19 +6989,7 @@ def _error_message(error: Json) -> str:
     return "The provider reported an error."
 
 
-_TOO_LONG = re.compile(
-    r"context[_ ]length[_ ]exceeded|maximum context length|context window|prompt (?:is )?too long|prompt exceeds max length|input is too long|too many tokens|maximum number of tokens"
-    r"|input length and `?max_tokens`? exceed|reduce the length|model_max_prompt_tokens_exceeded|exceeds the available context size|exceed_context_size_error|n_ctx"
-    r"|token count.{0,40}exceeds|exceeded (?:max )?context length|string too long|string_above_max_length|maximum allowed input length|maximum prompt length is"
-    r"|longer than the model'?s context length|exceeded model token limit|range of input length should be|greater than the context length|ContextWindowExceededError"
-    r"|token_limit_exceeded", re.IGNORECASE)
-_NOT_OVERFLOW = re.compile(r"rate.?limit|too many requests|tokens per (?:min|day)|throttl|\bTPM\b|\bTPD\b", re.IGNORECASE)
 _NUMBER_IN_TEXT = re.compile(r"\d[\d,]{2,}")
-
-
-def is_overflow(text: str) -> bool:
-    """Whether an error's words say that the prompt does not fit the model."""
-    return _TOO_LONG.search(text) is not None and _NOT_OVERFLOW.search(text) is None
 
 
 def overflow_numbers(text: str) -> tuple[int | None, int | None]:
@@ -7177,9 +7166,9 @@ class Serialiser:
         """A citation of the text before it."""
         self._give(cite_delta(**record))
 
-    def opaque(self, family: str, data: Any, text: str = "") -> None:
+    def opaque(self, family: str, data: Any) -> None:
         """A block of the provider's own kind."""
-        self._give(opaque_delta(family, data, text))
+        self._give(opaque_delta(family, data))
 
     def think(self, text: str, field_name: str) -> None:
         """Thinking that came in `field_name`."""
@@ -10895,14 +10884,6 @@ def _write_result_block(part: Json, native: bool) -> Json:
     return _with_mark({**block, "is_error": True} if part.get("error") else block, part)
 
 
-def _write_opaque_block(part: Json, native: bool) -> Json:
-    return dict(part["data"])
-
-
-def _write_change_block(part: Json, native: bool) -> Json:
-    return dict(part["raw"])
-
-
 _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
     "text": _write_text_block,
     "refusal": _write_text_block,
@@ -10911,8 +10892,8 @@ _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
     "think": _write_thinking_block,
     "call": _write_use_block,
     "result": _write_result_block,
-    "opaque": _write_opaque_block,
-    "tool_change": _write_change_block,
+    "opaque": lambda part, native: dict(part["data"]),
+    "tool_change": lambda part, native: dict(part["raw"]),
 }
 
 

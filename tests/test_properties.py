@@ -308,7 +308,7 @@ part_deltas = st.one_of(
     st.lists(pieces, min_size=1, max_size=3).map(lambda found: [a.text_delta(piece) for piece in found]),
     st.lists(pieces, min_size=1, max_size=2).map(lambda found: [*(a.think_delta(piece) for piece in found), a.seal_delta(SEAL)]),
     st.just([a.seal_delta({"family": "anthropic", "model": "m", "field": "redacted", "data": "Emw"})]), st.just([a.refuse_delta("No.")]),
-    st.just([a.text_delta("x"), a.cite_delta("https://e.x", "t")]), st.just([a.opaque_delta("perplexity", {"type": "thing"}, "shown")]),
+    st.just([a.text_delta("x"), a.cite_delta("https://e.x", "t")]), st.just([a.opaque_delta("perplexity", {"type": "thing"})]),
     st.tuples(st.sampled_from(["read", "patch"]), cut_up(objects.map(json.dumps))).map(lambda row: [a.call_delta("", row[0], "custom" if row[0] == "patch" else "function"), *(
         [a.args_delta(piece) for piece in row[1]] if row[0] == "read" else [a.args_delta('{"input":'), a.args_delta('"x"}')])]))
 counts = st.fixed_dictionaries({}, optional={name: st.one_of(st.none(), st.integers(-5, 10**6)) for name in ("input", "cached", "cache_write", "output", "reasoning")})
