@@ -4908,6 +4908,14 @@ class EventReader:
         return [event] if whole_json(event.data) or event.data.strip() == "[DONE]" else []
 
 
+def read_json(text: str | bytes) -> Any:
+    """The JSON value that `text` is, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def whole_json(text: str) -> bool:
     """Whether `text` is one complete JSON value."""
     try:
@@ -5058,6 +5066,16 @@ def error_delta(status: int, message: str, code: str | None = None, type: str = 
     return {"delta": "error", "status": status, "type": type, "code": code, "message": message}
 
 
+def cut_delta() -> Json:
+    """The end of a stream that ended without one."""
+    return error_delta(502, "upstream closed the stream before finishing")
+
+
+def told_error(delta: Json) -> GatewayError:
+    """An error delta as clients are told of it."""
+    return GatewayError(delta["message"], delta["status"], delta["code"], delta["type"])
+
+
 def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
     """The parts of a whole answer; calls without arguments get "{}"."""
     parts: list[Json] = []
@@ -5072,7 +5090,7 @@ def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
         elif kind == "seal":
             if last.get("type") != "think" or "seal" in last:
                 parts.append({"type": "think", "text": ""})
-            parts[-1]["seal"] = {name: value for name, value in delta.items() if name != "delta"}
+            parts[-1]["seal"] = rest_of(delta, ("delta",))
         elif kind == "call":
             parts.append(call_part(delta["id"], delta["name"], "", delta["kind"], delta.get("namespace", "")))
         elif kind == "args":
@@ -5080,9 +5098,9 @@ def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
         elif kind == "note":
             last["note"] = {"family": delta["family"], "data": delta["data"]}
         elif kind == "cite":
-            _cited(parts)["cites"].append({name: value for name, value in delta.items() if name != "delta"})
+            _cited(parts)["cites"].append(rest_of(delta, ("delta",)))
         elif kind == "opaque":
-            parts.append({"type": "opaque", **{name: value for name, value in delta.items() if name != "delta"}})
+            parts.append({"type": "opaque", **rest_of(delta, ("delta",))})
     return [{**part, "args": part["args"].strip() or "{}"} if part["type"] == "call" else part for part in parts]
 
 
@@ -5175,7 +5193,7 @@ def nested_in(value: Json, name: str) -> Json:
 
 
 def rest_of(body: Json, known: Collection[str]) -> Json:
-    """The fields of `body` that its reader does not know: they go to extra, prepare() warns of them."""
+    """The fields of `body` beyond those that are known."""
     return {name: value for name, value in body.items() if name not in known}
 
 
@@ -6803,7 +6821,7 @@ def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...
 
 
 ##############################################################################
-# 16. Answers                                             pure | uses 2, 6, 10
+# 16. Answers                                             pure | uses 2, 6, 9-10
 ##############################################################################
 # Tables between the formats' words for how an answer ends, what it used and what went wrong.  One more word: a row.  Guarded by tests/test_hub.py.
 
@@ -6856,14 +6874,8 @@ def _token_count(value: Any) -> int | None:
         return None
 
 
-def _at(usage: Json, path: Sequence[str]) -> int | None:
-    value: Any = usage
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return _token_count(value)
-
-
-_USAGE_PLACES: Mapping[str, Mapping[str, tuple[list[str], ...]]] = {format: {key: tuple(path.split(".") for path in paths) for key, paths in places.items()} for format, places in {
+#: Where each count stands: a field, or one inside it.
+_USAGE_PLACES: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {format: {key: tuple((path.partition(".")[0], path.partition(".")[2]) for path in paths) for key, paths in places.items()} for format, places in {
     "chat": {"input": ("prompt_tokens",), "cached": ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens"),
              "cache_write": ("prompt_tokens_details.cache_write_tokens",), "output": ("completion_tokens",), "reasoning": ("completion_tokens_details.reasoning_tokens",)},
     "messages": {"input": ("input_tokens",), "cached": ("cache_read_input_tokens",), "cache_write": ("cache_creation_input_tokens",), "output": ("output_tokens",),
@@ -6883,8 +6895,10 @@ def read_usage(format: str, usage: Any) -> Json:
         return {}
     told = {}
     for key, places in _USAGE_PLACES[format].items():
-        for place in places:
-            if (count := _at(usage, place)) is not None:
+        for outer, inner in places:
+            value = usage.get(outer)
+            value = value.get(inner) if inner and isinstance(value, dict) else None if inner else value
+            if value is not None and (count := _token_count(value)) is not None:
                 told[key] = count
                 break
     if format == "messages" and "input" in told:
@@ -7031,20 +7045,13 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
     tagged = _CALL_TAGS.search(text)
     if tagged:
         name, text = tagged.group(1), (tagged.group(2) or tagged.group(3) or "").rstrip("> \n")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value = read_json(text)
     value = value[0] if isinstance(value, list) and value else value
     if name is None:
         if not isinstance(value, dict):
             return None
         name, value = value.get("name"), value.get("arguments", value.get("parameters", {}))
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    value = read_json(value) if isinstance(value, str) else value
     return (name, compact(value)) if isinstance(value, dict) and name in tool_names else None
 
 
@@ -7348,7 +7355,7 @@ class Serialiser:
         self._thinking, self._pending_seal = "", None
 
 
-_CUT = error_delta(502, "upstream closed the stream before finishing", "server_error")
+_CUT: Json = {**cut_delta(), "code": "server_error"}
 _EMPTY = error_delta(502, "empty answer", "empty_answer")
 _BROKEN = error_delta(502, "The provider stopped with an error.", "server_error")
 
@@ -7459,7 +7466,7 @@ class CallHolder:
 
 
 ##############################################################################
-# 18. OpenAI Chat                                         pure | uses 1-2, 9-10, 15
+# 18. OpenAI Chat                                         pure | uses 1-2, 9-10, 15-16
 ##############################################################################
 # Chat Completions as clients send it and providers answer it, relayed in the provider's own bytes.  ChatPassage watches a
 # stream go by and looks closely only where an event differs from the one before it in more than its text.
@@ -7600,16 +7607,7 @@ def chat_usage(body: Json) -> Usage | None:
     usage = body.get("usage") or (own.get("usage") if isinstance(own, dict) else None)
     if not isinstance(usage, dict):
         return None
-    prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
-    cached = prompt.get("cached_tokens") if isinstance(prompt, dict) else None
-    n_in, n_out, n_reasoning = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None)
-    if n_reasoning and _count(usage.get("total_tokens")) == n_in + n_out + n_reasoning:      # xAI leaves reasoning out of completion_tokens, as read_usage knows
-        n_out += n_reasoning
-    return Usage(n_in, n_out, _count(cached or usage.get("prompt_cache_hit_tokens")), _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), n_reasoning)
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return Usage(**read_usage("chat", usage))
 
 
 #: What a delta or a message must hold one of to be an answer at all.
@@ -7663,10 +7661,7 @@ def find_chat_error(body: Any) -> Any:
 
 def _error_in_json(raw: bytes) -> Any:
     """What find_chat_error finds in a body, None when it is not JSON."""
-    try:
-        return find_chat_error(json.loads(raw))
-    except (ValueError, RecursionError):
-        return None
+    return find_chat_error(read_json(raw))
 
 
 def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
@@ -7793,10 +7788,7 @@ class ChatPassage(Passage):
         if event.data.strip() == "[DONE]":
             self.done = True
             return self._end(event.raw) if self.finish is not None or self.content else b""
-        try:
-            chunk = json.loads(event.data)
-        except (ValueError, RecursionError):
-            chunk = None
+        chunk = read_json(event.data)
         found = find_chat_error(chunk) if event.name != "error" else chunk or {"error": event.data}
         if found is not None or not isinstance(chunk, dict):
             if self.finish is not None:
@@ -8427,10 +8419,7 @@ class ChatStreamReader:
         if data == "[DONE]":
             self.done = self._ended = True
             return []
-        try:
-            chunk = json.loads(data)
-        except (ValueError, RecursionError):
-            chunk = None
+        chunk = read_json(data)
         if event.name == "error":
             chunk = chunk if find_chat_error(chunk) is not None else {"error": chunk or data[:200]}
         deltas = self.take(chunk)
@@ -8773,7 +8762,7 @@ class ChatStreamWriter:
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
@@ -8865,7 +8854,7 @@ class ChatStreamWriter:
         return [*frames, b"data: [DONE]\n\n"]
 
     def _write_error(self, delta: Json) -> list[bytes]:
-        return [self.error(_delta_error(delta))]
+        return [self.error(told_error(delta))]
 
     #: Hub deltas by kind, those that `_takes` does not see to.
     WRITES: Mapping[str, Callable[[ChatStreamWriter, Json], list[bytes]]] = {
@@ -8912,10 +8901,6 @@ def _sent_chunks(sent: bytes) -> Iterator[Json]:
             yield only_object(json.loads(data))
 
 
-def _delta_error(delta: Json) -> GatewayError:
-    return GatewayError(delta["message"], delta["status"], delta["code"], delta["type"])
-
-
 def _chat_details(record: Json, number: int) -> list[Json]:
     """The reasoning_details of a seal, numbered where they are of our making."""
     details = details_of(record)
@@ -8939,9 +8924,9 @@ def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
 def chat_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
     """The body of an answer that is not streamed; the error's envelope when there was one."""
     told = list(deltas)
-    end = told[-1] if told and told[-1]["delta"] in ("stop", "error") else error_delta(502, "upstream closed the stream before finishing")
+    end = told[-1] if told and told[-1]["delta"] in ("stop", "error") else cut_delta()
     if end["delta"] == "error":
-        return chat_error(_delta_error(end))
+        return chat_error(told_error(end))
     usage: Json = {}
     for delta in told:
         if delta["delta"] in ("start", "usage"):
@@ -9715,10 +9700,7 @@ class ResponsesStreamReader:
         """The deltas of one event."""
         if self.done or event.data.strip() == "[DONE]":
             return []
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         if not isinstance(value, dict):
             value = {"type": "error", "message": "provider sent something that is not JSON"}
         return self.take(value, event.name)
@@ -10007,7 +9989,7 @@ class ResponsesStreamWriter:
 
     def close(self) -> list[bytes]:
         """The end of the deltas: without a stop or an error before, a failure is told."""
-        return [] if self.response is not None else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self.response is not None else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A sign of life that parsers see: response.in_progress once more."""
@@ -10079,7 +10061,7 @@ class ResponsesStreamWriter:
 
     def _seal(self, delta: Json) -> list[bytes]:
         """The end of thinking; a seal may come without any."""
-        record = {name: value for name, value in delta.items() if name not in ("delta", "id")}
+        record = rest_of(delta, ("delta", "id"))
         out: list[bytes] = []
         if self._block is None or self._block.kind != "think":
             out = self._open("think", {"type": "reasoning", "summary": [], "encrypted_content": None}, takes="think")
@@ -10117,7 +10099,7 @@ class ResponsesStreamWriter:
         return [*out, self._event("response.output_item.added", output_index=index, item=item), self._event("response.output_item.done", output_index=index, item=item)]
 
     def _count(self, delta: Json) -> list[bytes]:
-        self._usage = merge_usage(self._usage, {name: value for name, value in delta.items() if name not in ("delta", "estimated")})
+        self._usage = merge_usage(self._usage, rest_of(delta, ("delta", "estimated")))
         return []
 
     def _stop(self, delta: Json) -> list[bytes]:
@@ -10292,7 +10274,7 @@ def responses_usage(value: Any) -> Usage | None:
     """Usage of a Response object, or of an event that holds one; None when there is none."""
     response = value.get("response", value) if isinstance(value, dict) else None
     counts = read_usage("responses", response.get("usage")) if isinstance(response, dict) else None
-    return Usage(**{name: counts[name] for name in ("input", "output", "cached", "cache_write", "reasoning") if name in counts}) if counts else None
+    return Usage(**counts) if counts else None
 
 
 def _is_content_item(item: Any) -> bool:
@@ -10381,10 +10363,7 @@ class ResponsesPassage(Passage):
         self.n_signs += 1
         if event.data.strip() == "[DONE]":
             return b""
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         if event.name == "error" and not isinstance(value, dict):
             value = {"type": "error", "message": event.data[:200]}
         if not isinstance(value, dict):
@@ -10898,7 +10877,7 @@ _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
 
 
 ##############################################################################
-# 23. Messages answers                                    pure | uses 1-2, 9-11, 16-17, 22
+# 23. Messages answers                                    pure | uses 1, 9-11, 16-17, 22
 ##############################################################################
 # The other half of Messages: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_messages.py.
 
@@ -10950,10 +10929,7 @@ class MessagesStreamReader:
         if text == "[DONE]":
             self.done = self._ended = True
             return []
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(text)
         if not isinstance(value, dict):
             value = {"type": "error", "error": {"message": text[:200] if event.name == "error" else "provider sent something that is not JSON"}}
         return self.read(value, event.name)
@@ -11223,7 +11199,7 @@ class MessagesStreamWriter:
 
     def cut(self) -> list[Json]:
         """The same, as objects."""
-        return [] if self._ended else self.events(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.events(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
@@ -11285,7 +11261,7 @@ class MessagesStreamWriter:
 
     def _write_seal(self, delta: Json) -> list[Json]:
         """The signature, in one delta right before its block's stop; redacted thinking is a block without text."""
-        record = {name: value for name, value in delta.items() if name != "delta"}
+        record = rest_of(delta, ("delta",))
         if record.get("family") == OWN and record.get("field") == "redacted":
             return [*self._open("other", {"type": "redacted_thinking", "data": record.get("data") or ""}), *self._shut()]
         opened = [] if self._kind == "thinking_delta" else self._open_thinking()
@@ -11327,7 +11303,7 @@ class MessagesStreamWriter:
         return [*shut, {"type": "message_delta", "delta": end, "usage": write_usage("messages", self._usage)}, {"type": "message_stop"}]
 
     def _write_error(self, delta: Json) -> list[Json]:
-        return [self._fail(GatewayError(delta["message"], delta["status"], delta.get("code")))]
+        return [self._fail(told_error(delta))]
 
     #: Hub deltas by kind; start has been seen to, notes are for the memo alone.
     WRITES: Mapping[str, Callable[[MessagesStreamWriter, Json], list[Json]]] = {
@@ -11507,10 +11483,7 @@ class MessagesPassage(Passage):
     def _take(self, event: Event) -> bytes:
         """One event with data."""
         self.n_signs += 1
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         ended = event.data.strip() == "[DONE]" or (isinstance(value, dict) and (value.get("type") or event.name) == "message_stop")
         found = value or {"error": {"message": event.data}} if event.name == "error" else find_messages_error(value)
         if ended or (self.finish is not None and (found is not None or not isinstance(value, dict))):
@@ -11704,7 +11677,7 @@ class CompletionsStreamWriter:
         if kind in ("start", "usage"):
             self._usage = merge_usage(self._usage, delta if kind == "usage" else delta.get("usage") or {})
         if kind == "error":
-            return [self.error(GatewayError(delta["message"], delta["status"], delta["code"], delta["type"]))]
+            return [self.error(told_error(delta))]
         if kind != "stop":
             return []
         self._ended = True
@@ -11713,7 +11686,7 @@ class CompletionsStreamWriter:
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
