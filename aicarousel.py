@@ -5253,6 +5253,26 @@ def read_format(form: Json) -> Json | None:
     return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
 
 
+def read_mark(part: Json, block: Json) -> Json:
+    """A part or tool with the cache mark of what it was read from."""
+    return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
+
+
+def write_mark(block: Json, part: Json) -> Json:
+    """What was written, with the cache mark of the part or tool that it was written from."""
+    return {**block, "cache_control": part["cache"]} if part.get("cache") else block
+
+
+def read_span(told: Json) -> Json:
+    """Where in the text a citation stands, as OpenAI's formats tell it."""
+    return {name: told[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(told.get(key), int)}
+
+
+def write_span(cite: Json) -> Json:
+    """The same on the way out."""
+    return {"start_index": cite.get("start") or 0, "end_index": cite.get("end") or 0}
+
+
 _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"), (b"%PDF", "application/pdf"))
 
 
@@ -5491,7 +5511,7 @@ def read_details(entries: Any) -> list[Json]:
         entry = {name: value for name, value in entry.items() if isinstance(value, str) or name not in _DETAIL_WORDS}
         text += entry.get("text") or entry.get("summary") or ""
         form = entry.get("format") or "unknown"
-        kept = {name: value for name, value in entry.items() if name not in ("text", "summary")}
+        kept = rest_of(entry, ("text", "summary"))
         family = _DETAIL_FAMILIES.get(form, "openrouter")
         if entry.get("signature"):
             seal = {"family": family, "model": "", "field": "signature", "data": entry["signature"]} if family == "anthropic" else _details_seal(kept)
@@ -5796,7 +5816,7 @@ def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
         raise unsupported(f"image type {part['mime']} is not supported")
     if "detail" in part and profile.format != "responses":
         detail = None if profile.format == "messages" else "high" if part["detail"] == "original" else part["detail"]
-        part = {name: value for name, value in part.items() if name != "detail"} | ({"detail": detail} if detail else {})
+        part = rest_of(part, ("detail",)) | ({"detail": detail} if detail else {})
     return part
 
 
@@ -5804,7 +5824,7 @@ def _fit_file(part: Json, hub: Json, profile: Profile) -> Json:
     cache = part.get("cache")
     if "data" in part and part.get("mime", "").startswith("text/"):
         with contextlib.suppress(ValueError):
-            part = {name: value for name, value in part.items() if name not in ("data", "mime")} | {"text": base64.b64decode(part["data"]).decode("utf-8", "replace")}
+            part = rest_of(part, ("data", "mime")) | {"text": base64.b64decode(part["data"]).decode("utf-8", "replace")}
     if "file_id" in part and not (profile.vendor and hub["client"] == profile.format):
         raise unsupported("file ids cannot be sent to this provider")
     if "text" in part and profile.format != "messages":
@@ -5850,7 +5870,7 @@ def _fit_result(result: Json, images: list[Json], profile: Profile) -> Json:
             parts.insert(0, text_part("[tool error] "))
         else:
             parts[first] = {**parts[first], "text": "[tool error] " + parts[first]["text"]}
-    return {name: value for name, value in result.items() if name != "error"} | {"parts": parts}
+    return rest_of(result, ("error",)) | {"parts": parts}
 
 
 def fit_results(turns: list[Json], profile: Profile) -> list[Json]:
@@ -5949,7 +5969,7 @@ def fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
             if part["type"] == "call":
                 note = part.get("note") or {}
                 data = note.get("data") if note.get("family") == profile.family else None
-                part = {name: value for name, value in part.items() if name != "note"}
+                part = rest_of(part, ("note",))
                 if data is None and first and profile.note_dummy:
                     data = {"google": {"thought_signature": profile.note_dummy}}
                 if data is not None:
@@ -6047,7 +6067,7 @@ def clean_schema(schema: Any, profile: Profile) -> Json:
     if "type" not in schema:
         schema = {"type": "object", **schema}
     if not profile.vendor and "$schema" in schema:
-        schema = {name: value for name, value in schema.items() if name != "$schema"}
+        schema = rest_of(schema, ("$schema",))
     if schema.get("type") == "object" and "properties" not in schema and not any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
         schema = {**schema, "properties": {}}
     return gemini_schema(schema) if profile.tool_schema == "gemini" else schema
@@ -6153,7 +6173,7 @@ def _gemini_typed(node: Json) -> Json:
     nullable = {"nullable": True} if len(types) < len(node["type"]) else {}
     if len(types) < 2:
         return {**node, "type": types[0] if types else "string", **nullable}
-    rest = {name: value for name, value in node.items() if name != "type"}
+    rest = rest_of(node, ("type",))
     return {"anyOf": [{"type": name} for name in types], **rest, **nullable}
 
 
@@ -6246,7 +6266,7 @@ def _fit_tool(tool: Json, profile: Profile, own: bool) -> Json | None:
     if tool["kind"] == "function":
         tool = {**tool, "schema": clean_schema(tool.get("schema"), profile)}
     kept = {name: value for name, value in tool.items() if name not in ("defer", "raw") or own}
-    return kept if profile.cache_control else {name: value for name, value in kept.items() if name != "cache"}
+    return kept if profile.cache_control else rest_of(kept, ("cache",))
 
 
 def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
@@ -6267,7 +6287,7 @@ def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
             taken.add(wire)
             fitted.append({**kept, "wire": wire})
     if profile.one_strict and len({tool.get("strict", False) for tool in fitted}) > 1:
-        fitted = [{name: value for name, value in tool.items() if name != "strict"} for tool in fitted]
+        fitted = [rest_of(tool, ("strict",)) for tool in fitted]
     if fitted:
         ready["tools"] = fitted
 
@@ -6322,7 +6342,7 @@ def fit_choice(ready: Json, profile: Profile, names: Names) -> None:
             choice = {**choice, "allowed": allowed}
         else:
             ready["tools"] = [tool for tool in tools if tool["wire"] in allowed] or tools
-            choice = {name: value for name, value in choice.items() if name != "allowed"}
+            choice = rest_of(choice, ("allowed",))
     word = {"any": "required"}.get(choice["mode"], choice["mode"]) if choice else ""
     if choice and word not in profile.choices:
         if word in ("required", "tool"):
@@ -6536,7 +6556,7 @@ def _last_marks(ready: Json) -> None:
     """Only the last four cache marks: Anthropic takes no more, tools and system first in the count."""
     marked = [part for part in _markable(ready) if part.get("cache")]
     spare = {id(part) for part in marked[:-4]}
-    _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if id(part) in spare else part)
+    _map_marks(ready, lambda part: rest_of(part, ("cache",)) if id(part) in spare else part)
 
 
 def _markable(ready: Json) -> list[Json]:
@@ -6549,7 +6569,7 @@ def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
     """`change` done to everything that may hold a mark."""
     def inside(part: Json) -> Json:
         inner = {**part, "parts": [change(item) for item in part["parts"]]} if part["type"] == "result" else part
-        return {name: value for name, value in inner.items() if name != "cache"} if "cache" in part and "cache" not in change(part) else inner
+        return rest_of(inner, ("cache",)) if "cache" in part and "cache" not in change(part) else inner
     for place in ("tools", "system"):
         if place in ready:
             ready[place] = [change(part) for part in ready[place]]
@@ -6560,7 +6580,7 @@ def fit_marks(ready: Json, profile: Profile) -> None:
     """Cache marks where the target has them, four at most."""
     if not profile.cache_control:
         if any("cache" in part for part in _markable(ready)):
-            _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
+            _map_marks(ready, lambda part: rest_of(part, ("cache",)) if "cache" in part else part)
         ready["meta"].pop("cache_auto", None)
         return
     _last_marks(ready)
@@ -6621,7 +6641,7 @@ def fit_meta(ready: Json, profile: Profile) -> None:
     if profile.format == "messages" or not profile.vendor:
         meta.pop("verbosity", None)
     if profile.format == "messages":
-        meta = {name: value for name, value in meta.items() if name not in ("logprobs", "top_logprobs", "n")}
+        meta = rest_of(meta, ("logprobs", "top_logprobs", "n"))
     ready["meta"] = {name: value for name, value in meta.items() if value is not None}
 
 
@@ -6697,8 +6717,7 @@ def edit_body(body: Json, edits: Edits) -> tuple[Json, tuple[str, ...]]:
         if value is _ABSENT or repair.how == "none":
             continue
         if repair.how == "rename":
-            kept = {name: value for name, value in body.items() if name != repair.field}
-            body = {str(repair.to): value, **kept}
+            body = {str(repair.to): value, **rest_of(body, (repair.field,))}
             told[f"{repair.field}>{repair.to}"] = None
         elif repair.how == "drop":
             if repair.value is None or repair.value == json.dumps(value):
@@ -6814,8 +6833,8 @@ def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...
     for name in profile.reject:
         outer, _, inner = name.partition(".")
         if outer in body and (not inner or inner in (body[outer] or ())):
-            rest = {key: value for key, value in body[outer].items() if key != inner} if inner else {}
-            body = {**{key: value for key, value in body.items() if key != outer}, **({outer: rest} if rest else {})}
+            rest = rest_of(body[outer], (inner,)) if inner else {}
+            body = {**rest_of(body, (outer,)), **({outer: rest} if rest else {})}
             names += [name] if outer not in SILENT_FIELDS else []
     return body, tuple(names)
 
@@ -7056,7 +7075,7 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
 
 
 ##############################################################################
-# 17. Stream rules                                        pure | uses 3, 10-11, 13, 16
+# 17. Stream rules                                        pure | uses 3, 9-11, 13, 16
 ##############################################################################
 # What every reader of a stream needs and no format owns: the order deltas must have, ids for calls, calls held until they are whole.
 # Guarded by tests/test_held_calls.py and tests/test_properties.py.
@@ -7077,6 +7096,14 @@ class Asked(NamedTuple):
     seed: str = ""
     created_s: int = 0
     names: Names = EMPTY_NAMES
+
+
+def sent_events(sent: bytes) -> Iterator[tuple[str, Json]]:
+    """(kind, object) of each event with data in a stream as the client has it."""
+    for event in map(read_frame, split_frames(sent)):
+        if event.data:
+            value = only_object(json.loads(event.data))
+            yield str_in(value, "type") or event.name, value
 
 
 _SCAN = {False: re.compile(r'["{}\[\]]'), True: re.compile(r'["\\]')}
@@ -7571,7 +7598,7 @@ def _fit_messages(messages: list[Json], profile: Profile) -> list[Json]:
     rename = "system" if not profile.developer and "developer" in [message["role"] for message in messages] else ""
     if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
-    fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
+    fitted = [rest_of(message, unwanted) for message in messages]
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
 
 
@@ -8031,8 +8058,7 @@ def _read_chat_parts(content: Any, where: str) -> list[Json]:
         read = _CHAT_PART_READERS.get(part.get("type")) if isinstance(part, dict) else None
         if read is None:
             raise bad_request(f'{place}: unknown part type "{only_object(part).get("type")}"', param=place, code="invalid_value")
-        made = read(part, place)
-        parts.append({**made, "cache": part["cache_control"]} if isinstance(part.get("cache_control"), dict) else made)
+        parts.append(read_mark(read(part, place), part))
     return parts
 
 
@@ -8104,10 +8130,9 @@ _CHAT_PART_READERS: Mapping[Any, Callable[[Json, str], Json]] = {
 
 def _read_chat_tool(tool: Json, where: str) -> Json:
     kind = tool.get("type") or "function"
-    cache = {"cache": tool["cache_control"]} if isinstance(tool.get("cache_control"), dict) else {}
     if kind not in ("function", "custom"):
         family = "anthropic" if re.search(r"_20\d{6}\Z", kind) else kind.partition(":")[0] if ":" in kind else "openai"
-        return {"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool, **cache}
+        return read_mark({"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool}, tool)
     inner = dict_in(tool, kind)
     if not isinstance(inner.get("name"), str):
         raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
@@ -8118,7 +8143,7 @@ def _read_chat_tool(tool: Json, where: str) -> Json:
     grammar = told["grammar"]
     if grammar:
         told["grammar"] = {"syntax": grammar.get("syntax"), "definition": grammar.get("definition")}
-    return {"name": inner["name"], "kind": kind, **{name: value for name, value in told.items() if value is not None}, **cache}
+    return read_mark({"name": inner["name"], "kind": kind, **{name: value for name, value in told.items() if value is not None}}, tool)
 
 
 def _read_chat_choice(value: Any) -> Json | None:
@@ -8237,7 +8262,7 @@ def _write_chat_tool(tool: Json) -> Json:
     else:
         told |= {"parameters": tool.get("schema"), "strict": tool.get("strict")}
         written = {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
-    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+    return write_mark(written, tool)
 
 
 def _write_chat_choice(choice: Json, tools: Sequence[Json], profile: Profile) -> Any:
@@ -8285,11 +8310,7 @@ def _write_chat_content(parts: Sequence[Json], joint: str) -> str | list[Json]:
     """A string where there is only text and no mark on it, else a list of parts."""
     if all(part["type"] == "text" and not part.get("cache") for part in parts):
         return joint.join(part["text"] for part in parts)
-    written = []
-    for part in parts:
-        made = _CHAT_PART_WRITERS[part["type"]](part)
-        written.append({**made, "cache_control": part["cache"]} if part.get("cache") else made)
-    return written
+    return [write_mark(_CHAT_PART_WRITERS[part["type"]](part), part) for part in parts]
 
 
 def _write_chat_result(part: Json, names: Mapping[str, str]) -> Json:
@@ -8582,8 +8603,7 @@ class ChatStreamReader:
     def _cite(self, told: Json) -> None:
         if isinstance(told.get("url"), str) and told["url"]:
             self._cited = True
-            span = {name: told[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(told.get(key), int)}
-            self._out.cite({"url": told["url"], "title": str(told.get("title") or ""), **span})
+            self._out.cite({"url": told["url"], "title": str(told.get("title") or ""), **read_span(told)})
 
     def _cite_sources(self) -> None:
         """Citations that stand beside the answer, when none stood in it."""
@@ -8868,7 +8888,7 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
     """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
     pieces: list[str] = []
     stamp: Json = {}
-    for chunk in _sent_chunks(sent):
+    for _, chunk in sent_events(sent):
         choices = chunk.get("choices")
         if choices == []:
             continue
@@ -8881,7 +8901,7 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
             return None
         if text:
             pieces.append(text)
-            stamp = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+            stamp = rest_of(chunk, ("choices", "usage"))
     if "<think" in "".join(pieces) or not stamp:
         return None
     writer = ChatStreamWriter(asked, stamp)
@@ -8893,14 +8913,6 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
 _BEFORE_TEXT = ("content", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking")
 
 
-def _sent_chunks(sent: bytes) -> Iterator[Json]:
-    """The objects of a stream as the client has it."""
-    for frame in split_frames(sent):
-        data = read_frame(frame).data
-        if data:
-            yield only_object(json.loads(data))
-
-
 def _chat_details(record: Json, number: int) -> list[Json]:
     """The reasoning_details of a seal, numbered where they are of our making."""
     details = details_of(record)
@@ -8908,8 +8920,7 @@ def _chat_details(record: Json, number: int) -> list[Json]:
 
 
 def _chat_annotation(cite: Json) -> Json:
-    span = {"start_index": cite.get("start") or 0, "end_index": cite.get("end") or 0}
-    return {"type": "url_citation", "url_citation": {**span, "url": cite["url"], "title": cite.get("title") or ""}}
+    return {"type": "url_citation", "url_citation": {**write_span(cite), "url": cite["url"], "title": cite.get("title") or ""}}
 
 
 def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
@@ -9440,7 +9451,7 @@ def responses_write_request(hub: Json, profile: Profile) -> Json:
     text = _write_text_field(hub)
     body |= {name: value for name, value in (("reasoning", reasoning), ("text", text)) if value}
     body |= {field_name: hub["meta"][name] for name, field_name in _RESPONSES_META.items() if hub["meta"].get(name) is not None}
-    body |= {name: value for name, value in own.items() if name not in ("reasoning", "include")}
+    body |= rest_of(own, ("reasoning", "include"))
     include = _write_include(hub["meta"], own.get("include") or (), profile)
     body |= {**({"include": include} if include else {}), "store": hub["meta"].get("store") is True, **({"stream": True} if hub["stream"] else {})}
     if "compaction" in hub["dropped"] and any(item["type"] == "compaction" for item in body["input"]):
@@ -9508,7 +9519,7 @@ def _write_responses_tool(tool: Json, client: Format) -> Json:
         form = {"format": {"type": "grammar", **tool["grammar"]}} if tool.get("grammar") else {}
         return {**raw, "type": "custom", "name": tool["wire"], **about, **form}
     strict = {"strict": tool["strict"]} if "strict" in tool else {} if client == "responses" else {"strict": False}
-    nested = {name: value for name, value in raw.items() if name != "function"}
+    nested = rest_of(raw, ("function",))
     return {**nested, "type": "function", "name": tool["wire"], **about, "parameters": tool["schema"], **strict}
 
 
@@ -9615,7 +9626,7 @@ _OUTPUT_TYPES = {"custom": "custom_tool_call_output", "shell": "local_shell_call
 
 
 def _without_id(item: Json) -> Json:
-    return {name: value for name, value in item.items() if name != "id"}
+    return rest_of(item, ("id",))
 
 
 def shell_action(args: str) -> Json:
@@ -9812,9 +9823,8 @@ class ResponsesStreamReader:
 
     def _cite(self, item: _SeenItem, annotation: Json) -> None:
         item.n_cites += 1
-        span = {name: annotation[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(annotation.get(key), int)}
         title = str_in(annotation, "title") or str_in(annotation, "filename")
-        self._out.cite({"url": str_in(annotation, "url"), "title": title, **span, "raw": annotation, "family": "openai"})
+        self._out.cite({"url": str_in(annotation, "url"), "title": title, **read_span(annotation), "raw": annotation, "family": "openai"})
 
     def _item_done(self, value: Json) -> None:
         item, seen = dict_in(value, "item"), self._item(self._key(value))
@@ -10081,7 +10091,7 @@ class ResponsesStreamWriter:
         block = self._block
         if block is None or block.kind != "text":
             return []
-        note = {"type": "url_citation", "url": delta["url"], "title": delta.get("title") or delta["url"], "start_index": delta.get("start") or 0, "end_index": delta.get("end") or 0}
+        note = {"type": "url_citation", "url": delta["url"], "title": delta.get("title") or delta["url"], **write_span(delta)}
         if delta.get("family") == "openai" and isinstance(delta.get("raw"), dict):
             note = {**note, **delta["raw"]} if delta["raw"].get("type") == "url_citation" else delta["raw"]
         block.cites.append(note)
@@ -10191,10 +10201,7 @@ def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter,
     output: list[Json] = []
     pieces: list[str] = []
     index, sequence = 0, -1
-    for frame in split_frames(sent):
-        event = read_frame(frame)
-        value = json.loads(event.data) if event.data else {}
-        kind = str_in(value, "type") or event.name
+    for kind, value in sent_events(sent):
         number = value.get("sequence_number")
         sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
         added = dict_in(value, "item")
@@ -10560,7 +10567,7 @@ def messages_read_request(body: Any) -> Json:
     }
     hub.update({name: value for name, value in found.items() if value not in (None, [], {})})
     rest = rest_of(body, _READ_FIELDS)
-    more = {name: value for name, value in output.items() if name not in ("effort", "format")}
+    more = rest_of(output, ("effort", "format"))
     hub["extra"]["messages"] = {**rest, "output_config": more} if more else rest
     for part in [part for turn in hub["turns"] for part in turn["parts"] if part["type"] == "tool_change" and part.get("named")]:
         part["add"] = part["add"] or [tool for tool in hub.get("tools", ()) if tool["name"] == part["named"]]
@@ -10609,15 +10616,10 @@ def _read_blocks(content: Any) -> list[Json]:
     return [_BLOCK_READERS.get(block["type"], _read_other_block)(block) for block in content or ()]
 
 
-def _marked(part: Json, block: Json) -> Json:
-    """The part with the block's cache mark."""
-    return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
-
-
 def _read_text_block(block: Json) -> Json:
     part = text_part(block["text"])
     cites = [read_citation(citation) for citation in dicts_in(block, "citations")]
-    return _marked({**part, "cites": cites} if cites else part, block)
+    return read_mark({**part, "cites": cites} if cites else part, block)
 
 
 def read_citation(citation: Json) -> Json:
@@ -10640,8 +10642,8 @@ def _read_source(source: Json) -> Json:
 def _read_image_block(block: Json) -> Json:
     source = block["source"]
     if source["type"] == "url" and source["url"][:5].lower() == "data:":
-        return _marked(image_part(source["url"]), block)
-    return _read_other_block(block) if source["type"] in ("content", "text") else _marked({"type": "image", **_read_source(source)}, block)
+        return read_mark(image_part(source["url"]), block)
+    return _read_other_block(block) if source["type"] in ("content", "text") else read_mark({"type": "image", **_read_source(source)}, block)
 
 
 def _read_document_block(block: Json) -> Json:
@@ -10649,7 +10651,7 @@ def _read_document_block(block: Json) -> Json:
     if block["source"]["type"] == "content":
         return _read_other_block(block)
     told = {name: block[name] for name in ("title", "context", "citations") if block.get(name)}
-    return _marked({"type": "file", **_read_source(block["source"]), **told}, block)
+    return read_mark({"type": "file", **_read_source(block["source"]), **told}, block)
 
 
 def _read_thinking_block(block: Json) -> Json:
@@ -10666,11 +10668,11 @@ def _read_redacted_block(block: Json) -> Json:
 
 def _read_use_block(block: Json) -> Json:
     part = call_part(block["id"], block["name"], args_text(block.get("input")))
-    return _marked({**part, "raw": {"caller": block["caller"]}} if block.get("caller") else part, block)
+    return read_mark({**part, "raw": {"caller": block["caller"]}} if block.get("caller") else part, block)
 
 
 def _read_result_block(block: Json) -> Json:
-    return _marked(result_part(block["tool_use_id"], _read_blocks(block.get("content")), error=block.get("is_error") is True), block)
+    return read_mark(result_part(block["tool_use_id"], _read_blocks(block.get("content")), error=block.get("is_error") is True), block)
 
 
 def _read_other_block(block: Json) -> Json:
@@ -10803,7 +10805,7 @@ def _write_tool(tool: Json, profile: Profile) -> Json:
         if tool.get("strict") and profile.vendor:
             written["strict"] = True
     written.pop("cache_control", None)
-    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+    return write_mark(written, tool)
 
 
 def _write_content(parts: Sequence[Json], hub: Json, profile: Profile) -> str | list[Json]:
@@ -10813,14 +10815,10 @@ def _write_content(parts: Sequence[Json], hub: Json, profile: Profile) -> str | 
     return blocks[0]["text"] if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
 
 
-def _with_mark(block: Json, part: Json) -> Json:
-    return {**block, "cache_control": part["cache"]} if part.get("cache") else block
-
-
 def _write_text_block(part: Json, native: bool) -> Json:
     block = {"type": "text", "text": part["text"]}
     citations = [cite["raw"] for cite in part.get("cites") or () if native and cite.get("family") == OWN and "raw" in cite]
-    return _with_mark({**block, "citations": citations} if citations else block, part)
+    return write_mark({**block, "citations": citations} if citations else block, part)
 
 
 def _write_source(part: Json) -> Json:
@@ -10832,13 +10830,13 @@ def _write_source(part: Json) -> Json:
 
 
 def _write_image_block(part: Json, native: bool) -> Json:
-    return _with_mark({"type": "image", "source": _write_source(part)}, part)
+    return write_mark({"type": "image", "source": _write_source(part)}, part)
 
 
 def _write_file_block(part: Json, native: bool) -> Json:
     title = part.get("title") or part.get("name")
     told = {"title": title, "context": part.get("context"), "citations": part.get("citations") if native else None}
-    return _with_mark({"type": "document", "source": _write_source(part), **{name: value for name, value in told.items() if value}}, part)
+    return write_mark({"type": "document", "source": _write_source(part), **{name: value for name, value in told.items() if value}}, part)
 
 
 def _write_thinking_block(part: Json, native: bool) -> Json:
@@ -10852,7 +10850,7 @@ def _write_thinking_block(part: Json, native: bool) -> Json:
 
 def _write_use_block(part: Json, native: bool) -> Json:
     block = {"type": "tool_use", "id": part["id"], "name": part["name"], "input": args_object(part["args"])}
-    return _with_mark({**block, **part["raw"]} if native and part.get("raw") else block, part)
+    return write_mark({**block, **part["raw"]} if native and part.get("raw") else block, part)
 
 
 def _write_result_block(part: Json, native: bool) -> Json:
@@ -10860,7 +10858,7 @@ def _write_result_block(part: Json, native: bool) -> Json:
     inner = [_BLOCK_WRITERS[item["type"]](item, native) for item in part["parts"] if item["type"] != "text" or not is_blank(item["text"])]
     if inner:
         block["content"] = inner[0]["text"] if len(inner) == 1 and inner[0].keys() == {"type", "text"} else inner
-    return _with_mark({**block, "is_error": True} if part.get("error") else block, part)
+    return write_mark({**block, "is_error": True} if part.get("error") else block, part)
 
 
 _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
@@ -11130,10 +11128,8 @@ def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, s
     """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
     pieces: list[str] = []
     index, n_blocks, open_kind = -1, 0, ""
-    for frame in split_frames(sent):
-        event = read_frame(frame)
-        value = json.loads(event.data) if event.data else {}
-        kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
+    for kind, value in sent_events(sent):
+        delta, block = value.get("delta"), value.get("content_block")
         if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
             index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
             pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
@@ -11552,7 +11548,7 @@ class MessagesPassage(Passage):
 # Gemini's generateContent is the third: a request becomes one of Chat.  Guarded by tests/test_plain.py and tests/test_gemini.py.
 
 _PROMPT_FIELDS = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs"})       # what a Chat request has no place for
-_COMPLETION_FIELDS: Fields = {**{name: rule for name, rule in CHAT_FIELDS.items() if name not in _PROMPT_FIELDS},
+_COMPLETION_FIELDS: Fields = {**rest_of(CHAT_FIELDS, _PROMPT_FIELDS),
                               **fields_of({"a string": "suffix", "a boolean": "echo", "an integer": "best_of logprobs"})}
 _EMBEDDING_FIELDS = fields_of({"an integer": "dimensions", "a string": "encoding_format user"})
 
@@ -11589,7 +11585,7 @@ def completions_read_request(body: Json) -> Json:
         raise unsupported("prompt: tokens and several prompts need a provider that has /completions itself")
     if body.get("suffix"):
         raise unsupported("suffix: filling in needs a provider that has /completions itself")
-    hub = chat_read_request({**{name: value for name, value in body.items() if name not in _PROMPT_FIELDS}, "messages": [{"role": "user", "content": prompt}]})
+    hub = chat_read_request({**rest_of(body, _PROMPT_FIELDS), "messages": [{"role": "user", "content": prompt}]})
     drop(hub, *(name for name in ("echo", "best_of", "logprobs") if body.get(name)))
     return hub
 
