@@ -457,8 +457,7 @@ class ConfigError(Exception):
 # One more provider: one more row; a provider that behaves like CUSTOM_PRESET needs none, only its entry in models.json.
 # One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in `takes` or MODEL_FACTS.
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(NamedTuple):
     """What a target takes and how it answers, for one preset, wire model and wire format."""
     format: Format = "chat"
     preset: str = ""
@@ -906,7 +905,7 @@ MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
     ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
     ("openai", "responses", "*", {"max_stop": 0}),
     ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
-    ("xai", "*", "*", {"effort": (), "max_stop": None}),
+    ("xai", "*", "*", {"effort": ()}),
     ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
     ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
     ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
@@ -12289,7 +12288,7 @@ FORMATS: Mapping[ClientFormat, WireFormat] = {
 def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profile:
     """What one model of a provider takes, spoken to in `wire_format`."""
     profile = profile_for(preset_name, model.id, wire_format)
-    return replace(profile, max_out_limit=model.max_output, images=profile.images and model.vision is not False)
+    return profile._replace(max_out_limit=model.max_output, images=profile.images and model.vision is not False)
 
 
 class Needs:

@@ -1270,7 +1270,7 @@ def test_recorded_requests_come_back_the_same(path: Path) -> None:
             a.responses_read_request(body)
         return
     before = copy.deepcopy(body)
-    profile = a.replace(OPENAI, model=body["model"])
+    profile = OPENAI._replace(model=body["model"])
     written = again(body, profile)
     assert body == before
     expected = normal_request(body)
