@@ -221,8 +221,7 @@ class PayloadRule:
     drop: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Repair:
+class Repair(NamedTuple):
     """An edit of requests to one model that a refusal of its provider asked for.  `none`: it was tried and did not help."""
     field: str                      #: as the provider calls it; a dot stands before a name inside an object
     how: Literal["rename", "most", "least", "drop", "none"]
@@ -1222,8 +1221,7 @@ def _dotenv_value(match: re.Match[str]) -> str:
 _UNSHOWN = "a string, not shown here"
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a value stands: a file, variable or flag, and the path in it."""
     source: str
     path: str = ""
@@ -2238,8 +2236,7 @@ def cut_dotenv(text: str, name: str) -> str:
 # One more provider's quirk: a row in _SIGNS and one in tests/test_failures.py.  One more reason: a line in REASONS.
 # Source: the providers' own error pages and captured bodies; RFC 9110 for Retry-After.
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What follows from a kind."""
     goes_on: bool          #: is the next route tried?
     scope: str             #: which of Route.keys cools where the reason does not say, "" for none
@@ -2268,8 +2265,7 @@ def failure_rules(bounds: Bounds) -> Mapping[Kind, Rule]:
 FAILURE_RULES = failure_rules(Bounds())
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(NamedTuple):
     """A finer word than the kind, shown to users."""
     kind: Kind
     scope: str                           #: a scope, "" for none, or "bucket": whatever the provider's limits are counted by
@@ -2331,8 +2327,7 @@ _TAG = re.compile(r"<[^<>]*>")
 _SSE_DATA = re.compile(r"^data:[ ]?([\[{].*)$", re.M)
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
+class _Facts(NamedTuple):
     """A body as far as it can be understood."""
     message: str = ""
     code: str | None = None
@@ -4675,9 +4670,9 @@ def learn_repair(state: RoutingState, route: Route, failure: UpstreamFailure, se
     if cure is None or any(old.how == "none" and old.field == name or old.how == "rename" and (old.to, old.field) == (name, cure.to) for old in known):
         useless = {old.field for old in known if name in (old.field, old.to) and old.how != "none"}
         if useless:
-            state.repairs[route.keys[2]] = tuple(replace(old, how="none") if old.field in useless else old for old in known)
+            state.repairs[route.keys[2]] = tuple(old._replace(how="none") if old.field in useless else old for old in known)
         return None
-    cure = replace(cure, until_utc=utc + LEARNED_S)
+    cure = cure._replace(until_utc=utc + LEARNED_S)
     others = tuple(old for old in known if (old.field, old.how, old.value) != (cure.field, cure.how, cure.value))
     state.repairs[route.keys[2]] = (*others, cure)[-_MAX_REPAIRS:]
     return cure
