@@ -6887,15 +6887,16 @@ def _token_count(value: Any) -> int | None:
         return None
 
 
-#: Where each count stands: a field, or one inside it.
-_USAGE_PLACES: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {format: {key: tuple((path.partition(".")[0], path.partition(".")[2]) for path in paths) for key, paths in places.items()} for format, places in {
-    "chat": {"input": ("prompt_tokens",), "cached": ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens"),
-             "cache_write": ("prompt_tokens_details.cache_write_tokens",), "output": ("completion_tokens",), "reasoning": ("completion_tokens_details.reasoning_tokens",)},
-    "messages": {"input": ("input_tokens",), "cached": ("cache_read_input_tokens",), "cache_write": ("cache_creation_input_tokens",), "output": ("output_tokens",),
-                 "reasoning": ("output_tokens_details.thinking_tokens",)},
-    "responses": {"input": ("input_tokens",), "cached": ("input_tokens_details.cached_tokens",), "cache_write": ("input_tokens_details.cache_write_tokens",),
-                  "output": ("output_tokens",), "reasoning": ("output_tokens_details.reasoning_tokens",)},
-}.items()}
+#: Where each count stands, the best place first: a field, or one inside it.
+_USAGE_PLACES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "chat": (("input", "prompt_tokens", ""), ("output", "completion_tokens", ""), ("cached", "prompt_tokens_details", "cached_tokens"), ("cached", "prompt_cache_hit_tokens", ""),
+             ("cached", "cached_tokens", ""), ("cached", "num_cached_tokens", ""), ("cache_write", "prompt_tokens_details", "cache_write_tokens"),
+             ("reasoning", "completion_tokens_details", "reasoning_tokens")),
+    "messages": (("input", "input_tokens", ""), ("output", "output_tokens", ""), ("cached", "cache_read_input_tokens", ""), ("cache_write", "cache_creation_input_tokens", ""),
+                 ("reasoning", "output_tokens_details", "thinking_tokens")),
+    "responses": (("input", "input_tokens", ""), ("output", "output_tokens", ""), ("cached", "input_tokens_details", "cached_tokens"),
+                  ("cache_write", "input_tokens_details", "cache_write_tokens"), ("reasoning", "output_tokens_details", "reasoning_tokens")),
+}
 
 
 def read_usage(format: str, usage: Any) -> Json:
@@ -6906,18 +6907,17 @@ def read_usage(format: str, usage: Any) -> Json:
     """
     if not isinstance(usage, dict):
         return {}
-    told = {}
-    for key, places in _USAGE_PLACES[format].items():
-        for outer, inner in places:
-            value = usage.get(outer)
-            value = value.get(inner) if inner and isinstance(value, dict) else None if inner else value
-            if value is not None and (count := _token_count(value)) is not None:
-                told[key] = count
-                break
+    told: dict[str, int] = {}
+    for key, outer, inner in _USAGE_PLACES[format]:
+        value = usage.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if value is not None and key not in told and (count := _token_count(value)) is not None:
+            told[key] = count
     if format == "messages" and "input" in told:
         told["input"] += told.get("cached", 0) + told.get("cache_write", 0)
-    total, reasoning = _token_count(usage.get("total_tokens")), told.get("reasoning", 0)
-    if format == "chat" and reasoning and total is not None and total == told.get("input", 0) + told.get("output", 0) + reasoning:
+    reasoning = told.get("reasoning", 0)
+    if format == "chat" and reasoning and _token_count(usage.get("total_tokens")) == told.get("input", 0) + told.get("output", 0) + reasoning:
         told["output"] = told.get("output", 0) + reasoning
     return told
 
