@@ -224,8 +224,7 @@ class PayloadRule:
     drop: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Repair:
+class Repair(NamedTuple):
     """An edit of requests to one model that a refusal of its provider asked for.  `none`: it was tried and did not help."""
     field: str                      #: as the provider calls it; a dot stands before a name inside an object
     how: Literal["rename", "most", "least", "drop", "none"]
@@ -455,8 +454,62 @@ class ConfigError(Exception):
 ##############################################################################
 # What is known of each provider: one row each, data only, in the order in which they are tried when there is no
 # models.json.  A row says only what differs from Preset's defaults.  Names and limits age fast: live answers win over them.
+# What a target takes is a Profile: its preset's `takes`, then what its format and its model change of that.
 # Source: public catalogues and vendor pages, read 2026-11.  Guarded by tests/test_presets.py.
 # One more provider: one more row; a provider that behaves like CUSTOM_PRESET needs none, only its entry in models.json.
+# One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in `takes` or MODEL_FACTS.
+
+class Profile(NamedTuple):
+    """What a target takes and how it answers, for one preset, wire model and wire format."""
+    format: Format = "chat"
+    preset: str = ""
+    model: str = ""                          #: wire model
+    family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
+    vendor: bool = False                     #: the true Anthropic or the true OpenAI
+    reject: tuple[str, ...] = ()             #: body fields that are answered by 400; outer.inner for one within another
+    message_reject: tuple[str, ...] = ()     #: the same within a message
+    max_fields: tuple[str, ...] = ("max_tokens", "max_completion_tokens")     #: names that it knows for the longest answer, the one to use first
+    developer: bool = False                  #: knows the role developer
+    late_system: str = "wrap"                #: keep: system text between turns keeps its role
+    null_content: str | None = None          #: `content` beside calls
+    replay: str = ""                         #: how thinking goes back: native, thinking, reasoning_content, reasoning, reasoning_details, think_tag
+    must_replay: bool = False                #: refuses tool turns whose thinking is missing
+    effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
+    switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
+    schema: str = "full"                     #: json, none: what response_format may be
+    schema_with_tools: bool = True           #: whether it may stand beside tools
+    one_strict: bool = False                 #: `strict` must be the same on all tools
+    tool_schema: str = ""                    #: gemini: only its subset
+    choices: tuple[str, ...] = ("auto", "none", "required", "tool")
+    required_word: str = "required"
+    call_id: str = ""                        #: anthropic, openai64, mistral9
+    tool_images: bool = False
+    file_url: bool = False
+    cache_control: bool = False
+    cache_key: bool = False                  #: takes prompt_cache_key
+    top_k: bool = False
+    penalties: bool = True
+    sampling: str = "ok"                     #: idle: only while not thinking; never
+    completions: bool = False                #: completes plain text at /completions, with any of its models
+    custom_tools: bool = False
+    namespaces: bool = False
+    hosted: bool = False                     #: its own server-run tools may be offered
+    own_ids: bool = False
+    merge_choices: bool = False
+    note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
+    thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
+    prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
+    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
+                                             #: fields; echo: as prefix, and its answer begins with what it was given
+    user_first: bool = False
+    forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
+    max_stop: int | None = None              #: how many stop strings, 0 for none
+    seed_field: str = "seed"
+    max_out_limit: int | None = None
+    default_max_out: int = 8192
+    images: bool = True
+    extra_names: bool = False                #: assistant and tool messages want `name`
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preset:
@@ -474,13 +527,7 @@ class Preset:
     auth_scheme: str = "Bearer"              #: "" for the bare key
     headers: tuple[tuple[str, str], ...] = ()
     bucket: Literal["account", "model", "machine"] = "account"    #: what a rate limit counts against; model: (account, model)
-    rejects: tuple[str, ...] = ()            #: request fields that are answered by 400 or 422
-    message_rejects: tuple[str, ...] = ()    #: the same within a message
-    renames: Mapping[str, str] = field(default_factory=dict)      #: request fields that go by another name
-    max_field: Literal["", "max_tokens", "max_completion_tokens"] = ""   #: the only spelling it knows, "" where both are
-    system_role: Literal["", "system"] = "system"                 #: what role developer becomes, "" to leave it
-    stream_options: bool = True              #: whether include_usage may be asked for
-    completions: bool = False                #: whether it completes plain text at /completions, with any of its models
+    takes: Mapping[str, Any] = field(default_factory=dict)        #: fields of Profile that differ when it is spoken to in Chat, whichever the model
     first_byte_s: float = 60.0
     idle_s: float = 90.0
     free_limits: Limits | None = None        #: of the free tier; per model where `bucket` is model
@@ -517,13 +564,19 @@ _OPENAI_LONG = (272_000, 2.0, 1.5)
 _LITE_DAY = Limits(rpm=15, rpd=500, tpm=250_000)
 _ONE_TOKEN = ("POST", "/chat/completions")   # where the model list answers any key, or none
 
+#: What many that copy the Chat of years ago have in common, and servers on one's own machine.
+_PLAIN_CHAT: Json = {"max_fields": ("max_tokens",), "reject": ("store",)}
+_LOCAL: Json = {"top_k": True, "null_content": "", "completions": True}
+_OPENAI_CHOICES = ("auto", "none", "required", "tool", "allowed", "custom")
+
 _ROWS: Mapping[str, Preset] = {
     "gemini": Preset(
         "Google Gemini API (AI Studio)", "https://generativelanguage.googleapis.com/v1beta/openai",
         ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"), "https://aistudio.google.com/app/api-keys",
         default="gemini-3.5-flash-lite", bucket="model", first_byte_s=90.0,
+        takes={"tool_schema": "gemini", "null_content": "", "reject": ("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias", "service_tier", "safety_identifier",
+               "user", "verbosity")},
         check=_ONE_TOKEN,                    # some new keys list models and yet cannot generate
-        rejects=("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias"),
         models=(
             _known_model("gemini-3.5-flash-lite", 1048576, 65536, "tvr", (0.3, 2.5, 0.03), _LITE_DAY),
             _known_model("gemini-3.1-flash-lite", 1048576, 65536, "tvr", (0.25, 1.5, 0.025), _LITE_DAY),
@@ -538,7 +591,8 @@ _ROWS: Mapping[str, Preset] = {
     "groq": Preset(
         "GroqCloud", "https://api.groq.com/openai/v1", ("GROQ_API_KEY",), "https://console.groq.com/keys",
         default="openai/gpt-oss-120b", bucket="model", first_byte_s=30.0, free_limits=Limits(30, 1000, 8_000, 200_000),
-        rejects=("logprobs", "top_logprobs", "logit_bias", "store", "metadata"), message_rejects=("name", "reasoning_content", "reasoning"),
+        takes={"max_fields": ("max_completion_tokens", "max_tokens"), "penalties": False, "message_reject": ("name", "reasoning_content", "reasoning"),
+               "reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 65536, "tr", (0.15, 0.6, 0.075)),
             _known_model("qwen/qwen3.8-27b", 131072, 16384, "tvr", (0.8, 4.0)),
@@ -553,6 +607,7 @@ _ROWS: Mapping[str, Preset] = {
         "OpenRouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",), "https://openrouter.ai/settings/keys",
         default="nvidia/nemotron-3-ultra-550b-a55b:free", first_byte_s=120.0, free_limits=Limits(rpm=20, rpd=50), check=("GET", "/key"),
         other_urls={"messages": "https://openrouter.ai/api/v1", "responses": "https://openrouter.ai/api/v1"},
+        takes={"replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
         models=(
             _known_model("nvidia/nemotron-3-ultra-550b-a55b:free", 1000000, 65536, "tr", _FREE),
             _known_model("google/gemma-4-31b-it:free", 262144, 32768, "tvr", _FREE),
@@ -567,8 +622,9 @@ _ROWS: Mapping[str, Preset] = {
     "cerebras": Preset(
         "Cerebras Inference", "https://api.cerebras.ai/v1", ("CEREBRAS_API_KEY",), "https://cloud.cerebras.ai/platform/",
         default="gpt-oss-120b", bucket="model", first_byte_s=30.0, free_limits=Limits(rpm=5, tpm=30_000, tpd=1_000_000),
-        rejects=("store", "metadata", "logit_bias", "frequency_penalty", "presence_penalty", "service_tier", "reasoning", "enable_thinking"),
-        message_rejects=("reasoning_content",), completions=True,
+        takes={"max_fields": ("max_completion_tokens", "max_tokens"), "penalties": False, "replay": "reasoning", "message_reject": ("reasoning_content",), "completions": True,
+               "schema_with_tools": False, "one_strict": True, "reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias",
+               "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("gpt-oss-120b", 131072, 40960, "tr", (0.35, 0.75)),
             _known_model("qwen-3.8-27b", 131072, 40960, "tvr", (0.99, 1.49)),
@@ -581,7 +637,8 @@ _ROWS: Mapping[str, Preset] = {
         })),
     "ollama": Preset(                        # OLLAMA_API_KEY is the cloud's: it is never sent to the local server
         "Ollama (local)", "http://127.0.0.1:11434/v1", keyless=True,
-        default="gemma3:1b", bucket="machine", first_byte_s=300.0, max_field="max_tokens", completions=True,
+        default="gemma3:1b", bucket="machine", first_byte_s=300.0,
+        takes={"max_fields": ("max_tokens",), "replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True, "completions": True},
         other_urls={"messages": "http://127.0.0.1:11434/v1", "responses": "http://127.0.0.1:11434/v1"},
         models=(
             _known_model("gemma3:1b", 32768, 8192, "", _FREE),
@@ -590,7 +647,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "ollama-cloud": Preset(
         "Ollama Cloud", "https://ollama.com/v1", ("OLLAMA_API_KEY", "OLLAMA_CLOUD_API_KEY"), "https://ollama.com/settings/keys",
-        default="gpt-oss:120b", first_byte_s=300.0, max_field="max_tokens", check=("GET", "https://ollama.com/api/usage"),
+        default="gpt-oss:120b", first_byte_s=300.0, check=("GET", "https://ollama.com/api/usage"),
+        takes={"max_fields": ("max_tokens",), "replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
         models=(
             _known_model("gpt-oss:120b", 131072, 32768, "tr", (0.15, 0.6, 0.014)),
             _known_model("glm-5.3-flash", 1000000, 131072, "tvr", (0.15, 0.5, 0.03)),
@@ -602,7 +660,8 @@ _ROWS: Mapping[str, Preset] = {
         "Hugging Face Inference Providers", "https://router.huggingface.co/v1",
         ("HF_TOKEN", "HUGGINGFACE_API_KEY", "HUGGINGFACE_API_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
         "https://huggingface.co/settings/tokens/new?ownUserPermissions=inference.serverless.write&tokenType=fineGrained",
-        default="openai/gpt-oss-120b", first_byte_s=120.0, max_field="max_tokens", check=("GET", "https://huggingface.co/api/whoami-v2"),
+        default="openai/gpt-oss-120b", first_byte_s=120.0, check=("GET", "https://huggingface.co/api/whoami-v2"),
+        takes={"max_fields": ("max_tokens",)},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 32768, "tr", (0.25, 0.69)),
             _known_model("zai-org/GLM-5.3-Flash", 1048576, 131072, "tvr", (0.15, 0.5)),
@@ -611,7 +670,9 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "openai": Preset(
         "OpenAI", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "https://platform.openai.com/api-keys",
-        default="gpt-6-luna", bucket="model", first_byte_s=180.0, idle_s=180.0, max_field="max_completion_tokens", system_role="",
+        default="gpt-6-luna", bucket="model", first_byte_s=180.0, idle_s=180.0,
+        takes={"max_fields": ("max_completion_tokens",), "developer": True, "vendor": True, "call_id": "openai64", "custom_tools": True, "cache_key": True, "max_stop": 4,
+               "choices": _OPENAI_CHOICES},
         other_urls={"responses": "https://api.openai.com/v1"},
         models=(
             _known_model("gpt-6-luna", 1050000, 128000, "tvr", (0.1, 0.5, 0.01), long=_OPENAI_LONG),
@@ -627,6 +688,7 @@ _ROWS: Mapping[str, Preset] = {
         "Anthropic Claude API", "https://api.anthropic.com/v1", ("ANTHROPIC_API_KEY",), "https://platform.claude.com/settings/keys",
         format="messages", default="claude-haiku-5-5", bucket="model", first_byte_s=120.0,
         auth_header="x-api-key", auth_scheme="", headers=(("anthropic-version", "2023-06-01"),),
+        takes={"vendor": True},
         models=(
             _known_model("claude-haiku-5-5", 1000000, 128000, "tvr", (0.1, 0.5, 0.01, 0.125), long=(100_000, 5.0, 5.0)),
             _known_model("claude-sonnet-5-5", 1000000, 128000, "tvr", (2.0, 10.0, 0.1, 2.5)),
@@ -636,7 +698,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"claude-3-*": "2025-2026", "claude-sonnet-4-5": "2026-11-30", "claude-mythos-preview": "2026-06-09"})),
     "github-copilot": Preset(                # GITHUB_TOKEN is left out: every build machine has one, and it is not meant for this
         "GitHub Copilot", "https://api.githubcopilot.com", ("COPILOT_GITHUB_TOKEN", "GITHUB_COPILOT_TOKEN"),
-        default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0, rejects=("store",), max_field="max_completion_tokens",
+        default="gpt-6-luna", first_byte_s=120.0, idle_s=180.0,
+        takes={"reject": ("store",), "merge_choices": True},
         other_urls={"messages": "https://api.githubcopilot.com/v1", "responses": "https://api.githubcopilot.com"},
         login=True, check=("GET", "/copilot_internal/v2/token"),
         headers=(("user-agent", "GitHubCopilotChat/0.35.0"), ("editor-version", "vscode/1.107.0"), ("editor-plugin-version", "copilot-chat/0.35.0"),
@@ -654,8 +717,10 @@ _ROWS: Mapping[str, Preset] = {
         })),
     "deepseek": Preset(
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
-        default="deepseek-flash", first_byte_s=180.0, rejects=("store",), max_field="max_tokens", check=("GET", "https://api.deepseek.com/user/balance"),
+        default="deepseek-flash", first_byte_s=180.0, check=("GET", "https://api.deepseek.com/user/balance"),
         continue_url="https://api.deepseek.com/beta",
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "images": False,
+               "continues": "prefix"},
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(
             _known_model("deepseek-flash", 1000000, 384000, "tvr", (0.3, 1.2, 0.006)),
@@ -664,9 +729,10 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"deepseek-chat deepseek-reasoner": "2026-07-24", "deepseek-v4-flash deepseek-v4-flash-vision-exp": "2026-09-10"})),
     "mistral": Preset(                       # usage comes with the last chunk unasked
         "Mistral La Plateforme", "https://api.mistral.ai/v1", ("MISTRAL_API_KEY",), "https://console.mistral.ai/api-keys",
-        default="mistral-small-latest", max_field="max_tokens", stream_options=False, free_limits=Limits(rpm=60, tpm=500_000),
-        rejects=("store", "user", "logit_bias", "logprobs", "top_logprobs", "stream_options"), message_rejects=("reasoning_content",),
-        renames={"seed": "random_seed"},
+        default="mistral-small-latest", free_limits=Limits(rpm=60, tpm=500_000),
+        takes={"max_fields": ("max_tokens",), "seed_field": "random_seed", "required_word": "any", "call_id": "mistral9", "prefill": "prefix", "continues": "echo", "user_first": True,
+               "extra_names": True, "message_reject": ("reasoning_content", "reasoning"), "reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata",
+               "service_tier", "prompt_cache_key", "verbosity", "safety_identifier")},
         models=(
             _known_model("mistral-small-latest", 262144, 256000, "tvr", (0.15, 0.6, 0.015)),
             _known_model("ministral-8b-latest", 262144, 128000, "tv", (0.15, 0.15, 0.015)),
@@ -675,7 +741,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "xai": Preset(
         "xAI Grok", "https://api.x.ai/v1", ("XAI_API_KEY",), "https://console.x.ai/team/default/api-keys",
-        default="grok-4.3", idle_s=180.0, rejects=("store", "logit_bias"), max_field="max_completion_tokens",
+        default="grok-4.3", idle_s=180.0,
+        takes={"max_fields": ("max_completion_tokens",), "reject": ("logit_bias", "store")},
         other_urls={"responses": "https://api.x.ai/v1"},
         models=(
             _known_model("grok-4.3", 1000000, 30000, "tvr", (1.25, 2.5, 0.2), long=(199_999,)),
@@ -684,7 +751,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"grok-3 grok-4-0709 grok-4-fast-* grok-4-1-fast-* grok-code-fast-1": "2026-05-15"})),
     "together": Preset(
         "Together AI", "https://api.together.ai/v1", ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY"), "https://api.together.ai/settings/api-keys",
-        default="openai/gpt-oss-120b", rejects=("store",), max_field="max_tokens", completions=True,
+        default="openai/gpt-oss-120b",
+        takes={**_PLAIN_CHAT, "top_k": True, "switch": "reasoning", "completions": True},
         models=(
             _known_model("openai/gpt-oss-120b", 131072, 131072, "tr", (0.15, 0.6)),
             _known_model("zai-org/GLM-5.3-Flash", 1048575, 400000, "tvr", (0.15, 0.5, 0.03)),
@@ -692,7 +760,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "fireworks": Preset(
         "Fireworks AI", "https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_KEY",), "https://app.fireworks.ai/settings/users/api-keys",
-        default="accounts/fireworks/models/glm-5p3-flash", rejects=("store",), max_field="max_tokens", completions=True,
+        default="accounts/fireworks/models/glm-5p3-flash",
+        takes={**_PLAIN_CHAT, "top_k": True, "completions": True},
         check=("GET", "https://api.fireworks.ai/v1/accounts/fireworks/models?pageSize=1"),   # its /models fails for accounts without deployments
         other_urls={"messages": "https://api.fireworks.ai/inference/v1"},
         models=(
@@ -703,7 +772,8 @@ _ROWS: Mapping[str, Preset] = {
     "nvidia": Preset(
         "NVIDIA NIM (build.nvidia.com)", "https://integrate.api.nvidia.com/v1", ("NVIDIA_API_KEY", "NVIDIA_NIM_API_KEY"),
         "https://build.nvidia.com/settings/api-keys",
-        default="nvidia/nemotron-3-ultra-550b-a55b", first_byte_s=300.0, idle_s=300.0, rejects=("store",), max_field="max_tokens",
+        default="nvidia/nemotron-3-ultra-550b-a55b", first_byte_s=300.0, idle_s=300.0,
+        takes={**_PLAIN_CHAT, "reject": ("store", "metadata", "parallel_tool_calls")},
         free_limits=Limits(rpm=40), check=_ONE_TOKEN,
         models=(
             _known_model("nvidia/nemotron-3-ultra-550b-a55b", 1000000, 65536, "tr", _FREE),
@@ -714,7 +784,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"meta/llama-3.3-70b-instruct deepseek-ai/deepseek-v4-* z-ai/glm-5.2 minimaxai/minimax-m3 qwen/qwen3-coder-480b*": "2026-09"})),
     "sambanova": Preset(
         "SambaNova Cloud", "https://api.sambanova.ai/v1", ("SAMBANOVA_API_KEY",), "https://cloud.sambanova.ai/apis",
-        default="gpt-oss-120b", rejects=("store",), max_field="max_tokens", free_limits=Limits(rpm=20, rpd=20, tpd=200_000), check=_ONE_TOKEN,
+        default="gpt-oss-120b", free_limits=Limits(rpm=20, rpd=20, tpd=200_000), check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "reject": ("store", "n", "logit_bias"), "penalties": False},
         models=(
             _known_model("gpt-oss-120b", 131072, 131072, "tr", (0.22, 0.59)),
             _known_model("gemma-4-31B-it", 131072, 131072, "v", (0.38, 1.15)),
@@ -723,7 +794,8 @@ _ROWS: Mapping[str, Preset] = {
     "cloudflare": Preset(
         "Cloudflare Workers AI", "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1",
         ("CLOUDFLARE_API_TOKEN", "CLOUDFLARE_API_KEY"), "https://dash.cloudflare.com/profile/api-tokens",
-        default="@cf/openai/gpt-oss-120b", rejects=("store",), needs=("CLOUDFLARE_ACCOUNT_ID",),
+        default="@cf/openai/gpt-oss-120b", needs=("CLOUDFLARE_ACCOUNT_ID",),
+        takes={"reject": ("store",)},
         check=("GET", "https://api.cloudflare.com/client/v4/user/tokens/verify"),
         other_urls={"responses": "https://api.cloudflare.com/client/v4/accounts/{CLOUDFLARE_ACCOUNT_ID}/ai/v1"},
         models=(
@@ -734,7 +806,8 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "zai": Preset(
         "Z.ai / GLM", "https://api.z.ai/api/paas/v4", ("ZAI_API_KEY", "ZHIPU_API_KEY"), "https://z.ai/manage-apikey/apikey-list",
-        default="glm-4.7-flash", rejects=("store",), max_field="max_tokens", check=_ONE_TOKEN,
+        default="glm-4.7-flash", check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1},
         other_urls={"messages": "https://api.z.ai/api/anthropic/v1"},
         models=(
             _known_model("glm-4.7-flash", 200000, 131072, "tr", _FREE),
@@ -743,7 +816,9 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "moonshot": Preset(
         "Moonshot / Kimi", "https://api.moonshot.ai/v1", ("MOONSHOT_API_KEY", "KIMI_API_KEY"), "https://platform.moonshot.ai/console/api-keys",
-        default="kimi-k2.6", rejects=("store",), max_field="max_tokens", check=("GET", "/users/me/balance"),
+        default="kimi-k2.6", check=("GET", "/users/me/balance"),
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True,
+               "continues": "partial"},
         other_urls={"messages": "https://api.moonshot.ai/anthropic/v1"},
         models=(
             _known_model("kimi-k2.6", 262144, 262144, "tvr", (0.95, 4.0, 0.16)),
@@ -753,7 +828,8 @@ _ROWS: Mapping[str, Preset] = {
         retired=_retired({"moonshot-v1-* kimi-k2.5": "2026-08-31", "kimi-k2-*": "2026"})),
     "minimax": Preset(
         "MiniMax", "https://api.minimax.io/v1", ("MINIMAX_API_KEY",), "https://platform.minimax.io",
-        default="MiniMax-M3.1-Flash", max_field="max_tokens", check=_ONE_TOKEN,
+        default="MiniMax-M3.1-Flash", check=_ONE_TOKEN,
+        takes={**_PLAIN_CHAT, "replay": "think_tag"},
         other_urls={"messages": "https://api.minimax.io/anthropic/v1"},
         models=(
             _known_model("MiniMax-M3.1-Flash", 1000000, 524288, "tvr", (0.15, 0.6, 0.015)),
@@ -763,7 +839,8 @@ _ROWS: Mapping[str, Preset] = {
     "qwen": Preset(
         "Alibaba Model Studio (Qwen, DashScope)", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", ("DASHSCOPE_API_KEY",),
         "https://modelstudio.console.alibabacloud.com",
-        default="qwen3.8-flash", idle_s=600.0, rejects=("store",), max_field="max_tokens",
+        default="qwen3.8-flash", idle_s=600.0,
+        takes={**_PLAIN_CHAT, "switch": "enable_thinking", "continues": "partial"},
         other_urls={"messages": "https://dashscope-intl.aliyuncs.com/apps/anthropic/v1"},
         models=(
             _known_model("qwen3.8-flash", 1000000, 131072, "tvr", (0.15, 0.47, 0.016)),
@@ -772,13 +849,16 @@ _ROWS: Mapping[str, Preset] = {
         )),
     "lmstudio": Preset(
         "LM Studio (local)", "http://127.0.0.1:1234/v1", ("LMSTUDIO_API_KEY", "LM_STUDIO_API_KEY"), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"}, completions=True),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:1234/v1"},
+        takes={**_LOCAL, "replay": "reasoning"}),
     "vllm": Preset(
         "vLLM server (local)", "http://127.0.0.1:8000/v1", ("VLLM_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"}, completions=True),
+        bucket="machine", first_byte_s=300.0, other_urls={"responses": "http://127.0.0.1:8000/v1"},
+        takes={**_LOCAL, "replay": "reasoning", "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"}),
     "llamacpp": Preset(
         "llama.cpp server (local)", "http://127.0.0.1:8080/v1", ("LLAMA_CPP_API_KEY",), keyless=True,
-        bucket="machine", first_byte_s=300.0, rejects=("store",), completions=True),
+        bucket="machine", first_byte_s=300.0,
+        takes={**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final", "reject": ("store",)}),
     "github-models": Preset(
         "GitHub Models (retired)", "https://models.github.ai/inference",
         gone="another provider: GitHub Models was retired on 2026-07-30 and its address answers 410 Gone"),
@@ -788,6 +868,75 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({name: replace(row, name=name) 
 
 #: What is assumed of a provider that has no row.
 CUSTOM_PRESET = Preset("Custom provider", name="custom")
+
+# What targets take.
+
+#: What a format makes of a preset's `takes`, which are those of its Chat.
+_FORMAT_ROWS: Mapping[str, Json] = {
+    "chat": {},
+    "messages": {"continues": "", "replay": "thinking", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
+                 "user_first": True,
+                 "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
+                 "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
+    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "penalties": False,
+                  "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
+}
+_CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
+_NEW_CLAUDE: Json = {"thinking": ("adaptive",), "sampling": "never", "effort": _CLAUDE_LEVELS, "prefill": "no", "default_max_out": 32000}
+_OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (), "prefill": "ok", "forced_choice": "not_enabled", "default_max_out": 32000}
+
+#: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
+MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
+    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
+    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
+    ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
+    ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
+    ("deepseek", "messages", "*", {"images": False}),
+    ("*", "messages", "*claude*", _NEW_CLAUDE),
+    ("*", "messages", "*fable-5* *mythos-*", {"forced_choice": "no"}),
+    ("*", "messages", "*opus-4-6* *opus-4.6* *sonnet-4-6* *sonnet-4.6*", {"thinking": ("adaptive", "enabled"), "sampling": "idle", "effort": ("low", "medium", "high", "max")}),
+    ("*", "messages", "*sonnet-4-0* *sonnet-4-2* *sonnet-4-5* *sonnet-4.5* *sonnet-4 *opus-4-0* *opus-4-1* *opus-4-2* *opus-4 *haiku-4-5* *haiku-4.5* *3-7-sonnet*",
+     _OLD_CLAUDE),
+    ("*", "messages", "*opus-4-5* *opus-4.5*", {**_OLD_CLAUDE, "effort": ("low", "medium", "high")}),
+    ("*", "messages", "*claude-2* *claude-3-5* *claude-3-opus* *claude-3-sonnet* *claude-3-haiku*",
+     {"thinking": (), "sampling": "ok", "effort": (), "prefill": "ok", "default_max_out": 4096, "schema": "none"}),
+    ("openai", "responses", "*", {"replay": "native", "custom_tools": True, "namespaces": True, "hosted": True, "choices": _OPENAI_CHOICES}),
+    ("openai", "*", "o1* o3* o4* gpt-5* gpt-6*", {"max_stop": 0, "sampling": "idle", "penalties": False, "effort": ("minimal", "low", "medium", "high")}),
+    ("openai", "*", "gpt-5.1* gpt-5.2* gpt-5.3*", {"effort": ("none", "low", "medium", "high", "xhigh")}),
+    ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
+    ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
+    ("openai", "responses", "*", {"max_stop": 0}),
+    ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
+    ("xai", "*", "*", {"effort": ()}),
+    ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
+    ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
+    ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("groq", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("groq", "chat", "*llama*", {"effort": ()}),
+    ("cerebras", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
+    ("cerebras", "chat", "*glm*", {"effort": ("none",), "replay": "think_tag"}),
+    ("cerebras", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
+    ("gemini", "chat", "*", {"effort": ("none", "minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemini-3*", {"note_dummy": "skip_thought_signature_validator", "effort": ("minimal", "low", "medium", "high")}),
+    ("gemini", "chat", "*gemma*", {"effort": ()}),
+    ("mistral", "chat", "*", {"effort": ("none", "high")}),
+    ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
+    ("github-copilot", "chat", "gpt-5* gpt-6* o3* o4*", {"max_fields": ("max_completion_tokens",), "max_stop": 0, "sampling": "idle"}),
+    ("moonshot", "chat", "*k2* moonshot-v1*", {"effort": ()}),
+    ("*", "chat", "*kimi-k2*", {"own_ids": True}),
+    ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
+    """What `model` of `preset` takes when spoken to in `format`; a preset without a row has only the defaults."""
+    fields: Json = {"family": preset, **PRESETS.get(preset, CUSTOM_PRESET).takes, **_FORMAT_ROWS[format]}
+    for preset_glob, format_glob, models, row in MODEL_FACTS:
+        if fnmatch.fnmatchcase(preset, preset_glob) and fnmatch.fnmatchcase(format, format_glob) and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in models.split()):
+            fields.update(row)
+    return Profile(format, preset, model, **fields)
+
 
 # Prices.
 #
@@ -1077,8 +1226,7 @@ def _dotenv_value(match: re.Match[str]) -> str:
 _UNSHOWN = "a string, not shown here"
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a value stands: a file, variable or flag, and the path in it."""
     source: str
     path: str = ""
@@ -1186,9 +1334,9 @@ def _want_object(fields: Mapping[str, _Field], required: Sequence[str] = ()) -> 
     return check
 
 
-def _want_record(make: Callable[..., Any], fields: Mapping[str, _Field], required: Sequence[str] = ()) -> _Want:
+def _want_record(make: Callable[..., Any], fields: Mapping[str, _Field]) -> _Want:
     """Checker of an object that becomes a record."""
-    check = _want_object(fields, required)
+    check = _want_object(fields)
     return lambda value, place: make(**check(value, place))
 
 
@@ -2093,8 +2241,7 @@ def cut_dotenv(text: str, name: str) -> str:
 # One more provider's quirk: a row in _SIGNS and one in tests/test_failures.py.  One more reason: a line in REASONS.
 # Source: the providers' own error pages and captured bodies; RFC 9110 for Retry-After.
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What follows from a kind."""
     goes_on: bool          #: is the next route tried?
     scope: str             #: which of Route.keys cools where the reason does not say, "" for none
@@ -2123,8 +2270,7 @@ def failure_rules(bounds: Bounds) -> Mapping[Kind, Rule]:
 FAILURE_RULES = failure_rules(Bounds())
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(NamedTuple):
     """A finer word than the kind, shown to users."""
     kind: Kind
     scope: str                           #: a scope, "" for none, or "bucket": whatever the provider's limits are counted by
@@ -2186,8 +2332,7 @@ _TAG = re.compile(r"<[^<>]*>")
 _SSE_DATA = re.compile(r"^data:[ ]?([\[{].*)$", re.M)
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
+class _Facts(NamedTuple):
     """A body as far as it can be understood."""
     message: str = ""
     code: str | None = None
@@ -2558,6 +2703,11 @@ def transport_failure(reason: str, phase: str, detail: str = "") -> UpstreamFail
     return _fail(reason, "", 0, detail=_clean(detail, _MESSAGE_MAX), phase=phase)
 
 
+def tells_overflow(words: str) -> bool:
+    """Whether an error's words say that the prompt does not fit the model."""
+    return _OVERFLOW.search(words) is not None and _RATE_WORDS.search(words) is None
+
+
 def _find_reason(preset_name: str, status: int, facts: _Facts) -> tuple[str, str | None]:
     """Reason, and the scope where a row names one."""
     words = facts.words
@@ -2566,7 +2716,7 @@ def _find_reason(preset_name: str, status: int, facts: _Facts) -> tuple[str, str
             return row.reason, row.scope
     if _over_allowance(status, words):
         return "request_over_tpm", None
-    if status not in (401, 402, 403) and _OVERFLOW.search(words) and not _RATE_WORDS.search(words):
+    if status not in (401, 402, 403) and tells_overflow(words):
         return "context_overflow", None
     if status == 402 or _MONEY.search(words):
         return "billing", None
@@ -4540,9 +4690,9 @@ def learn_repair(state: RoutingState, route: Route, failure: UpstreamFailure, se
     if cure is None or any(old.how == "none" and old.field == name or old.how == "rename" and (old.to, old.field) == (name, cure.to) for old in known):
         useless = {old.field for old in known if name in (old.field, old.to) and old.how != "none"}
         if useless:
-            state.repairs[route.keys[2]] = tuple(replace(old, how="none") if old.field in useless else old for old in known)
+            state.repairs[route.keys[2]] = tuple(old._replace(how="none") if old.field in useless else old for old in known)
         return None
-    cure = replace(cure, until_utc=utc + LEARNED_S)
+    cure = cure._replace(until_utc=utc + LEARNED_S)
     others = tuple(old for old in known if (old.field, old.how, old.value) != (cure.field, cure.how, cure.value))
     state.repairs[route.keys[2]] = (*others, cure)[-_MAX_REPAIRS:]
     return cure
@@ -4554,20 +4704,19 @@ def repairs_of(state: RoutingState, route: Route, utc: float) -> tuple[Repair, .
 
 
 def repair_row(repair: Repair) -> Json:
-    """A repair as it is stored and shown."""
+    """A repair as it is stored."""
     return {"field": repair.field, "how": repair.how, "to": repair.to, "value": repair.value, "until_utc": repair.until_utc}
 
 
-def restore_learned(state: RoutingState, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Put back what was stored: kind, model key, JSON. Rows that another version wrote otherwise are passed over."""
-    for kind, key, text in rows:
+def load_learned(state: RoutingState, repairs: Mapping[str, Sequence[Json]], windows: Mapping[str, Sequence[Any]]) -> None:
+    """Go on with the repairs and windows of another process, by model; what is not understood is passed over."""
+    for key, rows in repairs.items():
+        with contextlib.suppress(TypeError):
+            state.repairs[key] = tuple(Repair(**row) for row in rows)
+    for key, row in windows.items():
         with contextlib.suppress(ValueError, TypeError):
-            value = json.loads(text)
-            if kind == "repairs":
-                state.repairs[key] = tuple(Repair(**row) for row in value)
-            elif kind == "window":
-                n_tokens, until_utc, shared = value
-                state.windows[key] = ContextWindow(int(n_tokens), float(until_utc), bool(shared))
+            n_tokens, until_utc, shared = row
+            state.windows[key] = ContextWindow(int(n_tokens), float(until_utc), bool(shared))
 
 
 def still_listed(route: Route) -> str:
@@ -4724,6 +4873,36 @@ def read_frame(frame: bytes) -> Event:
     return Event(name, "\n".join(data), frame)
 
 
+class Passage:
+    """A provider's stream on its way to a client: feed() and close() give what may go there, attributes tell what was seen.
+
+    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
+    """
+
+    __slots__ = ("content", "done", "error", "broken", "n_content_bytes", "n_signs", "frames")
+    _look: Callable[[bytes], bytes]         #: what of whole frames may go to the client; each format's own
+
+    def __init__(self) -> None:
+        self.content = False                #: something of the answer itself has come
+        self.done = False                   #: its end has come
+        self.error: Any = None              #: what the format's find_error found
+        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
+        self.n_content_bytes = 0            #: for an estimate where no usage comes
+        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
+        self.frames = FrameSplitter()
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of `chunk`, and of what was kept before it, may go to the client now."""
+        if self.done or self.error or self.broken:
+            return b""
+        try:
+            block = self.frames.feed(chunk)
+        except UpstreamFailure as failure:
+            self.broken = failure.reason
+            return b""
+        return self._look(block) if block else b""
+
+
 class EventReader:
     """Bytes in, whole events out: FrameSplitter and read_frame together, for readers that look at every event."""
 
@@ -4741,6 +4920,14 @@ class EventReader:
         event = read_frame(self._splitter.rest)
         self._splitter.rest = b""
         return [event] if whole_json(event.data) or event.data.strip() == "[DONE]" else []
+
+
+def read_json(text: str | bytes) -> Any:
+    """The JSON value that `text` is, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def whole_json(text: str) -> bool:
@@ -4816,194 +5003,8 @@ def write_alike(before: bytes, texts: Sequence[str], after: bytes) -> bytes:
 # dropped.  A part is a dict with "type", a delta a dict with "delta".  Absent means absent.  `args` of a call is always the exact JSON string.
 # Before editing: prepare() must stay idempotent and deterministic (prefix caches compare bytes), and must never change what it was given.
 # Source: published SDK types and vendor references, read 2026-11.  Guarded by tests/test_hub.py.
-# One more provider oddity: a field of Profile with a default that changes nothing, the rule that reads it, rows in _PROFILE_ROWS or MODEL_FACTS.
-
-# ---- Profiles: what is odd about a provider, as data
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What a target takes and how it answers, for one preset, wire model and wire format."""
-    format: Format = "chat"
-    preset: str = ""
-    model: str = ""                          #: wire model
-    family: str = ""                         #: who trusts the seals: anthropic, openai, gemini, xai, openrouter, else the preset's name
-    vendor: bool = False                     #: the true Anthropic or the true OpenAI
-    reject: tuple[str, ...] = ()             #: body fields that are answered by 400; outer.inner for one within another
-    message_reject: tuple[str, ...] = ()     #: the same within a message
-    max_field: str = "max_tokens"
-    system_role: str = "system"
-    late_system: str = "wrap"                #: keep: system text between turns keeps its role
-    null_content: str | None = None          #: `content` beside calls
-    replay: str = ""                         #: how thinking goes back: native, thinking, reasoning_content, reasoning, reasoning_details, think_tag
-    must_replay: bool = False                #: refuses tool turns whose thinking is missing
-    effort: tuple[str, ...] | None = None    #: allowed words, None: as is, (): never sent
-    switch: str = ""                         #: how Chat says on or off: thinking, enable_thinking, chat_template_kwargs, reasoning
-    schema: str = "full"                     #: json, none: what response_format may be
-    schema_with_tools: bool = True           #: whether it may stand beside tools
-    one_strict: bool = False                 #: `strict` must be the same on all tools
-    tool_schema: str = ""                    #: gemini: only its subset
-    choices: tuple[str, ...] = ("auto", "none", "required", "tool")
-    required_word: str = "required"
-    call_id: str = ""                        #: anthropic, openai64, mistral9
-    tool_images: bool = False
-    file_url: bool = False
-    cache_control: bool = False
-    cache_key: bool = False                  #: takes prompt_cache_key
-    top_k: bool = False
-    penalties: bool = True
-    sampling: str = "ok"                     #: idle: only while not thinking; never
-    stream_options: bool = True
-    custom_tools: bool = False
-    namespaces: bool = False
-    hosted: bool = False                     #: its own server-run tools may be offered
-    via_hub: bool = False
-    own_ids: bool = False
-    codex_length: str = "incomplete"
-    merge_choices: bool = False
-    think_tags: bool = False
-    think_open: bool = False
-    name_fragments: bool = False
-    repeats_args: bool = False
-    note_dummy: str = ""                     #: stands in for a lost thought signature on a step's first call
-    thinking: tuple[str, ...] = ("adaptive", "enabled")   #: Messages: forms of `thinking` it knows
-    prefill: str = "ok"                      #: no: a last assistant turn is refused; prefix: it needs a mark
-    continues: str = ""                      #: how it goes on from exactly where a last assistant turn ends: last, as it stands; prefix, partial: so marked; final: vLLM's
-                                             #: fields; echo: as prefix, and its answer begins with what it was given
-    user_first: bool = False
-    forced_choice: str = "ok"                #: no, not_enabled: when tools may be forced
-    max_stop: int | None = None              #: how many stop strings, 0 for none
-    seed_field: str = "seed"
-    max_out_limit: int | None = None
-    default_max_out: int = 8192
-    images: bool = True
-    extra_names: bool = False                #: assistant and tool messages want `name`
-
-
-_TRUE_CHAT: Json = {"call_id": "openai64", "system_role": "system", "custom_tools": True, "cache_key": True, "max_stop": 4, "vendor": True,
-                    "choices": ("auto", "none", "required", "tool", "allowed", "custom")}
-_LOCAL: Json = {"replay": "reasoning", "top_k": True, "null_content": ""}
-
-_PROFILE_ROWS: Mapping[str, Json] = {
-    "anthropic": {"family": "anthropic", "vendor": True},
-    "openai": {"family": "openai", **_TRUE_CHAT},
-    "gemini": {"family": "gemini", "tool_schema": "gemini", "null_content": "", "reject": ("store", "metadata", "prompt_cache_key", "parallel_tool_calls", "logit_bias",
-               "service_tier", "safety_identifier", "user", "verbosity")},
-    "groq": {"reject": ("logprobs", "logit_bias", "top_logprobs", "store", "metadata", "n", "prompt_cache_key", "verbosity", "safety_identifier"),
-             "message_reject": ("name", "reasoning_content", "reasoning"), "max_field": "max_completion_tokens", "penalties": False},
-    "cerebras": {"reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias", "service_tier", "prompt_cache_key",
-                 "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning",
-                 "schema_with_tools": False, "one_strict": True},
-    "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
-    "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
-                "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
-                "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "echo", "user_first": True, "extra_names": True},
-    "deepseek": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "reject": ("store",), "images": False,
-                 "continues": "prefix"},
-    "xai": {"family": "xai", "reject": ("logit_bias", "store"), "max_field": "max_completion_tokens"},
-    "huggingface": {},
-    "ollama": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "reject": ("logit_bias", "user", "n"), "top_k": True},
-    "ollama-cloud": {"replay": "reasoning", "effort": ("none", "low", "medium", "high"), "schema": "json"},
-    "github-copilot": {"family": "github-copilot", "merge_choices": True, "reject": ("store",), "system_role": "system"},
-    "vllm": {**_LOCAL, "switch": "chat_template_kwargs", "tool_images": True, "continues": "final"},
-    "llamacpp": {**_LOCAL, "replay": "reasoning_content", "switch": "chat_template_kwargs", "continues": "final"},
-    "lmstudio": {**_LOCAL},
-    "moonshot": {"replay": "reasoning_content", "must_replay": True, "switch": "thinking", "choices": ("auto", "none"), "own_ids": True, "tool_images": True, "reject": ("store",),
-                 "continues": "partial"},
-    "zai": {"replay": "reasoning_content", "switch": "thinking", "choices": ("auto",), "max_stop": 1, "reject": ("store",)},
-    "minimax": {"replay": "think_tag", "reject": ("store",)},
-    "qwen": {"replay": "", "switch": "enable_thinking", "reject": ("store",), "continues": "partial"},
-    "together": {"top_k": True, "switch": "reasoning", "reject": ("store",)},
-    "fireworks": {"top_k": True},
-    "nvidia": {"stream_options": False, "reject": ("stream_options", "store", "metadata", "parallel_tool_calls")},
-    "sambanova": {"reject": ("store", "n", "logit_bias"), "penalties": False},
-    "cloudflare": {},
-    "perplexity": {"choices": (), "user_first": True},
-}
-
-_FORMAT_ROWS: Mapping[str, Json] = {
-    "chat": {},
-    "messages": {"continues": "", "replay": "thinking", "system_role": "", "late_system": "wrap", "cache_control": True, "top_k": True, "custom_tools": False, "call_id": "anthropic",
-                 "user_first": True,
-                 "choices": ("auto", "none", "required", "tool"), "max_stop": None, "null_content": None, "tool_images": True, "file_url": True, "schema": "none", "effort": (),
-                 "thinking": ("enabled",), "required_word": "any", "reject": ("context_management", "mcp_servers", "container", "inference_geo", "betas", "fallbacks", "diagnostics", "thread")},
-    "responses": {"continues": "", "replay": "", "late_system": "keep", "top_k": False, "max_stop": 0, "tool_images": True, "file_url": True, "max_field": "max_output_tokens", "penalties": False,
-                  "prefill": "ok", "user_first": False, "null_content": None, "cache_control": False, "reject": (), "call_id": "openai64"},
-}
-_CLAUDE_LEVELS = ("low", "medium", "high", "xhigh", "max")
-_NEW_CLAUDE: Json = {"thinking": ("adaptive",), "sampling": "never", "effort": _CLAUDE_LEVELS, "prefill": "no", "default_max_out": 32000}
-_OLD_CLAUDE: Json = {"thinking": ("enabled",), "sampling": "idle", "effort": (), "prefill": "ok", "forced_choice": "not_enabled", "default_max_out": 32000}
-
-#: What holds for some models only: (preset glob, format glob, model globs, changes); later rows win.
-MODEL_FACTS: tuple[tuple[str, str, str, Json], ...] = (
-    ("anthropic", "messages", "*claude*", {"continues": "last"}),       # those that refuse a last assistant turn say so by `prefill`
-    ("anthropic", "messages", "*", {"replay": "native", "late_system": "keep", "hosted": True, "schema": "full", "reject": (), "thinking": ("adaptive", "enabled"), "effort": _CLAUDE_LEVELS}),
-    ("github-copilot", "messages", "*", {"family": "anthropic", "replay": "native", "schema": "full"}),
-    ("openrouter", "messages", "*", {"schema": "full", "effort": _CLAUDE_LEVELS, "thinking": ("adaptive", "enabled")}),
-    ("deepseek", "messages", "*", {"images": False}),
-    ("*", "messages", "*claude*", _NEW_CLAUDE),
-    ("*", "messages", "*fable-5* *mythos-*", {"forced_choice": "no"}),
-    ("*", "messages", "*opus-4-6* *opus-4.6* *sonnet-4-6* *sonnet-4.6*", {"thinking": ("adaptive", "enabled"), "sampling": "idle", "effort": ("low", "medium", "high", "max")}),
-    ("*", "messages", "*sonnet-4-0* *sonnet-4-2* *sonnet-4-5* *sonnet-4.5* *sonnet-4 *opus-4-0* *opus-4-1* *opus-4-2* *opus-4 *haiku-4-5* *haiku-4.5* *3-7-sonnet*",
-     _OLD_CLAUDE),
-    ("*", "messages", "*opus-4-5* *opus-4.5*", {**_OLD_CLAUDE, "effort": ("low", "medium", "high")}),
-    ("*", "messages", "*claude-2* *claude-3-5* *claude-3-opus* *claude-3-sonnet* *claude-3-haiku*",
-     {"thinking": (), "sampling": "ok", "effort": (), "prefill": "ok", "default_max_out": 4096, "schema": "none"}),
-    ("openai", "responses", "*", {"replay": "native", "custom_tools": True, "namespaces": True, "hosted": True, "choices": _TRUE_CHAT["choices"]}),
-    ("openai", "*", "o1* o3* o4* gpt-5* gpt-6*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle", "penalties": False, "effort": ("minimal", "low", "medium", "high")}),
-    ("openai", "*", "gpt-5.1* gpt-5.2* gpt-5.3*", {"effort": ("none", "low", "medium", "high", "xhigh")}),
-    ("openai", "*", "gpt-5.4* gpt-5.5* gpt-5.6* gpt-6*", {"effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max")}),
-    ("openai", "*", "gpt-4* gpt-3* chatgpt-*", {"effort": ()}),
-    ("openai", "responses", "*", {"max_field": "max_output_tokens", "max_stop": 0}),
-    ("xai", "responses", "*", {"replay": "native", "reject": ("reasoning.summary",)}),
-    ("xai", "*", "*", {"effort": (), "max_stop": None}),
-    ("xai", "chat", "*-mini*", {"effort": ("low", "high"), "penalties": False, "max_stop": 0}),
-    ("xai", "chat", "grok-4* grok-5*", {"penalties": False, "max_stop": 0}),
-    ("groq", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
-    ("groq", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
-    ("groq", "chat", "*llama*", {"effort": ()}),
-    ("cerebras", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high")}),
-    ("cerebras", "chat", "*glm*", {"effort": ("none",), "replay": "think_tag"}),
-    ("cerebras", "chat", "*qwen*", {"effort": ("none", "low", "medium", "high")}),
-    ("gemini", "chat", "*", {"effort": ("none", "minimal", "low", "medium", "high")}),
-    ("gemini", "chat", "*gemini-3*", {"note_dummy": "skip_thought_signature_validator", "effort": ("minimal", "low", "medium", "high")}),
-    ("gemini", "chat", "*gemma*", {"effort": ()}),
-    ("mistral", "chat", "*", {"effort": ("none", "high")}),
-    ("mistral", "chat", "*codestral* *devstral* *ministral*", {"effort": ()}),
-    ("github-copilot", "chat", "gpt-5* gpt-6* o3* o4*", {"max_field": "max_completion_tokens", "max_stop": 0, "sampling": "idle"}),
-    ("moonshot", "chat", "*k2* moonshot-v1*", {"effort": ()}),
-    ("*", "chat", "*kimi-k2*", {"own_ids": True}),
-    ("vllm", "chat", "*gpt-oss*", {"effort": ("low", "medium", "high"), "switch": ""}),
-)
-
-
-def _profile_row(preset: str, row: Json) -> Profile:
-    return Profile(preset=preset, **{"family": preset, **row})
-
-
-#: Profiles by preset name, for their Chat endpoint and no model in particular.
-PROFILES: Mapping[str, Profile] = MappingProxyType({name: _profile_row(name, row) for name, row in _PROFILE_ROWS.items()})
-
-
-@functools.lru_cache(maxsize=1024)
-def profile_for(preset: str, model: str, format: Format = "chat") -> Profile:
-    """What `model` of `preset` takes when spoken to in `format`; a preset without a row has only the defaults."""
-    profile = PROFILES.get(preset) or Profile(preset=preset, family=preset)
-    changes: Json = {"model": model, "format": format, **_FORMAT_ROWS[format]}
-    if format != "chat" and not (profile.family in ("anthropic", "openai") and profile.vendor):
-        changes["vendor"] = False
-    for preset_glob, format_glob, models, row in MODEL_FACTS:
-        if fnmatch.fnmatchcase(preset, preset_glob) and fnmatch.fnmatchcase(format, format_glob) and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in models.split()):
-            changes.update(row)
-    return replace(profile, **changes)
-
 
 # ---- Parts and deltas
-
-#: Reasons a delta of kind stop may carry.
-STOP_REASONS: tuple[str, ...] = ("end", "length", "tool", "sequence", "filter", "refusal", "pause", "context")
-
-
 
 def new_hub(client: Format, model: str, stream: bool) -> Json:
     """An empty hub request, for readers to fill."""
@@ -5073,9 +5074,9 @@ def cite_delta(url: str, title: str, **more: Any) -> Json:
     return {"delta": "cite", "url": url, "title": title, **more}
 
 
-def opaque_delta(family: str, data: Any, text: str = "") -> Json:
-    """A block only its own family understands; `text` is a readable rendering."""
-    return {"delta": "opaque", "family": family, "data": data, **({"text": text} if text else {})}
+def opaque_delta(family: str, data: Any) -> Json:
+    """A block only its own family understands."""
+    return {"delta": "opaque", "family": family, "data": data}
 
 
 def usage_delta(usage: Json) -> Json:
@@ -5084,13 +5085,23 @@ def usage_delta(usage: Json) -> Json:
 
 
 def stop_delta(reason: str, sequence: str | None = None, details: Json | None = None) -> Json:
-    """The proper end."""
+    """The proper end; reason: end, length, tool, sequence, filter, refusal, pause or context."""
     return {"delta": "stop", "reason": reason, **({"sequence": sequence} if sequence else {}), **({"details": details} if details else {})}
 
 
 def error_delta(status: int, message: str, code: str | None = None, type: str = "server_error") -> Json:
     """The end by failure."""
     return {"delta": "error", "status": status, "type": type, "code": code, "message": message}
+
+
+def cut_delta() -> Json:
+    """The end of a stream that ended without one."""
+    return error_delta(502, "upstream closed the stream before finishing")
+
+
+def told_error(delta: Json) -> GatewayError:
+    """An error delta as clients are told of it."""
+    return GatewayError(delta["message"], delta["status"], delta["code"], delta["type"])
 
 
 def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
@@ -5107,7 +5118,7 @@ def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
         elif kind == "seal":
             if last.get("type") != "think" or "seal" in last:
                 parts.append({"type": "think", "text": ""})
-            parts[-1]["seal"] = {name: value for name, value in delta.items() if name != "delta"}
+            parts[-1]["seal"] = rest_of(delta, ("delta",))
         elif kind == "call":
             parts.append(call_part(delta["id"], delta["name"], "", delta["kind"], delta.get("namespace", "")))
         elif kind == "args":
@@ -5115,9 +5126,9 @@ def fold_deltas(deltas: Iterable[Json]) -> list[Json]:
         elif kind == "note":
             last["note"] = {"family": delta["family"], "data": delta["data"]}
         elif kind == "cite":
-            _cited(parts)["cites"].append({name: value for name, value in delta.items() if name != "delta"})
+            _cited(parts)["cites"].append(rest_of(delta, ("delta",)))
         elif kind == "opaque":
-            parts.append({"type": "opaque", **{name: value for name, value in delta.items() if name != "delta"}})
+            parts.append({"type": "opaque", **rest_of(delta, ("delta",))})
     return [{**part, "args": part["args"].strip() or "{}"} if part["type"] == "call" else part for part in parts]
 
 
@@ -5130,6 +5141,32 @@ def _cited(parts: list[Json]) -> Json:
 
 
 # ---- Reading helpers
+
+Fields = Mapping[str, tuple[tuple[type, ...], str]]
+#: What a field of a request may be, in the words of the complaint.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "a string": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float), "an object": (dict,), "a list": (list,), "a string or a list": (str, list),
+    "a string or an object": (str, dict)}
+
+
+def fields_of(names_by_kind: Mapping[str, str]) -> Fields:
+    """What each field may be; the names of one kind are parted by spaces."""
+    return {name: (_KINDS[kind], kind) for kind, names in names_by_kind.items() for name in names.split()}
+
+
+def check_fields(body: Any, fields: Fields, counts: Sequence[str] = ()) -> None:
+    """Raises GatewayError 400 unless `body` is an object whose fields are what `fields` says, and `counts` at least 1; null passes, and so do unknown ones."""
+    if not isinstance(body, dict):
+        raise bad_request("The body must be a JSON object.")
+    for name, value in body.items():
+        if value is not None and name in fields:
+            types, expected = fields[name]
+            if not isinstance(value, types) or isinstance(value, bool) and bool not in types:
+                raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
+    for name in counts:
+        if body.get(name) is not None and body[name] < 1:
+            raise bad_request(f"{name} must be at least 1.", param=name, code="invalid_value")
+
 
 def drop(hub: Json, *names: str) -> None:
     """Note what was left out, for the header x-aicarousel-dropped."""
@@ -5154,8 +5191,37 @@ def empty_id(value: Any) -> bool:
     return not isinstance(value, str) or value.strip() in ("", "null", "None", "undefined")
 
 
+def only_object(value: Any) -> Json:
+    """An object, {} for anything else: what others send is never trusted to have its shape."""
+    return value if isinstance(value, dict) else {}
+
+
+def dict_in(value: Json, name: str) -> Json:
+    """The object under `name`, {} for anything else."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else {}
+
+
+def dicts_in(value: Json, name: str) -> list[Json]:
+    """The objects in the list under `name`."""
+    inner = value.get(name)
+    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
+
+
+def str_in(value: Json, name: str) -> str:
+    """The text under `name`, "" for anything else."""
+    inner = value.get(name)
+    return inner if isinstance(inner, str) else ""
+
+
+def nested_in(value: Json, name: str) -> Json:
+    """The object under `name`, where one format has it, or the object itself, as the other writes it."""
+    inner = value.get(name)
+    return inner if isinstance(inner, dict) else value
+
+
 def rest_of(body: Json, known: Collection[str]) -> Json:
-    """The fields of `body` that its reader does not know: they go to extra, prepare() warns of them."""
+    """The fields of `body` beyond those that are known."""
     return {name: value for name, value in body.items() if name not in known}
 
 
@@ -5199,6 +5265,40 @@ def read_stop(value: Any) -> list[str]:
     """Stop strings of a request: a string, a list or nothing."""
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [item for item in values if isinstance(item, str) and item]
+
+
+#: The hub's modes for the words of tool_choice in Chat and Responses.
+CHOICE_WORDS: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+
+
+def read_format(form: Json) -> Json | None:
+    """The hub's format for what Chat and Responses ask of an answer's; None where they ask nothing."""
+    if form.get("type") == "json_object":
+        return {"kind": "json"}
+    if form.get("type") != "json_schema":
+        return None
+    inner = nested_in(form, "json_schema")
+    return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
+
+
+def read_mark(part: Json, block: Json) -> Json:
+    """A part or tool with the cache mark of what it was read from."""
+    return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
+
+
+def write_mark(block: Json, part: Json) -> Json:
+    """What was written, with the cache mark of the part or tool that it was written from."""
+    return {**block, "cache_control": part["cache"]} if part.get("cache") else block
+
+
+def read_span(told: Json) -> Json:
+    """Where in the text a citation stands, as OpenAI's formats tell it."""
+    return {name: told[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(told.get(key), int)}
+
+
+def write_span(cite: Json) -> Json:
+    """The same on the way out."""
+    return {"start_index": cite.get("start") or 0, "end_index": cite.get("end") or 0}
 
 
 _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"), (b"%PDF", "application/pdf"))
@@ -5439,7 +5539,7 @@ def read_details(entries: Any) -> list[Json]:
         entry = {name: value for name, value in entry.items() if isinstance(value, str) or name not in _DETAIL_WORDS}
         text += entry.get("text") or entry.get("summary") or ""
         form = entry.get("format") or "unknown"
-        kept = {name: value for name, value in entry.items() if name not in ("text", "summary")}
+        kept = rest_of(entry, ("text", "summary"))
         family = _DETAIL_FAMILIES.get(form, "openrouter")
         if entry.get("signature"):
             seal = {"family": family, "model": "", "field": "signature", "data": entry["signature"]} if family == "anthropic" else _details_seal(kept)
@@ -5520,7 +5620,7 @@ def _recall_turn(turn: Json, memo: Memo) -> Json:
 
 
 ##############################################################################
-# 12. Turns                                               pure | uses 2, 10-11
+# 12. Turns                                               pure | uses 2-3, 10-11
 ##############################################################################
 # Rules of the hub, part three: what a conversation must look like before a provider takes it.  Everything here gives new lists and is idempotent.
 # Guarded by tests/test_hub.py and tests/test_properties.py.
@@ -5744,7 +5844,7 @@ def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
         raise unsupported(f"image type {part['mime']} is not supported")
     if "detail" in part and profile.format != "responses":
         detail = None if profile.format == "messages" else "high" if part["detail"] == "original" else part["detail"]
-        part = {name: value for name, value in part.items() if name != "detail"} | ({"detail": detail} if detail else {})
+        part = rest_of(part, ("detail",)) | ({"detail": detail} if detail else {})
     return part
 
 
@@ -5752,7 +5852,7 @@ def _fit_file(part: Json, hub: Json, profile: Profile) -> Json:
     cache = part.get("cache")
     if "data" in part and part.get("mime", "").startswith("text/"):
         with contextlib.suppress(ValueError):
-            part = {name: value for name, value in part.items() if name not in ("data", "mime")} | {"text": base64.b64decode(part["data"]).decode("utf-8", "replace")}
+            part = rest_of(part, ("data", "mime")) | {"text": base64.b64decode(part["data"]).decode("utf-8", "replace")}
     if "file_id" in part and not (profile.vendor and hub["client"] == profile.format):
         raise unsupported("file ids cannot be sent to this provider")
     if "text" in part and profile.format != "messages":
@@ -5798,7 +5898,7 @@ def _fit_result(result: Json, images: list[Json], profile: Profile) -> Json:
             parts.insert(0, text_part("[tool error] "))
         else:
             parts[first] = {**parts[first], "text": "[tool error] " + parts[first]["text"]}
-    return {name: value for name, value in result.items() if name != "error"} | {"parts": parts}
+    return rest_of(result, ("error",)) | {"parts": parts}
 
 
 def fit_results(turns: list[Json], profile: Profile) -> list[Json]:
@@ -5897,7 +5997,7 @@ def fit_notes(turns: Sequence[Json], profile: Profile) -> list[Json]:
             if part["type"] == "call":
                 note = part.get("note") or {}
                 data = note.get("data") if note.get("family") == profile.family else None
-                part = {name: value for name, value in part.items() if name != "note"}
+                part = rest_of(part, ("note",))
                 if data is None and first and profile.note_dummy:
                     data = {"google": {"thought_signature": profile.note_dummy}}
                 if data is not None:
@@ -5995,7 +6095,7 @@ def clean_schema(schema: Any, profile: Profile) -> Json:
     if "type" not in schema:
         schema = {"type": "object", **schema}
     if not profile.vendor and "$schema" in schema:
-        schema = {name: value for name, value in schema.items() if name != "$schema"}
+        schema = rest_of(schema, ("$schema",))
     if schema.get("type") == "object" and "properties" not in schema and not any(word in schema for word in ("anyOf", "oneOf", "allOf", "$ref")):
         schema = {**schema, "properties": {}}
     return gemini_schema(schema) if profile.tool_schema == "gemini" else schema
@@ -6101,7 +6201,7 @@ def _gemini_typed(node: Json) -> Json:
     nullable = {"nullable": True} if len(types) < len(node["type"]) else {}
     if len(types) < 2:
         return {**node, "type": types[0] if types else "string", **nullable}
-    rest = {name: value for name, value in node.items() if name != "type"}
+    rest = rest_of(node, ("type",))
     return {"anyOf": [{"type": name} for name in types], **rest, **nullable}
 
 
@@ -6194,7 +6294,7 @@ def _fit_tool(tool: Json, profile: Profile, own: bool) -> Json | None:
     if tool["kind"] == "function":
         tool = {**tool, "schema": clean_schema(tool.get("schema"), profile)}
     kept = {name: value for name, value in tool.items() if name not in ("defer", "raw") or own}
-    return kept if profile.cache_control else {name: value for name, value in kept.items() if name != "cache"}
+    return kept if profile.cache_control else rest_of(kept, ("cache",))
 
 
 def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
@@ -6215,12 +6315,12 @@ def fit_tools(ready: Json, profile: Profile, names: Names) -> None:
             taken.add(wire)
             fitted.append({**kept, "wire": wire})
     if profile.one_strict and len({tool.get("strict", False) for tool in fitted}) > 1:
-        fitted = [{name: value for name, value in tool.items() if name != "strict"} for tool in fitted]
+        fitted = [rest_of(tool, ("strict",)) for tool in fitted]
     if fitted:
         ready["tools"] = fitted
 
 
-def stub_tools(ready: Json, names: Names) -> None:
+def stub_tools(ready: Json) -> None:
     """Anthropic wants tools wherever the history has calls: one stub per name, not to be called."""
     called = dict.fromkeys(part["name"] for turn in ready["turns"] for part in turn["parts"] if part["type"] == "call")
     if called:
@@ -6270,7 +6370,7 @@ def fit_choice(ready: Json, profile: Profile, names: Names) -> None:
             choice = {**choice, "allowed": allowed}
         else:
             ready["tools"] = [tool for tool in tools if tool["wire"] in allowed] or tools
-            choice = {name: value for name, value in choice.items() if name != "allowed"}
+            choice = rest_of(choice, ("allowed",))
     word = {"any": "required"}.get(choice["mode"], choice["mode"]) if choice else ""
     if choice and word not in profile.choices:
         if word in ("required", "tool"):
@@ -6480,11 +6580,11 @@ def fit_format(ready: Json, profile: Profile) -> None:
 
 # ---- Cache marks, user, session, tier, fields of one format only
 
-def last_marks(ready: Json, limit: int = 4) -> None:
-    """Only the last `limit` cache marks: Anthropic takes no more, tools and system first in the count."""
+def _last_marks(ready: Json) -> None:
+    """Only the last four cache marks: Anthropic takes no more, tools and system first in the count."""
     marked = [part for part in _markable(ready) if part.get("cache")]
-    spare = {id(part) for part in marked[:max(0, len(marked) - limit)]}
-    _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if id(part) in spare else part)
+    spare = {id(part) for part in marked[:-4]}
+    _map_marks(ready, lambda part: rest_of(part, ("cache",)) if id(part) in spare else part)
 
 
 def _markable(ready: Json) -> list[Json]:
@@ -6497,7 +6597,7 @@ def _map_marks(ready: Json, change: Callable[[Json], Json]) -> None:
     """`change` done to everything that may hold a mark."""
     def inside(part: Json) -> Json:
         inner = {**part, "parts": [change(item) for item in part["parts"]]} if part["type"] == "result" else part
-        return {name: value for name, value in inner.items() if name != "cache"} if "cache" in part and "cache" not in change(part) else inner
+        return rest_of(inner, ("cache",)) if "cache" in part and "cache" not in change(part) else inner
     for place in ("tools", "system"):
         if place in ready:
             ready[place] = [change(part) for part in ready[place]]
@@ -6508,10 +6608,10 @@ def fit_marks(ready: Json, profile: Profile) -> None:
     """Cache marks where the target has them, four at most."""
     if not profile.cache_control:
         if any("cache" in part for part in _markable(ready)):
-            _map_marks(ready, lambda part: {name: value for name, value in part.items() if name != "cache"} if "cache" in part else part)
+            _map_marks(ready, lambda part: rest_of(part, ("cache",)) if "cache" in part else part)
         ready["meta"].pop("cache_auto", None)
         return
-    last_marks(ready)
+    _last_marks(ready)
     if profile.format == "messages" and profile.vendor and ready["client"] != "messages":
         ready["meta"].setdefault("cache_auto", {"type": "ephemeral"})
     elif profile.format != "messages":
@@ -6569,7 +6669,7 @@ def fit_meta(ready: Json, profile: Profile) -> None:
     if profile.format == "messages" or not profile.vendor:
         meta.pop("verbosity", None)
     if profile.format == "messages":
-        meta = {name: value for name, value in meta.items() if name not in ("logprobs", "top_logprobs", "n")}
+        meta = rest_of(meta, ("logprobs", "top_logprobs", "n"))
     ready["meta"] = {name: value for name, value in meta.items() if value is not None}
 
 
@@ -6645,8 +6745,7 @@ def edit_body(body: Json, edits: Edits) -> tuple[Json, tuple[str, ...]]:
         if value is _ABSENT or repair.how == "none":
             continue
         if repair.how == "rename":
-            kept = {name: value for name, value in body.items() if name != repair.field}
-            body = {str(repair.to): value, **kept}
+            body = {str(repair.to): value, **rest_of(body, (repair.field,))}
             told[f"{repair.field}>{repair.to}"] = None
         elif repair.how == "drop":
             if repair.value is None or repair.value == json.dumps(value):
@@ -6708,7 +6807,7 @@ def prepare(hub: Json, profile: Profile) -> Json:
         ready["system"] = system_parts(ready["system"], profile)
     fit_tools(ready, profile, names)
     if profile.family == "anthropic" and profile.format == "messages" and "tools" not in ready:
-        stub_tools(ready, names)
+        stub_tools(ready)
     if ready.get("choice", {}).get("mode") != "none" or "tools" in hub:
         fit_choice(ready, profile, names)
     fit_max_out(ready, profile)
@@ -6762,14 +6861,14 @@ def without_rejected(body: Json, profile: Profile) -> tuple[Json, tuple[str, ...
     for name in profile.reject:
         outer, _, inner = name.partition(".")
         if outer in body and (not inner or inner in (body[outer] or ())):
-            rest = {key: value for key, value in body[outer].items() if key != inner} if inner else {}
-            body = {**{key: value for key, value in body.items() if key != outer}, **({outer: rest} if rest else {})}
+            rest = rest_of(body[outer], (inner,)) if inner else {}
+            body = {**rest_of(body, (outer,)), **({outer: rest} if rest else {})}
             names += [name] if outer not in SILENT_FIELDS else []
     return body, tuple(names)
 
 
 ##############################################################################
-# 16. Answers                                             pure | uses 2, 10
+# 16. Answers                                             pure | uses 2, 6, 9-10
 ##############################################################################
 # Tables between the formats' words for how an answer ends, what it used and what went wrong.  One more word: a row.  Guarded by tests/test_hub.py.
 
@@ -6822,21 +6921,16 @@ def _token_count(value: Any) -> int | None:
         return None
 
 
-def _at(usage: Json, path: Sequence[str]) -> int | None:
-    value: Any = usage
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return _token_count(value)
-
-
-_USAGE_PLACES: Mapping[str, Mapping[str, tuple[list[str], ...]]] = {format: {key: tuple(path.split(".") for path in paths) for key, paths in places.items()} for format, places in {
-    "chat": {"input": ("prompt_tokens",), "cached": ("prompt_tokens_details.cached_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens"),
-             "cache_write": ("prompt_tokens_details.cache_write_tokens",), "output": ("completion_tokens",), "reasoning": ("completion_tokens_details.reasoning_tokens",)},
-    "messages": {"input": ("input_tokens",), "cached": ("cache_read_input_tokens",), "cache_write": ("cache_creation_input_tokens",), "output": ("output_tokens",),
-                 "reasoning": ("output_tokens_details.thinking_tokens",)},
-    "responses": {"input": ("input_tokens",), "cached": ("input_tokens_details.cached_tokens",), "cache_write": ("input_tokens_details.cache_write_tokens",),
-                  "output": ("output_tokens",), "reasoning": ("output_tokens_details.reasoning_tokens",)},
-}.items()}
+#: Where each count stands, the best place first: a field, or one inside it.
+_USAGE_PLACES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "chat": (("input", "prompt_tokens", ""), ("output", "completion_tokens", ""), ("cached", "prompt_tokens_details", "cached_tokens"), ("cached", "prompt_cache_hit_tokens", ""),
+             ("cached", "cached_tokens", ""), ("cached", "num_cached_tokens", ""), ("cache_write", "prompt_tokens_details", "cache_write_tokens"),
+             ("reasoning", "completion_tokens_details", "reasoning_tokens")),
+    "messages": (("input", "input_tokens", ""), ("output", "output_tokens", ""), ("cached", "cache_read_input_tokens", ""), ("cache_write", "cache_creation_input_tokens", ""),
+                 ("reasoning", "output_tokens_details", "thinking_tokens")),
+    "responses": (("input", "input_tokens", ""), ("output", "output_tokens", ""), ("cached", "input_tokens_details", "cached_tokens"),
+                  ("cache_write", "input_tokens_details", "cache_write_tokens"), ("reasoning", "output_tokens_details", "reasoning_tokens")),
+}
 
 
 def read_usage(format: str, usage: Any) -> Json:
@@ -6847,16 +6941,17 @@ def read_usage(format: str, usage: Any) -> Json:
     """
     if not isinstance(usage, dict):
         return {}
-    told = {}
-    for key, places in _USAGE_PLACES[format].items():
-        for place in places:
-            if (count := _at(usage, place)) is not None:
-                told[key] = count
-                break
+    told: dict[str, int] = {}
+    for key, outer, inner in _USAGE_PLACES[format]:
+        value = usage.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if value is not None and key not in told and (count := _token_count(value)) is not None:
+            told[key] = count
     if format == "messages" and "input" in told:
         told["input"] += told.get("cached", 0) + told.get("cache_write", 0)
-    total, reasoning = _token_count(usage.get("total_tokens")), told.get("reasoning", 0)
-    if format == "chat" and reasoning and total is not None and total == told.get("input", 0) + told.get("output", 0) + reasoning:
+    reasoning = told.get("reasoning", 0)
+    if format == "chat" and reasoning and _token_count(usage.get("total_tokens")) == told.get("input", 0) + told.get("output", 0) + reasoning:
         told["output"] = told.get("output", 0) + reasoning
     return told
 
@@ -6881,29 +6976,25 @@ def write_usage(format: str, usage: Json) -> Json:
 
 
 class ErrorRow(NamedTuple):
-    """How one kind of error looks to Messages clients and to the others."""
-    messages_status: int
-    messages_type: str
+    """How one kind of error is told: the status, and OpenAI's words for it."""
     status: int
     type: str
     code: str | None
 
 
-#: What each client gets for a kind of error, before commit as a body, after commit as an event.
+#: What clients are told of a kind of error.
 ERROR_ROWS: Mapping[str, ErrorRow] = {
-    "bad_request": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", None),
-    "overflow": ErrorRow(400, "invalid_request_error", 400, "invalid_request_error", "context_length_exceeded"),
-    "too_large": ErrorRow(413, "request_too_large", 413, "invalid_request_error", None),
-    "unknown_model": ErrorRow(404, "not_found_error", 404, "invalid_request_error", "model_not_found"),
-    "key": ErrorRow(401, "authentication_error", 401, "invalid_request_error", "invalid_api_key"),
-    "credential": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
-    "payment": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "insufficient_quota"),
-    "forbidden": ErrorRow(403, "permission_error", 403, "invalid_request_error", None),
-    "rate": ErrorRow(429, "rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
-    "overloaded": ErrorRow(529, "overloaded_error", 503, "server_error", "server_is_overloaded"),
-    "server": ErrorRow(502, "api_error", 502, "server_error", "server_error"),
-    "timeout": ErrorRow(504, "timeout_error", 504, "server_error", "timeout"),
-    "no_route": ErrorRow(503, "overloaded_error", 503, "server_error", "no_route"),
+    "bad_request": ErrorRow(400, "invalid_request_error", None),
+    "overflow": ErrorRow(400, "invalid_request_error", "context_length_exceeded"),
+    "too_large": ErrorRow(413, "invalid_request_error", None),
+    "unknown_model": ErrorRow(404, "invalid_request_error", "model_not_found"),
+    "credential": ErrorRow(502, "server_error", "server_error"),
+    "payment": ErrorRow(429, "rate_limit_error", "insufficient_quota"),
+    "forbidden": ErrorRow(403, "invalid_request_error", None),
+    "rate": ErrorRow(429, "rate_limit_error", "rate_limit_exceeded"),
+    "overloaded": ErrorRow(503, "server_error", "server_is_overloaded"),
+    "server": ErrorRow(502, "server_error", "server_error"),
+    "timeout": ErrorRow(504, "server_error", "timeout"),
 }
 
 _CODE_KINDS: Mapping[str, str] = {
@@ -6919,14 +7010,14 @@ _STATUS_KINDS: Mapping[int, str] = {400: "bad_request", 401: "credential", 402: 
 
 def error_kind(status: int, code: Any = None, message: str = "") -> str:
     """The row of ERROR_ROWS for what a provider said: its words first, then its code, then the status."""
-    if is_overflow(message) or code == "context_length_exceeded":
+    if tells_overflow(message):
         return "overflow"
     return _CODE_KINDS.get(code if isinstance(code, str) else "") or _STATUS_KINDS.get(status) or ("bad_request" if 400 <= status < 500 else "server")
 
 
-def read_error(error: Any, status: int = 502) -> Json:
+def read_error(error: Any) -> Json:
     """The error delta for whatever a provider put where an error belongs: an object, a list of them, a text; `found` is that itself, for whoever judges it."""
-    found = error
+    found, status = error, 502
     if isinstance(error, list):
         error = error[0] if error else {}
     inner = error.get("error") if isinstance(error, dict) else None
@@ -6959,19 +7050,7 @@ def _error_message(error: Json) -> str:
     return "The provider reported an error."
 
 
-_TOO_LONG = re.compile(
-    r"context[_ ]length[_ ]exceeded|maximum context length|context window|prompt (?:is )?too long|prompt exceeds max length|input is too long|too many tokens|maximum number of tokens"
-    r"|input length and `?max_tokens`? exceed|reduce the length|model_max_prompt_tokens_exceeded|exceeds the available context size|exceed_context_size_error|n_ctx"
-    r"|token count.{0,40}exceeds|exceeded (?:max )?context length|string too long|string_above_max_length|maximum allowed input length|maximum prompt length is"
-    r"|longer than the model'?s context length|exceeded model token limit|range of input length should be|greater than the context length|ContextWindowExceededError"
-    r"|token_limit_exceeded", re.IGNORECASE)
-_NOT_OVERFLOW = re.compile(r"rate.?limit|too many requests|tokens per (?:min|day)|throttl|\bTPM\b|\bTPD\b", re.IGNORECASE)
 _NUMBER_IN_TEXT = re.compile(r"\d[\d,]{2,}")
-
-
-def is_overflow(text: str) -> bool:
-    """Whether an error's words say that the prompt does not fit the model."""
-    return _TOO_LONG.search(text) is not None and _NOT_OVERFLOW.search(text) is None
 
 
 def overflow_numbers(text: str) -> tuple[int | None, int | None]:
@@ -7013,25 +7092,18 @@ def recover_call(failed_generation: Any, tool_names: Collection[str]) -> tuple[s
     tagged = _CALL_TAGS.search(text)
     if tagged:
         name, text = tagged.group(1), (tagged.group(2) or tagged.group(3) or "").rstrip("> \n")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value = read_json(text)
     value = value[0] if isinstance(value, list) and value else value
     if name is None:
         if not isinstance(value, dict):
             return None
         name, value = value.get("name"), value.get("arguments", value.get("parameters", {}))
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    value = read_json(value) if isinstance(value, str) else value
     return (name, compact(value)) if isinstance(value, dict) and name in tool_names else None
 
 
 ##############################################################################
-# 17. Stream rules                                        pure | uses 10-11, 13, 16
+# 17. Stream rules                                        pure | uses 3, 9-11, 13, 16
 ##############################################################################
 # What every reader of a stream needs and no format owns: the order deltas must have, ids for calls, calls held until they are whole.
 # Guarded by tests/test_held_calls.py and tests/test_properties.py.
@@ -7052,6 +7124,14 @@ class Asked(NamedTuple):
     seed: str = ""
     created_s: int = 0
     names: Names = EMPTY_NAMES
+
+
+def sent_events(sent: bytes) -> Iterator[tuple[str, Json]]:
+    """(kind, object) of each event with data in a stream as the client has it."""
+    for event in map(read_frame, split_frames(sent)):
+        if event.data:
+            value = only_object(json.loads(event.data))
+            yield str_in(value, "type") or event.name, value
 
 
 _SCAN = {False: re.compile(r'["{}\[\]]'), True: re.compile(r'["\\]')}
@@ -7146,11 +7226,11 @@ class Serialiser:
 
     def cite(self, record: Json) -> None:
         """A citation of the text before it."""
-        self._give({"delta": "cite", **record})
+        self._give(cite_delta(**record))
 
-    def opaque(self, family: str, data: Any, text: str = "") -> None:
+    def opaque(self, family: str, data: Any) -> None:
         """A block of the provider's own kind."""
-        self._give(opaque_delta(family, data, text))
+        self._give(opaque_delta(family, data))
 
     def think(self, text: str, field_name: str) -> None:
         """Thinking that came in `field_name`."""
@@ -7330,36 +7410,24 @@ class Serialiser:
         self._thinking, self._pending_seal = "", None
 
 
-_CUT = error_delta(502, "upstream closed the stream before finishing", "server_error")
+_CUT: Json = {**cut_delta(), "code": "server_error"}
 _EMPTY = error_delta(502, "empty answer", "empty_answer")
 _BROKEN = error_delta(502, "The provider stopped with an error.", "server_error")
 
 
 class TagSplitter:
-    """Splits <think> off the beginning of an answer's text, the same for every way the text was cut.
-
-    mode: auto (only when the answer begins with the tag), open (it begins inside), off.
-    """
+    """Splits <think> off the beginning of an answer's text, the same for every way the text was cut."""
 
     __slots__ = ("_mode", "_rest")
 
-    def __init__(self, mode: str = "auto") -> None:
-        self._mode = {"auto": "begin", "open": "inside_begin", "off": "off"}[mode]
+    def __init__(self) -> None:
+        self._mode = "begin"            #: then inside_begin, inside, after where the tag leads, and off
         self._rest = ""
 
     @property
     def is_off(self) -> bool:
         """Whether all that comes is text."""
         return self._mode == "off"
-
-    def stop(self) -> list[tuple[str, str]]:
-        """No tags are to be expected any more, since thinking came by a field; what was kept back is text."""
-        kept, self._rest = self._rest, ""
-        if self._mode == "begin":
-            self._mode = "off"
-            return [("text", kept)] if kept else []
-        self._rest = kept
-        return []
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """("think" | "text", text) pieces, in order, none empty."""
@@ -7453,7 +7521,7 @@ class CallHolder:
 
 
 ##############################################################################
-# 18. OpenAI Chat                                         pure | uses 1-2, 9-10, 15
+# 18. OpenAI Chat                                         pure | uses 1-2, 9-10, 15-16
 ##############################################################################
 # Chat Completions as clients send it and providers answer it, relayed in the provider's own bytes.  ChatPassage watches a
 # stream go by and looks closely only where an event differs from the one before it in more than its text.
@@ -7464,52 +7532,23 @@ ROUTING_FIELDS = frozenset({"api_base", "base_url", "api_key", "headers", "extra
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _TALKERS = ("user", "assistant", "system", "developer")     #: roles that need no more than a content
-_NUMBER = (int, float)
-CHAT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "stream": ((bool,), "a boolean"),
-    "stream_options": ((dict,), "an object"),
-    "max_tokens": ((int,), "an integer"),
-    "max_completion_tokens": ((int,), "an integer"),
-    "n": ((int,), "an integer"),
-    "temperature": (_NUMBER, "a number"),
-    "top_p": (_NUMBER, "a number"),
-    "presence_penalty": (_NUMBER, "a number"),
-    "frequency_penalty": (_NUMBER, "a number"),
-    "seed": ((int,), "an integer"),
-    "stop": ((str, list), "a string or a list"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((str, dict), "a string or an object"),
-    "parallel_tool_calls": ((bool,), "a boolean"),
-    "response_format": ((dict,), "an object"),
-    "logprobs": ((bool,), "a boolean"),
-    "top_logprobs": ((int,), "an integer"),
-    "logit_bias": ((dict,), "an object"),
-    "user": ((str,), "a string"),
-    "metadata": ((dict,), "an object"),
-    "reasoning_effort": ((str,), "a string"),
-}
-_ANYTHING: tuple[tuple[type, ...], str] = ((object,), "")
-_AT_LEAST_ONE = ("max_tokens", "max_completion_tokens", "n")
-
-
-def check_fields(body: Any, fields: Mapping[str, tuple[tuple[type, ...], str]]) -> None:
-    """Raise GatewayError 400 unless `body` is an object whose known fields are of the types that `fields` gives; unknown ones may be anything."""
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
-    for name, value in body.items():
-        types, expected = fields.get(name, _ANYTHING)
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
-    for name in _AT_LEAST_ONE:
-        if body.get(name) is not None and body[name] < 1:
-            raise bad_request(f"{name} must be at least 1.", param=name, code="invalid_value")
+CHAT_FIELDS = fields_of({
+    "a string": "model user reasoning_effort",
+    "a boolean": "stream parallel_tool_calls logprobs",
+    "an integer": "max_tokens max_completion_tokens n seed top_logprobs",
+    "a number": "temperature top_p presence_penalty frequency_penalty",
+    "an object": "stream_options response_format logit_bias metadata",
+    "a list": "tools",
+    "a string or a list": "stop",
+    "a string or an object": "tool_choice",
+})
+CHAT_COUNTS = ("max_tokens", "max_completion_tokens", "n")      #: fields that are at least 1
 
 
 def check_chat_request(body: Any) -> Json:
     """The body when it is a Chat request by its structure, flat tools nested. Raises GatewayError 400 that names the first field that is not."""
     body = _nested_tools(body)
-    check_fields(body, CHAT_FIELDS)
+    check_fields(body, CHAT_FIELDS, CHAT_COUNTS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list with at least one message.", param="messages", code="invalid_type")
@@ -7550,31 +7589,27 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def chat_pass_request(raw: bytes, body: Json, wire_model: str, preset: Preset, edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
+def chat_pass_request(raw: bytes, body: Json, wire_model: str, profile: Profile, edits: Edits = NO_EDITS) -> tuple[bytes, tuple[str, ...]]:
     """The provider's body for a Chat request that passes through, and what was left out or changed.
 
     in: the client's bytes and the same parsed    out: those bytes with another model, or new ones where more has to change
     """
-    dropped = tuple(name for name in preset.rejects if name in body)
+    dropped = tuple(name for name in profile.reject if name in body)
     changes: Json = {} if body.get("model") == wire_model else {"model": wire_model}
-    if body.get("stream") and preset.stream_options and not (body.get("stream_options") or {}).get("include_usage"):
+    if body.get("stream") and "stream_options" not in profile.reject and not (body.get("stream_options") or {}).get("include_usage"):
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    messages = _fit_messages(body["messages"], preset)
+    messages = _fit_messages(body["messages"], profile)
     if messages is not body["messages"]:
         changes["messages"] = messages
     removed = {*dropped, *ROUTING_FIELDS.intersection(body)}
-    for name, other in preset.renames.items():
-        if name in body:
-            changes[other] = body[name]
+    if profile.seed_field != "seed" and "seed" in body:
+        removed.add("seed")
+        changes[profile.seed_field] = body["seed"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body and name not in profile.max_fields:
             removed.add(name)
-    other_max = _OTHER_MAX.get(preset.max_field)
-    if other_max in body:
-        removed.add(other_max)
-        changes.setdefault(preset.max_field, body.get(preset.max_field) or body[other_max])
+            changes[profile.max_fields[0]] = body.get(profile.max_fields[0]) or body[name]
     return write_passing(raw, body, changes, removed, dropped, edits)
-
-
-_OTHER_MAX: Mapping[str, str] = MappingProxyType({"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"})
 
 
 def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str], dropped: tuple[str, ...], edits: Edits) -> tuple[bytes, tuple[str, ...]]:
@@ -7587,13 +7622,13 @@ def write_passing(raw: bytes, body: Json, changes: Json, removed: Collection[str
     return dump_json(made), (*dropped, *told)
 
 
-def _fit_messages(messages: list[Json], preset: Preset) -> list[Json]:
+def _fit_messages(messages: list[Json], profile: Profile) -> list[Json]:
     """The messages without fields the provider rejects and with its word for developer; the same list when nothing changes."""
-    unwanted = preset.message_rejects
-    rename = preset.system_role if "developer" in [message["role"] for message in messages] else ""
+    unwanted = profile.message_reject
+    rename = "system" if not profile.developer and "developer" in [message["role"] for message in messages] else ""
     if not rename and not (unwanted and any(name in message for message in messages for name in unwanted)):
         return messages
-    fitted = [{name: value for name, value in message.items() if name not in unwanted} for message in messages]
+    fitted = [rest_of(message, unwanted) for message in messages]
     return [{**message, "role": rename} if rename and message["role"] == "developer" else message for message in fitted]
 
 
@@ -7629,16 +7664,7 @@ def chat_usage(body: Json) -> Usage | None:
     usage = body.get("usage") or (own.get("usage") if isinstance(own, dict) else None)
     if not isinstance(usage, dict):
         return None
-    prompt, output = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
-    cached = prompt.get("cached_tokens") if isinstance(prompt, dict) else None
-    n_in, n_out, n_reasoning = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(output.get("reasoning_tokens") if isinstance(output, dict) else None)
-    if n_reasoning and _count(usage.get("total_tokens")) == n_in + n_out + n_reasoning:      # xAI leaves reasoning out of completion_tokens, as read_usage knows
-        n_out += n_reasoning
-    return Usage(n_in, n_out, _count(cached or usage.get("prompt_cache_hit_tokens")), _count(prompt.get("cache_write_tokens") if isinstance(prompt, dict) else None), n_reasoning)
-
-
-def _count(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
+    return Usage(**read_usage("chat", usage))
 
 
 #: What a delta or a message must hold one of to be an answer at all.
@@ -7692,10 +7718,7 @@ def find_chat_error(body: Any) -> Any:
 
 def _error_in_json(raw: bytes) -> Any:
     """What find_chat_error finds in a body, None when it is not JSON."""
-    try:
-        return find_chat_error(json.loads(raw))
-    except (ValueError, RecursionError):
-        return None
+    return find_chat_error(read_json(raw))
 
 
 def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
@@ -7711,23 +7734,15 @@ def judge_chat_answer(body: Any) -> tuple[str, Usage | None]:
     return "empty_answer" if is_empty else "", chat_usage(body)
 
 
-class ChatPassage:
-    """A provider's Chat stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class ChatPassage(Passage):
+    """A provider's Chat stream on its way through."""
 
-    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "usage", "error", "broken", "n_content_bytes", "n_signs", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "frames", "_echo", "_prefix", "_suffix", "_last", "_called")
+    __slots__ = ("usage", "_reason", "_unfinished", "_finished", "_wants_usage", "_n_prompt_tokens", "_usage_shown", "_echo", "_prefix", "_suffix", "_last", "_called")
 
     def __init__(self, *, wants_usage: bool, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """n_prompt_tokens: an estimate, for a client that wants usage from a provider that tells none."""
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the end mark has come
+        super().__init__()
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_chat_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._reason: str | None = None     #: the first finish reason
         self._unfinished: set[str] = set()  #: choices that have begun and not finished
         self._finished: set[str] = set()
@@ -7735,7 +7750,6 @@ class ChatPassage:
         self._n_prompt_tokens = n_prompt_tokens
         self._usage_shown = False
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._prefix = self._suffix = b""   #: what the last event of plain text had around its text
         self._last: Json = {}
         self._called = False
@@ -7763,19 +7777,6 @@ class ChatPassage:
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
         return b": keep-alive\n\n"
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        if not block:
-            return b""
-        return self._look(block)
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -7845,10 +7846,7 @@ class ChatPassage:
         if event.data.strip() == "[DONE]":
             self.done = True
             return self._end(event.raw) if self.finish is not None or self.content else b""
-        try:
-            chunk = json.loads(event.data)
-        except (ValueError, RecursionError):
-            chunk = None
+        chunk = read_json(event.data)
         found = find_chat_error(chunk) if event.name != "error" else chunk or {"error": event.data}
         if found is not None or not isinstance(chunk, dict):
             if self.finish is not None:
@@ -7969,7 +7967,6 @@ _CHAT_META: Mapping[str, str] = {
     "metadata": "metadata",
     "store": "store",
 }
-_CHAT_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 #: Where an answer or a message of the history has its thinking; the first that holds text counts.
 _CHAT_THINK_FIELDS = ("reasoning_content", "reasoning", "reasoning_text", "cot_summary", "thinking")
 _CHAT_THINK_MODES: Mapping[str, str] = {"enabled": "on", "disabled": "off", "adaptive": "auto"}
@@ -7997,7 +7994,7 @@ def chat_read_request(body: Any) -> Json:
         "max_out": body.get("max_tokens") if max_out is None else max_out,
         "sampling": {name: body[name] for name in _CHAT_SAMPLING if body.get(name) is not None},
         "stop": read_stop(body.get("stop")),
-        "format": _read_chat_format(body.get("response_format") or {}),
+        "format": read_format(body.get("response_format") or {}),
         "think": _read_chat_think(body),
         "meta": _read_chat_meta(body),
         "legacy": bool(legacy and not tools) or None,      # the answer is to hold function_call instead of tool_calls
@@ -8007,15 +8004,6 @@ def chat_read_request(body: Any) -> Json:
     if extra:
         hub["extra"] = {"chat": extra}
     return hub
-
-
-def _chat_object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _chat_inner(value: Json, name: str) -> Json:
-    """The object under `name`, or the object itself where a client wrote it flat."""
-    return value[name] if isinstance(value.get(name), dict) else value
 
 
 def _read_chat_message(hub: Json, message: Json, where: str) -> None:
@@ -8100,9 +8088,8 @@ def _read_chat_parts(content: Any, where: str) -> list[Json]:
         place = f"{where}.content[{index}]"
         read = _CHAT_PART_READERS.get(part.get("type")) if isinstance(part, dict) else None
         if read is None:
-            raise bad_request(f'{place}: unknown part type "{_chat_object(part).get("type")}"', param=place, code="invalid_value")
-        made = read(part, place)
-        parts.append({**made, "cache": part["cache_control"]} if isinstance(part.get("cache_control"), dict) else made)
+            raise bad_request(f'{place}: unknown part type "{only_object(part).get("type")}"', param=place, code="invalid_value")
+        parts.append(read_mark(read(part, place), part))
     return parts
 
 
@@ -8128,7 +8115,7 @@ def _read_chat_image(part: Json, place: str) -> Json:
 
 
 def _read_chat_file(part: Json, place: str) -> Json:
-    told = _chat_inner(part, "file")
+    told = nested_in(part, "file")
     name = told.get("filename") if isinstance(told.get("filename"), str) else None
     if isinstance(told.get("file_id"), str):
         return {"type": "file", "file_id": told["file_id"], **({"name": name} if name else {})}
@@ -8141,7 +8128,7 @@ def _read_chat_document(part: Json, place: str) -> Json:
 
 
 def _read_chat_audio(part: Json, place: str) -> Json:
-    audio = _chat_object(part.get("input_audio"))
+    audio = dict_in(part, "input_audio")
     return {"type": "audio", "data": _chat_source(audio.get("data") or part.get("input_audio"), place), "format": audio.get("format")}
 
 
@@ -8174,57 +8161,46 @@ _CHAT_PART_READERS: Mapping[Any, Callable[[Json, str], Json]] = {
 
 def _read_chat_tool(tool: Json, where: str) -> Json:
     kind = tool.get("type") or "function"
-    cache = {"cache": tool["cache_control"]} if isinstance(tool.get("cache_control"), dict) else {}
     if kind not in ("function", "custom"):
         family = "anthropic" if re.search(r"_20\d{6}\Z", kind) else kind.partition(":")[0] if ":" in kind else "openai"
-        return {"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool, **cache}
-    inner = _chat_object(tool.get(kind))
+        return read_mark({"name": str(tool.get("name") or kind), "kind": "hosted", "family": family, "raw": tool}, tool)
+    inner = dict_in(tool, kind)
     if not isinstance(inner.get("name"), str):
         raise bad_request(f"{where}.{kind} must be an object with a name.", param=f"{where}.{kind}", code="invalid_type")
-    form = _chat_object(inner.get("format"))
+    form = dict_in(inner, "format")
     about, schema = inner.get("description"), inner.get("parameters")
     told = {"description": about if isinstance(about, str) else None, "schema": schema if kind == "function" and isinstance(schema, dict) else None, "strict": inner.get("strict"),
-            "grammar": _chat_inner(form, "grammar") if form.get("type") == "grammar" else None}
+            "grammar": nested_in(form, "grammar") if form.get("type") == "grammar" else None}
     grammar = told["grammar"]
     if grammar:
         told["grammar"] = {"syntax": grammar.get("syntax"), "definition": grammar.get("definition")}
-    return {"name": inner["name"], "kind": kind, **{name: value for name, value in told.items() if value is not None}, **cache}
+    return read_mark({"name": inner["name"], "kind": kind, **{name: value for name, value in told.items() if value is not None}}, tool)
 
 
 def _read_chat_choice(value: Any) -> Json | None:
     """The hub's choice for tool_choice or the older function_call; None for a word nobody knows."""
     if isinstance(value, str):
-        return {"mode": _CHAT_CHOICES[value]} if value in _CHAT_CHOICES else None
+        return {"mode": CHOICE_WORDS[value]} if value in CHOICE_WORDS else None
     if not isinstance(value, dict):
         return None
     kind = value.get("type") or "function"
     if not isinstance(kind, str):
         return None
     if kind == "allowed_tools":
-        allowed = _chat_inner(value, "allowed_tools")
-        names = [str(_chat_inner(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
+        allowed = nested_in(value, "allowed_tools")
+        names = [str(nested_in(tool, tool.get("type") or "function").get("name")) for tool in allowed.get("tools") or () if isinstance(tool, dict)]
         return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
-    if kind in _CHAT_CHOICES:
-        return {"mode": _CHAT_CHOICES[kind]}
+    if kind in CHOICE_WORDS:
+        return {"mode": CHOICE_WORDS[kind]}
     if kind in ("function", "custom", "tool"):
-        choice = {"mode": "tool", "name": str(_chat_inner(value, kind).get("name") or "")}
+        choice = {"mode": "tool", "name": str(nested_in(value, kind).get("name") or "")}
         return {**choice, "kind": "custom"} if kind == "custom" else choice
     return {"mode": "tool", "name": str(value.get("name") or kind), "kind": "hosted"}
 
 
-def _read_chat_format(form: Json) -> Json | None:
-    if form.get("type") == "json_object":
-        return {"kind": "json"}
-    if form.get("type") != "json_schema":
-        return None
-    inner = _chat_inner(form, "json_schema")
-    told = {name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}
-    return {"kind": "schema", "schema": _chat_object(inner.get("schema")), **told}
-
-
 def _read_chat_think(body: Json) -> Json:
     """What was asked of thinking, by any of the words providers have for it."""
-    reasoning, thinking, template = (_chat_object(body.get(name)) for name in ("reasoning", "thinking", "chat_template_kwargs"))
+    reasoning, thinking, template = (dict_in(body, name) for name in ("reasoning", "thinking", "chat_template_kwargs"))
     effort = body.get("reasoning_effort") or reasoning.get("effort")
     budget = reasoning.get("max_tokens") or thinking.get("budget_tokens")
     flags = [flag for flag in (reasoning.get("enabled"), body.get("enable_thinking"), template.get("enable_thinking")) if isinstance(flag, bool)]
@@ -8241,7 +8217,7 @@ def _read_chat_think(body: Json) -> Json:
 def _read_chat_meta(body: Json) -> Json:
     told = {name: body.get(field_name) for name, field_name in _CHAT_META.items()}
     told |= {"n": told["n"] if told["n"] != 1 else None, "logprobs": told["logprobs"] or None, "cache_auto": body.get("cache_control"),
-             "include_usage": _chat_object(body.get("stream_options")).get("include_usage") is True or None}
+             "include_usage": dict_in(body, "stream_options").get("include_usage") is True or None}
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -8256,10 +8232,10 @@ _CHAT_PARTLY_READ: Mapping[str, tuple[str, ...]] = {
 def _chat_extra(body: Json) -> Json:
     extra = rest_of(body, _CHAT_READ_FIELDS.union(_CHAT_SAMPLING, _CHAT_META.values()))
     for name, known in _CHAT_PARTLY_READ.items():
-        more = rest_of(_chat_object(body.get(name)), known)
+        more = rest_of(dict_in(body, name), known)
         if more:
             extra[name] = more
-    if _chat_object(body.get("response_format")).get("type") not in (None, "text", "json_object", "json_schema"):
+    if dict_in(body, "response_format").get("type") not in (None, "text", "json_object", "json_schema"):
         extra["response_format"] = body["response_format"]
     return extra
 
@@ -8274,9 +8250,9 @@ def chat_write_request(hub: Json, profile: Profile) -> Json:
     """
     body: Json = {"model": profile.model or hub["model"], "messages": _write_chat_messages(hub, profile)}
     if hub.get("stream"):
-        body |= {"stream": True, **({"stream_options": {"include_usage": True}} if profile.stream_options else {})}
+        body |= {"stream": True, **({"stream_options": {"include_usage": True}} if "stream_options" not in profile.reject else {})}
     if hub.get("max_out") is not None:
-        body[profile.max_field] = hub["max_out"]
+        body[profile.max_fields[0]] = hub["max_out"]
     body |= {profile.seed_field if name == "seed" else name: value for name, value in (hub.get("sampling") or {}).items()}
     if hub.get("stop"):
         body["stop"] = hub["stop"]
@@ -8317,7 +8293,7 @@ def _write_chat_tool(tool: Json) -> Json:
     else:
         told |= {"parameters": tool.get("schema"), "strict": tool.get("strict")}
         written = {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
-    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+    return write_mark(written, tool)
 
 
 def _write_chat_choice(choice: Json, tools: Sequence[Json], profile: Profile) -> Any:
@@ -8344,7 +8320,7 @@ def _write_chat_messages(hub: Json, profile: Profile) -> list[Json]:
     messages: list[Json] = []
     names: dict[str, str] = {}
     if hub.get("system"):
-        messages.append({"role": profile.system_role, "content": _write_chat_content(hub["system"], "\n\n")})
+        messages.append({"role": "system", "content": _write_chat_content(hub["system"], "\n\n")})
     for turn in hub["turns"]:
         if turn["role"] == "assistant":
             messages.append(_write_chat_said(turn["parts"], profile))
@@ -8354,7 +8330,7 @@ def _write_chat_messages(hub: Json, profile: Profile) -> list[Json]:
         messages += [_write_chat_result(part, names if profile.extra_names else {}) for part in results]
         rest = [part for part in turn["parts"] if part["type"] in _CHAT_PART_WRITERS]
         if rest:
-            messages.append({"role": profile.system_role if turn["role"] == "system" else "user", "content": _write_chat_content(rest, "\n")})
+            messages.append({"role": "system" if turn["role"] == "system" else "user", "content": _write_chat_content(rest, "\n")})
     if profile.prefill == "prefix" and messages and messages[-1]["role"] == "assistant":
         messages[-1]["prefix"] = True
     rejected = set(profile.message_reject)
@@ -8365,11 +8341,7 @@ def _write_chat_content(parts: Sequence[Json], joint: str) -> str | list[Json]:
     """A string where there is only text and no mark on it, else a list of parts."""
     if all(part["type"] == "text" and not part.get("cache") for part in parts):
         return joint.join(part["text"] for part in parts)
-    written = []
-    for part in parts:
-        made = _CHAT_PART_WRITERS[part["type"]](part)
-        written.append({**made, "cache_control": part["cache"]} if part.get("cache") else made)
-    return written
+    return [write_mark(_CHAT_PART_WRITERS[part["type"]](part), part) for part in parts]
 
 
 def _write_chat_result(part: Json, names: Mapping[str, str]) -> Json:
@@ -8436,8 +8408,6 @@ class _ChatCall:
     key: int
     place: tuple[Any, Any]                    #: number of the choice, index
     id: str = ""
-    name: str = ""                            #: fragments so far, for providers that cut names
-    sent: str = ""                            #: arguments so far, for providers that repeat them
     freeform: list[str] | None = None         #: text of a freeform call; its arguments are known at its end
 
 
@@ -8471,7 +8441,7 @@ class ChatStreamReader:
         self.done = False
         self._out = Serialiser(source)
         self._source = source
-        self._splitter: TagSplitter | None = TagSplitter("open" if source.profile.think_open else "auto")   # None: thinking comes by a field
+        self._splitter: TagSplitter | None = TagSplitter()   # None: thinking comes by a field
         self._prefix = self._suffix = ""         # what the last event of plain text had around its text
         self._around: tuple[bytes, bytes] | None = None      # the same of its whole frame
         self._calls: list[_ChatCall] = []
@@ -8501,10 +8471,7 @@ class ChatStreamReader:
         if data == "[DONE]":
             self.done = self._ended = True
             return []
-        try:
-            chunk = json.loads(data)
-        except (ValueError, RecursionError):
-            chunk = None
+        chunk = read_json(data)
         if event.name == "error":
             chunk = chunk if find_chat_error(chunk) is not None else {"error": chunk or data[:200]}
         deltas = self.take(chunk)
@@ -8561,7 +8528,7 @@ class ChatStreamReader:
     def _learn(self, chunk: Json, data: str) -> None:
         """Keep what stands around the text of an event that says nothing but its text."""
         choices = chunk.get("choices")
-        choice = _chat_object(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
+        choice = only_object(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
         delta = choice.get("delta")
         if not isinstance(delta, dict) or not isinstance(delta.get("content"), str) or choice.get("finish_reason") or choice.get("index"):
             return
@@ -8577,13 +8544,13 @@ class ChatStreamReader:
         usage = chunk.get("usage")
         if not usage:
             choices = chunk.get("choices")
-            usage = _chat_object(chunk.get("x_groq")).get("usage") or (_chat_object(choices[0]).get("usage") if isinstance(choices, list) and choices else None)
+            usage = dict_in(chunk, "x_groq").get("usage") or (only_object(choices[0]).get("usage") if isinstance(choices, list) and choices else None)
         if usage:
             self._out.usage(read_usage("chat", usage))
 
     def _take_choice(self, choice: Json) -> None:
         delta = choice.get("delta")
-        delta = delta if isinstance(delta, dict) else _chat_object(choice.get("message"))
+        delta = delta if isinstance(delta, dict) else dict_in(choice, "message")
         if delta.keys() - _CHAT_SPOKEN:
             self._take_more(delta, choice.get("index"))
         else:
@@ -8607,7 +8574,7 @@ class ChatStreamReader:
             self._refused = True
             self._out.refuse(delta["refusal"])
         for annotation in delta["annotations"] if isinstance(delta.get("annotations"), list) else ():
-            self._cite(_chat_inner(_chat_object(annotation), "url_citation"))
+            self._cite(nested_in(only_object(annotation), "url_citation"))
         for name in _CHAT_MEDIA:
             if delta.get(name):
                 self._out.opaque("chat", {name: delta[name]})
@@ -8667,13 +8634,12 @@ class ChatStreamReader:
     def _cite(self, told: Json) -> None:
         if isinstance(told.get("url"), str) and told["url"]:
             self._cited = True
-            span = {name: told[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(told.get(key), int)}
-            self._out.cite({"url": told["url"], "title": str(told.get("title") or ""), **span})
+            self._out.cite({"url": told["url"], "title": str(told.get("title") or ""), **read_span(told)})
 
     def _cite_sources(self) -> None:
         """Citations that stand beside the answer, when none stood in it."""
         for told in self._sources if isinstance(self._sources, list) and not self._cited else ():
-            self._cite({"url": told} if isinstance(told, str) else _chat_object(told))
+            self._cite({"url": told} if isinstance(told, str) else only_object(told))
 
     def _take_call(self, call: Json, number: Any) -> None:
         inner = call.get("function") or call.get("custom")
@@ -8684,9 +8650,6 @@ class ChatStreamReader:
         known = self._find_call(call_id, call.get("index"), bool(name), number)
         if "custom" in call and known.freeform is None:
             known.freeform = []
-        if self._source.profile.name_fragments:
-            known.name += name if name != known.name else ""
-            name = known.name if value else ""
         self._details = []
         self._out.call(known.key, call_id, name, "function" if known.freeform is None else "custom")
         if call.get("extra_content"):
@@ -8718,17 +8681,11 @@ class ChatStreamReader:
             return
         if not isinstance(value, str) and self._out.whole(call.key):
             return
-        if self._source.profile.repeats_args:
-            if call.sent and text == call.sent:
-                return
-            call.sent += text
         self._out.args(call.key, text)
 
     def _end_calls(self) -> None:
-        """What calls so far had kept back: a name in pieces, freeform text."""
+        """The freeform text that calls so far had kept back."""
         for call in self._calls:
-            if call.name:
-                self._out.call(call.key, call.id, call.name)
             if call.freeform:
                 self._out.args(call.key, freeform_args("".join(call.freeform)))
                 call.freeform = []
@@ -8752,7 +8709,7 @@ class ChatStreamReader:
 
     def _recover(self, found: Json) -> bool:
         """Whether the error holds a call that Groq would not pass on and the request's own tools can answer: then that is the answer."""
-        generation = _chat_object(found.get("error")).get("failed_generation")
+        generation = dict_in(found, "error").get("failed_generation")
         offered: Any = _OfferedTools(self._source.names)
         call = recover_call(generation, offered) if not self._calls else None
         if call is None:
@@ -8775,7 +8732,7 @@ def _read_chat_error(found: Json) -> Json:
     status, choices = found.get("base_resp"), found.get("choices")
     if isinstance(status, dict) and not found.get("error"):
         return {**read_error({"message": status.get("status_msg"), "code": status.get("status_code")}), "found": found}
-    inside = _chat_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
+    inside = only_object(choices[0]).get("error") if isinstance(choices, list) and choices and not found.get("error") else None
     return {**read_error({"error": inside} if inside else found), "found": found}
 
 
@@ -8790,7 +8747,7 @@ def _answer_chunk(body: Any) -> Any:
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
         return body
     choices = [choice for choice in body["choices"] if isinstance(choice, dict)]
-    return {**body, "choices": [{**choice, "delta": _numbered_calls(_chat_object(choice.get("message")))} for choice in choices]}
+    return {**body, "choices": [{**choice, "delta": _numbered_calls(dict_in(choice, "message"))} for choice in choices]}
 
 
 def _numbered_calls(message: Json) -> Json:
@@ -8856,7 +8813,7 @@ class ChatStreamWriter:
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
@@ -8948,7 +8905,7 @@ class ChatStreamWriter:
         return [*frames, b"data: [DONE]\n\n"]
 
     def _write_error(self, delta: Json) -> list[bytes]:
-        return [self.error(_delta_error(delta))]
+        return [self.error(told_error(delta))]
 
     #: Hub deltas by kind, those that `_takes` does not see to.
     WRITES: Mapping[str, Callable[[ChatStreamWriter, Json], list[bytes]]] = {
@@ -8962,12 +8919,12 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
     """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
     pieces: list[str] = []
     stamp: Json = {}
-    for chunk in _sent_chunks(sent):
+    for _, chunk in sent_events(sent):
         choices = chunk.get("choices")
         if choices == []:
             continue
         choice = choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {"index": None}
-        delta = _chat_object(choice.get("delta"))
+        delta = dict_in(choice, "delta")
         if choice.get("index") != 0 or choice.get("finish_reason") or any(delta.get(name) for name in CONTENT_FIELDS if name not in _BEFORE_TEXT):
             return None
         text, thinks = delta.get("content"), any(delta.get(name) for name in _BEFORE_TEXT[1:])
@@ -8975,7 +8932,7 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
             return None
         if text:
             pieces.append(text)
-            stamp = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+            stamp = rest_of(chunk, ("choices", "usage"))
     if "<think" in "".join(pieces) or not stamp:
         return None
     writer = ChatStreamWriter(asked, stamp)
@@ -8987,18 +8944,6 @@ def chat_take_up(sent: bytes, asked: Asked) -> tuple[ChatStreamWriter, str] | No
 _BEFORE_TEXT = ("content", "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking")
 
 
-def _sent_chunks(sent: bytes) -> Iterator[Json]:
-    """The objects of a stream as the client has it."""
-    for frame in split_frames(sent):
-        data = read_frame(frame).data
-        if data:
-            yield _chat_object(json.loads(data))
-
-
-def _delta_error(delta: Json) -> GatewayError:
-    return GatewayError(delta["message"], delta["status"], delta["code"], delta["type"])
-
-
 def _chat_details(record: Json, number: int) -> list[Json]:
     """The reasoning_details of a seal, numbered where they are of our making."""
     details = details_of(record)
@@ -9006,15 +8951,14 @@ def _chat_details(record: Json, number: int) -> list[Json]:
 
 
 def _chat_annotation(cite: Json) -> Json:
-    span = {"start_index": cite.get("start") or 0, "end_index": cite.get("end") or 0}
-    return {"type": "url_citation", "url_citation": {**span, "url": cite["url"], "title": cite.get("title") or ""}}
+    return {"type": "url_citation", "url_citation": {**write_span(cite), "url": cite["url"], "title": cite.get("title") or ""}}
 
 
 def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
     """(finish_reason, refusal still to be told): a refusal whose words are not known at all shows as content_filter."""
     reason = stop["reason"]
     if reason == "refusal" and not refused:
-        explanation = _chat_object(stop.get("details")).get("explanation")
+        explanation = dict_in(stop, "details").get("explanation")
         return ("stop", explanation) if isinstance(explanation, str) and explanation else ("content_filter", "")
     return "function_call" if reason == "tool" and legacy else WRITE_STOPS["chat"][reason], ""
 
@@ -9022,9 +8966,9 @@ def _chat_stop(stop: Json, refused: bool, legacy: Any) -> tuple[str, str]:
 def chat_write_answer(deltas: Iterable[Json], asked: Asked) -> Json:
     """The body of an answer that is not streamed; the error's envelope when there was one."""
     told = list(deltas)
-    end = told[-1] if told and told[-1]["delta"] in ("stop", "error") else error_delta(502, "upstream closed the stream before finishing")
+    end = told[-1] if told and told[-1]["delta"] in ("stop", "error") else cut_delta()
     if end["delta"] == "error":
-        return chat_error(_delta_error(end))
+        return chat_error(told_error(end))
     usage: Json = {}
     for delta in told:
         if delta["delta"] in ("start", "usage"):
@@ -9082,48 +9026,23 @@ def _chat_joined(old: Any, new: Any) -> Any:
 # ---- What a request must look like
 
 _RESPONSES_ROLES = frozenset({"user", "assistant", "system", "developer"})
-_RESPONSES_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "input": ((str, list), "a string or a list"),
-    "instructions": ((str, list), "a string"),
-    "stream": ((bool,), "a boolean"),
-    "stream_options": ((dict,), "an object"),
-    "max_output_tokens": ((int,), "an integer"),
-    "max_tool_calls": ((int,), "an integer"),
-    "temperature": ((int, float), "a number"),
-    "top_p": ((int, float), "a number"),
-    "top_logprobs": ((int,), "an integer"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((str, dict), "a string or an object"),
-    "parallel_tool_calls": ((bool,), "a boolean"),
-    "reasoning": ((dict,), "an object"),
-    "text": ((dict,), "an object"),
-    "include": ((list,), "a list"),
-    "store": ((bool,), "a boolean"),
-    "background": ((bool,), "a boolean"),
-    "previous_response_id": ((str,), "a string"),
-    "metadata": ((dict,), "an object"),
-    "user": ((str,), "a string"),
-    "prompt_cache_key": ((str,), "a string"),
-    "safety_identifier": ((str,), "a string"),
-    "service_tier": ((str,), "a string"),
-    "truncation": ((str,), "a string"),
-    "prompt": ((dict,), "an object"),
-}
+_RESPONSES_FIELDS = fields_of({
+    "a string": "model previous_response_id user prompt_cache_key safety_identifier service_tier truncation",
+    "a boolean": "stream parallel_tool_calls store background",
+    "an integer": "max_output_tokens max_tool_calls top_logprobs",
+    "a number": "temperature top_p",
+    "an object": "stream_options reasoning text metadata prompt",
+    "a list": "tools include",
+    "a string or a list": "input instructions",
+    "a string or an object": "tool_choice",
+})
 #: Any of these makes a request without input whole: the provider holds it.
 _STATE_FIELDS = ("previous_response_id", "prompt", "conversation")
 
 
 def check_responses_request(body: Any) -> Json:
     """The body when it is a Responses request by its structure. Raises GatewayError 400 that names the first field that is not."""
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
-    for name, value in body.items():
-        types, expected = _RESPONSES_FIELDS.get(name, ((object,), ""))
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
-    if body.get("max_output_tokens") is not None and body["max_output_tokens"] < 1:
-        raise bad_request("max_output_tokens must be at least 1.", param="max_output_tokens", code="invalid_value")
+    check_fields(body, _RESPONSES_FIELDS, ("max_output_tokens",))
     items = body.get("input")
     if not items and not any(body.get(name) for name in _STATE_FIELDS):
         raise bad_request("input must be a string or a list with at least one item.", param="input", code="missing_required_parameter")
@@ -9160,7 +9079,7 @@ def _check_responses_tool(tool: Any, where: str) -> None:
     if not isinstance(tool, dict) or not isinstance(tool.get("type", "function"), str):
         raise bad_request(f"{where} must be an object with a type.", param=where, code="invalid_type")
     kind = tool.get("type", "function")
-    if kind in ("function", "custom") and not isinstance(_nested_form(tool, kind).get("name"), str):
+    if kind in ("function", "custom") and not isinstance(nested_in(tool, kind).get("name"), str):
         raise bad_request(f"{where}.name is missing.", param=f"{where}.name", code="missing_required_parameter")
     if kind == "namespace":
         if not isinstance(tool.get("name"), str) or not isinstance(tool.get("tools"), list):
@@ -9178,30 +9097,6 @@ def check_responses_state(body: Json) -> None:
     for index, item in enumerate(items if isinstance(items, list) else ()):
         if item.get("type") == "item_reference":
             raise bad_request("item references need a provider that stores responses", param=f"input[{index}]", code="unsupported_value")
-
-
-def _nested_form(value: Json, name: str) -> Json:
-    """The object under `name`, where clients that mix formats put it, else the object itself."""
-    inner = value.get(name)
-    return inner if isinstance(inner, dict) else value
-
-
-def dict_in(value: Json, name: str) -> Json:
-    """The object under `name`, {} for anything else: what others send is never trusted to have its shape."""
-    inner = value.get(name)
-    return inner if isinstance(inner, dict) else {}
-
-
-def dicts_in(value: Json, name: str) -> list[Json]:
-    """The objects in the list under `name`."""
-    inner = value.get(name)
-    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
-
-
-def str_in(value: Json, name: str) -> str:
-    """A text under a name, empty where there is none."""
-    inner = value.get(name)
-    return inner if isinstance(inner, str) else ""
 
 
 # ---- Requests: body to hub
@@ -9314,7 +9209,7 @@ def _read_item_file(part: Json, where: str) -> Json:
 
 
 def _read_item_audio(part: Json, where: str) -> Json:
-    audio = _nested_form(part, "input_audio")
+    audio = nested_in(part, "input_audio")
     return {"type": "audio", "data": str_in(audio, "data"), "format": str_in(audio, "format")}
 
 
@@ -9451,7 +9346,7 @@ def _read_responses_options(hub: Json, body: Json) -> None:
     choice = _read_responses_choice(body["tool_choice"]) if body.get("tool_choice") is not None else None
     found = {"choice": choice, "parallel": body.get("parallel_tool_calls"), "max_out": body.get("max_output_tokens"),
              "sampling": {name: body[name] for name in ("temperature", "top_p") if body.get(name) is not None} or None,
-             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": _read_text_format(dict_in(dict_in(body, "text"), "format")) or None}
+             "think": _read_reasoning_field(body.get("reasoning") or {}) or None, "format": read_format(dict_in(dict_in(body, "text"), "format"))}
     hub.update({name: value for name, value in found.items() if value is not None})
     include = [name for name in body.get("include") or () if isinstance(name, str)]
     hub["meta"] = _read_responses_meta(body, include)
@@ -9480,29 +9375,17 @@ def _read_reasoning_field(reasoning: Json) -> Json:
     return {"mode": "on", "effort": effort, **shown} if effort else {"mode": "auto", **shown} if show else {}
 
 
-def _read_text_format(form: Json) -> Json:
-    if form.get("type") not in ("json_schema", "json_object"):
-        return {}
-    if form["type"] == "json_object":
-        return {"kind": "json"}
-    inner = _nested_form(form, "json_schema")
-    return {"kind": "schema", "schema": dict_in(inner, "schema"), **{name: inner[name] for name in ("name", "strict", "description") if inner.get(name) is not None}}
-
-
-_RESPONSES_CHOICES: Mapping[str, str] = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
-
-
 def _read_responses_choice(value: Any) -> Json | None:
     """The hub's choice; None for a word nobody knows."""
     if isinstance(value, str):
-        return {"mode": _RESPONSES_CHOICES[value]} if value in _RESPONSES_CHOICES else None
+        return {"mode": CHOICE_WORDS[value]} if value in CHOICE_WORDS else None
     kind = value.get("type")
     if kind == "allowed_tools":
-        allowed = _nested_form(value, "allowed_tools")
+        allowed = nested_in(value, "allowed_tools")
         names = [_responses_choice_name(tool) for tool in dicts_in(allowed, "tools")]
         return {"mode": "any" if allowed.get("mode") == "required" else "auto", "allowed": names}
-    if isinstance(kind, str) and kind in _RESPONSES_CHOICES:
-        return {"mode": _RESPONSES_CHOICES[kind]}
+    if isinstance(kind, str) and kind in CHOICE_WORDS:
+        return {"mode": CHOICE_WORDS[kind]}
     if kind in ("function", "custom", None):
         return {"mode": "tool", "name": _responses_choice_name(value), **({"kind": "custom"} if kind == "custom" else {})}
     return {"mode": "tool", "name": _responses_choice_name(value), "raw": value}
@@ -9510,7 +9393,7 @@ def _read_responses_choice(value: Any) -> Json | None:
 
 def _responses_choice_name(value: Json) -> str:
     kind = str_in(value, "type") or "function"
-    return str_in(_nested_form(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
+    return str_in(nested_in(value, kind), "name") if kind in ("function", "custom") else _hosted_name(value)
 
 
 def _hosted_name(raw: Json) -> str:
@@ -9536,9 +9419,9 @@ def _read_responses_tool(tool: Json, namespace: str) -> list[Json]:
         return _read_responses_tools(dicts_in(tool, "tools"), str_in(tool, "name"))
     home = {"namespace": namespace} if namespace else {}
     if kind == "function":
-        return [{**_read_flat_function(_nested_form(tool, "function")), **home, **_responses_tool_rest(tool)}]
+        return [{**_read_flat_function(nested_in(tool, "function")), **home, **_responses_tool_rest(tool)}]
     if kind == "custom":
-        return [{**_read_flat_custom(_nested_form(tool, "custom")), **home, **_responses_tool_rest(tool)}]
+        return [{**_read_flat_custom(nested_in(tool, "custom")), **home, **_responses_tool_rest(tool)}]
     if kind == "local_shell":
         return [{"name": "local_shell", "description": "Runs a command on the user's machine.", "schema": _LOCAL_SHELL_SCHEMA, "kind": "function", "calls": "shell", "raw": tool}]
     if kind == "tool_search" and tool.get("execution") == "client":
@@ -9566,7 +9449,7 @@ def _read_flat_function(function: Json) -> Json:
 
 
 def _read_flat_custom(custom: Json) -> Json:
-    form = _nested_form(dict_in(custom, "format"), "grammar")
+    form = nested_in(dict_in(custom, "format"), "grammar")
     grammar = {"grammar": {"syntax": str_in(form, "syntax"), "definition": form["definition"]}} if str_in(form, "definition") else {}
     about = {"description": custom["description"]} if str_in(custom, "description") else {}
     return {"name": str_in(custom, "name"), "kind": "custom", **about, **grammar}
@@ -9599,7 +9482,7 @@ def responses_write_request(hub: Json, profile: Profile) -> Json:
     text = _write_text_field(hub)
     body |= {name: value for name, value in (("reasoning", reasoning), ("text", text)) if value}
     body |= {field_name: hub["meta"][name] for name, field_name in _RESPONSES_META.items() if hub["meta"].get(name) is not None}
-    body |= {name: value for name, value in own.items() if name not in ("reasoning", "include")}
+    body |= rest_of(own, ("reasoning", "include"))
     include = _write_include(hub["meta"], own.get("include") or (), profile)
     body |= {**({"include": include} if include else {}), "store": hub["meta"].get("store") is True, **({"stream": True} if hub["stream"] else {})}
     if "compaction" in hub["dropped"] and any(item["type"] == "compaction" for item in body["input"]):
@@ -9667,7 +9550,7 @@ def _write_responses_tool(tool: Json, client: Format) -> Json:
         form = {"format": {"type": "grammar", **tool["grammar"]}} if tool.get("grammar") else {}
         return {**raw, "type": "custom", "name": tool["wire"], **about, **form}
     strict = {"strict": tool["strict"]} if "strict" in tool else {} if client == "responses" else {"strict": False}
-    nested = {name: value for name, value in raw.items() if name != "function"}
+    nested = rest_of(raw, ("function",))
     return {**nested, "type": "function", "name": tool["wire"], **about, "parameters": tool["schema"], **strict}
 
 
@@ -9774,7 +9657,7 @@ _OUTPUT_TYPES = {"custom": "custom_tool_call_output", "shell": "local_shell_call
 
 
 def _without_id(item: Json) -> Json:
-    return {name: value for name, value in item.items() if name != "id"}
+    return rest_of(item, ("id",))
 
 
 def shell_action(args: str) -> Json:
@@ -9790,6 +9673,7 @@ _ITEM_WRITERS: Mapping[str, Callable[[Json, Mapping[str, str]], Json]] = {
     "think": _write_reasoning_item, "call": _write_call_item, "result": _write_result_item, "opaque": lambda part, kinds: part["data"]}
 
 
+#: Items that are calls for the client to run, and their kind in the hub.
 CALL_ITEM_KINDS: Mapping[str, str] = {"function_call": "function", "custom_tool_call": "custom", "local_shell_call": "shell", "tool_search_call": "search"}
 
 
@@ -9806,14 +9690,11 @@ def call_item_args(item: Json) -> str:
 
 
 ##############################################################################
-# 21. Responses answers                                   pure | uses 1-2, 9-11, 16-17, 20
+# 21. Responses answers                                   pure | uses 1, 9-11, 16-17, 20
 ##############################################################################
 # The other half of Responses: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_responses.py.
 
 # ---- Answers: events to deltas
-
-#: Items that are calls for the client to run, and their kind in the hub.
-
 
 @dataclass(slots=True)
 class _SeenItem:
@@ -9861,10 +9742,7 @@ class ResponsesStreamReader:
         """The deltas of one event."""
         if self.done or event.data.strip() == "[DONE]":
             return []
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         if not isinstance(value, dict):
             value = {"type": "error", "message": "provider sent something that is not JSON"}
         return self.take(value, event.name)
@@ -9976,9 +9854,8 @@ class ResponsesStreamReader:
 
     def _cite(self, item: _SeenItem, annotation: Json) -> None:
         item.n_cites += 1
-        span = {name: annotation[key] for name, key in (("start", "start_index"), ("end", "end_index")) if isinstance(annotation.get(key), int)}
         title = str_in(annotation, "title") or str_in(annotation, "filename")
-        self._out.cite({"url": str_in(annotation, "url"), "title": title, **span, "raw": annotation, "family": "openai"})
+        self._out.cite({"url": str_in(annotation, "url"), "title": title, **read_span(annotation), "raw": annotation, "family": "openai"})
 
     def _item_done(self, value: Json) -> None:
         item, seen = dict_in(value, "item"), self._item(self._key(value))
@@ -10153,7 +10030,7 @@ class ResponsesStreamWriter:
 
     def close(self) -> list[bytes]:
         """The end of the deltas: without a stop or an error before, a failure is told."""
-        return [] if self.response is not None else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self.response is not None else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A sign of life that parsers see: response.in_progress once more."""
@@ -10225,7 +10102,7 @@ class ResponsesStreamWriter:
 
     def _seal(self, delta: Json) -> list[bytes]:
         """The end of thinking; a seal may come without any."""
-        record = {name: value for name, value in delta.items() if name not in ("delta", "id")}
+        record = rest_of(delta, ("delta", "id"))
         out: list[bytes] = []
         if self._block is None or self._block.kind != "think":
             out = self._open("think", {"type": "reasoning", "summary": [], "encrypted_content": None}, takes="think")
@@ -10245,7 +10122,7 @@ class ResponsesStreamWriter:
         block = self._block
         if block is None or block.kind != "text":
             return []
-        note = {"type": "url_citation", "url": delta["url"], "title": delta.get("title") or delta["url"], "start_index": delta.get("start") or 0, "end_index": delta.get("end") or 0}
+        note = {"type": "url_citation", "url": delta["url"], "title": delta.get("title") or delta["url"], **write_span(delta)}
         if delta.get("family") == "openai" and isinstance(delta.get("raw"), dict):
             note = {**note, **delta["raw"]} if delta["raw"].get("type") == "url_citation" else delta["raw"]
         block.cites.append(note)
@@ -10263,7 +10140,7 @@ class ResponsesStreamWriter:
         return [*out, self._event("response.output_item.added", output_index=index, item=item), self._event("response.output_item.done", output_index=index, item=item)]
 
     def _count(self, delta: Json) -> list[bytes]:
-        self._usage = merge_usage(self._usage, {name: value for name, value in delta.items() if name not in ("delta", "estimated")})
+        self._usage = merge_usage(self._usage, rest_of(delta, ("delta", "estimated")))
         return []
 
     def _stop(self, delta: Json) -> list[bytes]:
@@ -10355,10 +10232,7 @@ def responses_take_up(sent: bytes, asked: Asked) -> tuple[ResponsesStreamWriter,
     output: list[Json] = []
     pieces: list[str] = []
     index, sequence = 0, -1
-    for frame in split_frames(sent):
-        event = read_frame(frame)
-        value = json.loads(event.data) if event.data else {}
-        kind = str_in(value, "type") or event.name
+    for kind, value in sent_events(sent):
         number = value.get("sequence_number")
         sequence = max(sequence, number) if isinstance(number, int) else sequence + bool(kind)
         added = dict_in(value, "item")
@@ -10438,7 +10312,7 @@ def responses_usage(value: Any) -> Usage | None:
     """Usage of a Response object, or of an event that holds one; None when there is none."""
     response = value.get("response", value) if isinstance(value, dict) else None
     counts = read_usage("responses", response.get("usage")) if isinstance(response, dict) else None
-    return Usage(**{name: counts[name] for name in ("input", "output", "cached", "cache_write", "reasoning") if name in counts}) if counts else None
+    return Usage(**counts) if counts else None
 
 
 def _is_content_item(item: Any) -> bool:
@@ -10464,25 +10338,16 @@ def judge_responses_answer(body: Any) -> tuple[str, Usage | None]:
 _TEXT_DELTA_FRAME = b"event: response.output_text.delta\n"
 
 
-class ResponsesPassage:
-    """A provider's Responses stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class ResponsesPassage(Passage):
+    """A provider's Responses stream on its way through."""
 
-    Only whole events leave, as they came.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "sequence", "frames", "_echo", "_overhead", "_began", "_open_call", "_response")
+    __slots__ = ("finish", "usage", "sequence", "_echo", "_overhead", "_began", "_open_call", "_response")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the last event has come
+        super().__init__()
         self.finish: str | None = None      #: completed or incomplete
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_responses_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every event
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._overhead = 0                  # bytes around the text of the last text event that was read, 0 before one
         self.sequence = 0                   #: number of the last event
         self._began = self._open_call = False
@@ -10492,17 +10357,6 @@ class ResponsesPassage:
     def calling(self) -> bool:
         """Whether a tool call is open."""
         return self._open_call
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        return self._look(block) if block else b""
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -10547,10 +10401,7 @@ class ResponsesPassage:
         self.n_signs += 1
         if event.data.strip() == "[DONE]":
             return b""
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         if event.name == "error" and not isinstance(value, dict):
             value = {"type": "error", "message": event.data[:200]}
         if not isinstance(value, dict):
@@ -10610,25 +10461,15 @@ OWN = "anthropic"                #: whose signatures, server blocks and citation
 
 # ---- Checking
 
-_MESSAGES_NUMBER = (int, float)
-_MESSAGES_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "max_tokens": ((int,), "an integer"),
-    "messages": ((list,), "a list"),
-    "system": ((str, list), "a string or a list"),
-    "stream": ((bool,), "a boolean"),
-    "temperature": (_MESSAGES_NUMBER, "a number"),
-    "top_p": (_MESSAGES_NUMBER, "a number"),
-    "top_k": ((int,), "an integer"),
-    "stop_sequences": ((list,), "a list"),
-    "tools": ((list,), "a list"),
-    "tool_choice": ((dict,), "an object"),
-    "thinking": ((dict,), "an object"),
-    "output_config": ((dict,), "an object"),
-    "output_format": ((dict,), "an object"),
-    "metadata": ((dict,), "an object"),
-    "cache_control": ((dict,), "an object"),
-}
+_MESSAGES_FIELDS = fields_of({
+    "a string": "model",
+    "a boolean": "stream",
+    "an integer": "max_tokens top_k",
+    "a number": "temperature top_p",
+    "an object": "tool_choice thinking output_config output_format metadata cache_control",
+    "a list": "messages stop_sequences tools",
+    "a string or a list": "system",
+})
 _MESSAGES_ROLES = ("assistant", "system", "user")
 THREAD_CODE = "thread_unsupported_request"
 
@@ -10638,15 +10479,10 @@ def check_messages_request(body: Any, *, threads: bool = False) -> Json:
 
     max_tokens may be missing, as in a request to count tokens.  threads: the provider keeps conversations itself (only Anthropic does).
     """
-    if not isinstance(body, dict):
-        raise bad_request("The body must be a JSON object.")
+    check_fields(body, _MESSAGES_FIELDS)
     if body.get("thread") is not None and not threads:
         # anthropic SDK 2.x reads the details and goes on with the whole history; without them it would lose its history silently
         raise bad_request("thread: conversations are not kept here, send the whole history.", param="thread", code=THREAD_CODE)
-    for name, value in body.items():
-        types, expected = _MESSAGES_TYPES.get(name, ((object,), ""))
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types)):
-            raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_type")
     if body.get("model") == "" or (body.get("max_tokens") or 0) < 0:
         name, expected = ("model", "a name") if body.get("model") == "" else ("max_tokens", "0 or more")
         raise bad_request(f"{name} must be {expected}.", param=name, code="invalid_value")
@@ -10762,7 +10598,7 @@ def messages_read_request(body: Any) -> Json:
     }
     hub.update({name: value for name, value in found.items() if value not in (None, [], {})})
     rest = rest_of(body, _READ_FIELDS)
-    more = {name: value for name, value in output.items() if name not in ("effort", "format")}
+    more = rest_of(output, ("effort", "format"))
     hub["extra"]["messages"] = {**rest, "output_config": more} if more else rest
     for part in [part for turn in hub["turns"] for part in turn["parts"] if part["type"] == "tool_change" and part.get("named")]:
         part["add"] = part["add"] or [tool for tool in hub.get("tools", ()) if tool["name"] == part["named"]]
@@ -10811,25 +10647,10 @@ def _read_blocks(content: Any) -> list[Json]:
     return [_BLOCK_READERS.get(block["type"], _read_other_block)(block) for block in content or ()]
 
 
-def only_object(value: Any) -> Json:
-    """An object, an empty one for what is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def only_objects(value: Any) -> list[Json]:
-    """The objects of a list, nothing for what is none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _marked(part: Json, block: Json) -> Json:
-    """The part with the block's cache mark."""
-    return {**part, "cache": block["cache_control"]} if isinstance(block.get("cache_control"), dict) else part
-
-
 def _read_text_block(block: Json) -> Json:
     part = text_part(block["text"])
-    cites = [read_citation(citation) for citation in only_objects(block.get("citations"))]
-    return _marked({**part, "cites": cites} if cites else part, block)
+    cites = [read_citation(citation) for citation in dicts_in(block, "citations")]
+    return read_mark({**part, "cites": cites} if cites else part, block)
 
 
 def read_citation(citation: Json) -> Json:
@@ -10852,8 +10673,8 @@ def _read_source(source: Json) -> Json:
 def _read_image_block(block: Json) -> Json:
     source = block["source"]
     if source["type"] == "url" and source["url"][:5].lower() == "data:":
-        return _marked(image_part(source["url"]), block)
-    return _read_other_block(block) if source["type"] in ("content", "text") else _marked({"type": "image", **_read_source(source)}, block)
+        return read_mark(image_part(source["url"]), block)
+    return _read_other_block(block) if source["type"] in ("content", "text") else read_mark({"type": "image", **_read_source(source)}, block)
 
 
 def _read_document_block(block: Json) -> Json:
@@ -10861,7 +10682,7 @@ def _read_document_block(block: Json) -> Json:
     if block["source"]["type"] == "content":
         return _read_other_block(block)
     told = {name: block[name] for name in ("title", "context", "citations") if block.get(name)}
-    return _marked({"type": "file", **_read_source(block["source"]), **told}, block)
+    return read_mark({"type": "file", **_read_source(block["source"]), **told}, block)
 
 
 def _read_thinking_block(block: Json) -> Json:
@@ -10878,11 +10699,11 @@ def _read_redacted_block(block: Json) -> Json:
 
 def _read_use_block(block: Json) -> Json:
     part = call_part(block["id"], block["name"], args_text(block.get("input")))
-    return _marked({**part, "raw": {"caller": block["caller"]}} if block.get("caller") else part, block)
+    return read_mark({**part, "raw": {"caller": block["caller"]}} if block.get("caller") else part, block)
 
 
 def _read_result_block(block: Json) -> Json:
-    return _marked(result_part(block["tool_use_id"], _read_blocks(block.get("content")), error=block.get("is_error") is True), block)
+    return read_mark(result_part(block["tool_use_id"], _read_blocks(block.get("content")), error=block.get("is_error") is True), block)
 
 
 def _read_other_block(block: Json) -> Json:
@@ -10923,13 +10744,13 @@ def _inner_text(value: Any) -> str:
 
 def _read_addition_block(block: Json) -> Json:
     """A tool that is to be offered from here on: defined here, or named and defined in the request."""
-    tool = only_object(block.get("tool"))
-    definition = only_object(tool.get("definition"))
+    tool = dict_in(block, "tool")
+    definition = dict_in(tool, "definition")
     return {"type": "tool_change", "add": [_read_tool(definition)] if isinstance(definition.get("name"), str) else [], "named": str(tool.get("name") or ""), "raw": block}
 
 
 def _read_removal_block(block: Json) -> Json:
-    return {"type": "tool_change", "remove": [str(only_object(block.get("tool")).get("name") or "")], "raw": block}
+    return {"type": "tool_change", "remove": [str(dict_in(block, "tool").get("name") or "")], "raw": block}
 
 
 _BLOCK_READERS: Mapping[str, Callable[[Json], Json]] = {
@@ -11015,7 +10836,7 @@ def _write_tool(tool: Json, profile: Profile) -> Json:
         if tool.get("strict") and profile.vendor:
             written["strict"] = True
     written.pop("cache_control", None)
-    return {**written, "cache_control": tool["cache"]} if tool.get("cache") else written
+    return write_mark(written, tool)
 
 
 def _write_content(parts: Sequence[Json], hub: Json, profile: Profile) -> str | list[Json]:
@@ -11025,14 +10846,10 @@ def _write_content(parts: Sequence[Json], hub: Json, profile: Profile) -> str | 
     return blocks[0]["text"] if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
 
 
-def _with_mark(block: Json, part: Json) -> Json:
-    return {**block, "cache_control": part["cache"]} if part.get("cache") else block
-
-
 def _write_text_block(part: Json, native: bool) -> Json:
     block = {"type": "text", "text": part["text"]}
     citations = [cite["raw"] for cite in part.get("cites") or () if native and cite.get("family") == OWN and "raw" in cite]
-    return _with_mark({**block, "citations": citations} if citations else block, part)
+    return write_mark({**block, "citations": citations} if citations else block, part)
 
 
 def _write_source(part: Json) -> Json:
@@ -11044,13 +10861,13 @@ def _write_source(part: Json) -> Json:
 
 
 def _write_image_block(part: Json, native: bool) -> Json:
-    return _with_mark({"type": "image", "source": _write_source(part)}, part)
+    return write_mark({"type": "image", "source": _write_source(part)}, part)
 
 
 def _write_file_block(part: Json, native: bool) -> Json:
     title = part.get("title") or part.get("name")
     told = {"title": title, "context": part.get("context"), "citations": part.get("citations") if native else None}
-    return _with_mark({"type": "document", "source": _write_source(part), **{name: value for name, value in told.items() if value}}, part)
+    return write_mark({"type": "document", "source": _write_source(part), **{name: value for name, value in told.items() if value}}, part)
 
 
 def _write_thinking_block(part: Json, native: bool) -> Json:
@@ -11064,7 +10881,7 @@ def _write_thinking_block(part: Json, native: bool) -> Json:
 
 def _write_use_block(part: Json, native: bool) -> Json:
     block = {"type": "tool_use", "id": part["id"], "name": part["name"], "input": args_object(part["args"])}
-    return _with_mark({**block, **part["raw"]} if native and part.get("raw") else block, part)
+    return write_mark({**block, **part["raw"]} if native and part.get("raw") else block, part)
 
 
 def _write_result_block(part: Json, native: bool) -> Json:
@@ -11072,15 +10889,7 @@ def _write_result_block(part: Json, native: bool) -> Json:
     inner = [_BLOCK_WRITERS[item["type"]](item, native) for item in part["parts"] if item["type"] != "text" or not is_blank(item["text"])]
     if inner:
         block["content"] = inner[0]["text"] if len(inner) == 1 and inner[0].keys() == {"type", "text"} else inner
-    return _with_mark({**block, "is_error": True} if part.get("error") else block, part)
-
-
-def _write_opaque_block(part: Json, native: bool) -> Json:
-    return dict(part["data"])
-
-
-def _write_change_block(part: Json, native: bool) -> Json:
-    return dict(part["raw"])
+    return write_mark({**block, "is_error": True} if part.get("error") else block, part)
 
 
 _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
@@ -11091,13 +10900,13 @@ _BLOCK_WRITERS: Mapping[str, Callable[[Json, bool], Json]] = {
     "think": _write_thinking_block,
     "call": _write_use_block,
     "result": _write_result_block,
-    "opaque": _write_opaque_block,
-    "tool_change": _write_change_block,
+    "opaque": lambda part, native: dict(part["data"]),
+    "tool_change": lambda part, native: dict(part["raw"]),
 }
 
 
 ##############################################################################
-# 23. Messages answers                                    pure | uses 1-2, 9-11, 16-17, 22
+# 23. Messages answers                                    pure | uses 1, 9-11, 16-17, 22
 ##############################################################################
 # The other half of Messages: events to deltas and back, and what passes through in its own bytes.  Guarded by tests/test_format_messages.py.
 
@@ -11149,10 +10958,7 @@ class MessagesStreamReader:
         if text == "[DONE]":
             self.done = self._ended = True
             return []
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(text)
         if not isinstance(value, dict):
             value = {"type": "error", "error": {"message": text[:200] if event.name == "error" else "provider sent something that is not JSON"}}
         return self.read(value, event.name)
@@ -11201,9 +11007,9 @@ class MessagesStreamReader:
         return {name: count for name, count in read_usage("messages", self._usage).items() if count or name != "input"}
 
     def _finish(self, value: Json) -> None:
-        delta = only_object(value.get("delta"))
+        delta = dict_in(value, "delta")
         self._count(value.get("usage"))
-        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), only_object(delta.get("stop_details")) or None)
+        self._out.finish(read_stop_reason("messages", delta.get("stop_reason")), delta.get("stop_sequence"), dict_in(delta, "stop_details") or None)
 
     def _find(self, index: Any) -> _BlockReader | None:
         return next((block for block in reversed(self._blocks) if block.index == index and not block.stopped), None)
@@ -11252,7 +11058,7 @@ class MessagesStreamReader:
         block.began_at = self._n_chars
         if kind == "text":
             self._apply(block, {"type": "text_delta", "text": body.get("text")})
-            block.cites += only_objects(body.get("citations"))
+            block.cites += dicts_in(body, "citations")
         elif kind == "thinking":
             self._apply(block, {"type": "thinking_delta", "thinking": body.get("thinking")})
             block.signature = str(body.get("signature") or "")
@@ -11353,10 +11159,8 @@ def messages_take_up(sent: bytes, asked: Asked) -> tuple[MessagesStreamWriter, s
     """(a writer that goes on with a stream that broke off inside its text, that text); None where it did not, or holds more than thinking and one text."""
     pieces: list[str] = []
     index, n_blocks, open_kind = -1, 0, ""
-    for frame in split_frames(sent):
-        event = read_frame(frame)
-        value = json.loads(event.data) if event.data else {}
-        kind, delta, block = value.get("type") or event.name, value.get("delta"), value.get("content_block")
+    for kind, value in sent_events(sent):
+        delta, block = value.get("delta"), value.get("content_block")
         if kind == "content_block_start" and isinstance(block, dict) and not pieces and open_kind != "text":
             index, n_blocks, open_kind = value.get("index"), n_blocks + 1, str(block.get("type"))
             pieces += [str(block["text"])] if open_kind == "text" and block.get("text") else []
@@ -11422,7 +11226,7 @@ class MessagesStreamWriter:
 
     def cut(self) -> list[Json]:
         """The same, as objects."""
-        return [] if self._ended else self.events(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.events(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
@@ -11484,7 +11288,7 @@ class MessagesStreamWriter:
 
     def _write_seal(self, delta: Json) -> list[Json]:
         """The signature, in one delta right before its block's stop; redacted thinking is a block without text."""
-        record = {name: value for name, value in delta.items() if name != "delta"}
+        record = rest_of(delta, ("delta",))
         if record.get("family") == OWN and record.get("field") == "redacted":
             return [*self._open("other", {"type": "redacted_thinking", "data": record.get("data") or ""}), *self._shut()]
         opened = [] if self._kind == "thinking_delta" else self._open_thinking()
@@ -11526,7 +11330,7 @@ class MessagesStreamWriter:
         return [*shut, {"type": "message_delta", "delta": end, "usage": write_usage("messages", self._usage)}, {"type": "message_stop"}]
 
     def _write_error(self, delta: Json) -> list[Json]:
-        return [self._fail(GatewayError(delta["message"], delta["status"], delta.get("code")))]
+        return [self._fail(told_error(delta))]
 
     #: Hub deltas by kind; start has been seen to, notes are for the memo alone.
     WRITES: Mapping[str, Callable[[MessagesStreamWriter, Json], list[Json]]] = {
@@ -11643,26 +11447,17 @@ def _shows(block: Any) -> bool:
     return isinstance(block, dict) and (block.get("type") not in ("text", "thinking") or any(block.get(name) for name in ("text", "thinking", "signature")))
 
 
-class MessagesPassage:
-    """A provider's Messages stream on its way through: feed() and close() give what may go to the client, attributes tell what was seen.
+class MessagesPassage(Passage):
+    """A provider's Messages stream on its way through."""
 
-    Only whole events leave.  Nothing leaves after the end, after an error, or after garbage.
-    """
-
-    __slots__ = ("content", "done", "finish", "usage", "error", "broken", "n_content_bytes", "n_signs", "frames", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
+    __slots__ = ("finish", "usage", "_echo", "_prefix", "_raw_usage", "_called", "_open_call")
 
     def __init__(self, *, wants_usage: bool = True, echo_model: str | None = None, n_prompt_tokens: int = 0) -> None:
         """wants_usage is what other formats' passages ask; a Messages stream always carries its usage."""
-        self.content = False                #: something of the answer itself has come
-        self.done = False                   #: the end mark has come
+        super().__init__()
         self.finish: str | None = None      #: the first stop reason
         self.usage: Usage | None = None
-        self.error: Any = None              #: what find_messages_error found
-        self.broken = ""                    #: why the stream cannot be trusted further: not_json, too_big, cut, empty_answer
-        self.n_content_bytes = 0            #: for an estimate where no usage comes
-        self.n_signs = 0                    #: grows with every sign of life: events, and comments once an event has come
         self._echo = echo_model
-        self.frames = FrameSplitter()
         self._prefix = b""                  #: what the last plain delta had before its text
         self._raw_usage: Json = {}
         self._called = self._open_call = False
@@ -11675,17 +11470,6 @@ class MessagesPassage:
     def keep_alive(self) -> bytes:
         """A frame that says nothing, for silences."""
         return _PING
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
-        return self._look(block) if block else b""
 
     def close(self) -> bytes:
         """The provider's connection has ended: what is still owed to the client. Sets `broken` to cut or empty_answer when it ended wrongly."""
@@ -11726,10 +11510,7 @@ class MessagesPassage:
     def _take(self, event: Event) -> bytes:
         """One event with data."""
         self.n_signs += 1
-        try:
-            value = json.loads(event.data)
-        except (ValueError, RecursionError):
-            value = None
+        value = read_json(event.data)
         ended = event.data.strip() == "[DONE]" or (isinstance(value, dict) and (value.get("type") or event.name) == "message_stop")
         found = value or {"error": {"message": event.data}} if event.name == "error" else find_messages_error(value)
         if ended or (self.finish is not None and (found is not None or not isinstance(value, dict))):
@@ -11798,13 +11579,9 @@ class MessagesPassage:
 # Gemini's generateContent is the third: a request becomes one of Chat.  Guarded by tests/test_plain.py and tests/test_gemini.py.
 
 _PROMPT_FIELDS = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs"})       # what a Chat request has no place for
-_COMPLETION_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **{name: rule for name, rule in CHAT_FIELDS.items() if name not in _PROMPT_FIELDS},
-    "suffix": ((str,), "a string"), "echo": ((bool,), "a boolean"), "best_of": ((int,), "an integer"), "logprobs": ((int,), "an integer"),
-}
-_EMBEDDING_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "dimensions": ((int,), "an integer"), "encoding_format": ((str,), "a string"), "user": ((str,), "a string"),
-}
+_COMPLETION_FIELDS: Fields = {**rest_of(CHAT_FIELDS, _PROMPT_FIELDS),
+                              **fields_of({"a string": "suffix", "a boolean": "echo", "an integer": "best_of logprobs"})}
+_EMBEDDING_FIELDS = fields_of({"an integer": "dimensions", "a string": "encoding_format user"})
 
 
 def _is_text_or_tokens(value: Any) -> bool:
@@ -11816,7 +11593,7 @@ def _is_text_or_tokens(value: Any) -> bool:
 
 def check_completions_request(body: Any) -> Json:
     """The body when it is a Completions request by its structure. Raises GatewayError 400."""
-    check_fields(body, _COMPLETION_FIELDS)
+    check_fields(body, _COMPLETION_FIELDS, CHAT_COUNTS)
     if not _is_text_or_tokens(body.get("prompt")):
         raise bad_request("prompt must be a string, a list of strings, or tokens.", param="prompt", code="invalid_type")
     return body
@@ -11839,7 +11616,7 @@ def completions_read_request(body: Json) -> Json:
         raise unsupported("prompt: tokens and several prompts need a provider that has /completions itself")
     if body.get("suffix"):
         raise unsupported("suffix: filling in needs a provider that has /completions itself")
-    hub = chat_read_request({**{name: value for name, value in body.items() if name not in _PROMPT_FIELDS}, "messages": [{"role": "user", "content": prompt}]})
+    hub = chat_read_request({**rest_of(body, _PROMPT_FIELDS), "messages": [{"role": "user", "content": prompt}]})
     drop(hub, *(name for name in ("echo", "best_of", "logprobs") if body.get(name)))
     return hub
 
@@ -11927,7 +11704,7 @@ class CompletionsStreamWriter:
         if kind in ("start", "usage"):
             self._usage = merge_usage(self._usage, delta if kind == "usage" else delta.get("usage") or {})
         if kind == "error":
-            return [self.error(GatewayError(delta["message"], delta["status"], delta["code"], delta["type"]))]
+            return [self.error(told_error(delta))]
         if kind != "stop":
             return []
         self._ended = True
@@ -11936,7 +11713,7 @@ class CompletionsStreamWriter:
 
     def close(self) -> list[bytes]:
         """What is owed when no more deltas come: nothing, unless they ended without a stop."""
-        return [] if self._ended else self.feed(error_delta(502, "upstream closed the stream before finishing"))
+        return [] if self._ended else self.feed(cut_delta())
 
     def keep_alive(self) -> bytes:
         """A comment, for silences."""
@@ -12231,7 +12008,7 @@ _WORD = re.compile("[A-Za-z]+")
 _NUMERALS = re.compile(" ?[0-9]+")                       # a blank before a number is a token of its own, unlike one before a word
 _MARKS = re.compile(r"[!-/:-@\[-`{-~]+")
 _LINES = re.compile(r"\n\s*|  +")
-_WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_WIDE = "[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"        # compiled when first looked for: it takes 3 ms
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf]")
 _ASCII = re.compile("[\x00-\x7f]+")
 
@@ -12254,7 +12031,7 @@ def estimate_text(text: str, digits: int = 3) -> float:
     count += sum(-(-len(number.lstrip()) // digits) + (number[0] == " ") for number in _NUMERALS.findall(text))
     count += sum(max(1.0, len(signs) / 2) for signs in _MARKS.findall(text)) + 0.7 * len(_LINES.findall(text))
     if not text.isascii():
-        wide, emoji = len(_WIDE.findall(text)), len(_EMOJI.findall(text))
+        wide, emoji = len(re.findall(_WIDE, text)), len(_EMOJI.findall(text))
         count += 1.1 * wide + 2.0 * emoji + 0.6 * (len(_ASCII.sub("", text)) - wide - emoji)
     return count
 
@@ -12487,7 +12264,7 @@ class UsageFiller:
 
 
 ##############################################################################
-# 26. Translation                                         pure | uses 1-2, 9-12, 15, 17-25
+# 26. Translation                                         pure | uses 1-3, 9, 11-12, 15, 17-25
 ##############################################################################
 # FORMATS is the one place where the three formats stand side by side: what the relay and the endpoints ask of a format is
 # a field of its row.  A request passes through when client and provider speak the same format and nothing has to change
@@ -12543,7 +12320,7 @@ FORMATS: Mapping[ClientFormat, WireFormat] = {
 def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profile:
     """What one model of a provider takes, spoken to in `wire_format`."""
     profile = profile_for(preset_name, model.id, wire_format)
-    return replace(profile, max_out_limit=model.max_output, images=profile.images and model.vision is not False)
+    return profile._replace(max_out_limit=model.max_output, images=profile.images and model.vision is not False)
 
 
 class Needs:
@@ -12629,13 +12406,13 @@ _DOUBT = 1.1
 
 def misfit(route: Route, needs: Needs) -> str:
     """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_parameter, too_small."""
-    model, preset = route.model, route.provider.preset
+    model = route.model
     if needs.tools and model.tools is False:
         return "no_tools"
-    profile = target_profile(preset.name, model, route.provider.format)
+    profile = target_profile(route.provider.preset.name, model, route.provider.format)
     if not profile.images and needs.images:
         return "no_vision"
-    if needs.required and not needs.required.isdisjoint((*preset.rejects, *profile.reject)):
+    if needs.required and not needs.required.isdisjoint(profile.reject):
         return "no_parameter"
     window = needs.window(route)
     if needs.n_overflows and (needs.n_overflows > 1 if window is None else window <= needs.overflowed):
@@ -12643,13 +12420,13 @@ def misfit(route: Route, needs: Needs) -> str:
     return "too_small" if window is not None and needs.exceeds(window, model.id) else ""
 
 
-def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile, preset: Preset) -> bool:
+def may_pass(client: ClientFormat, raw: bytes, body: Json, profile: Profile) -> bool:
     """Whether a request may go to this target in the client's own bytes: nothing in it has to change but the model and rejected fields."""
     if client == "completions":
-        return preset.completions and profile.format == "chat"
+        return profile.completions and profile.format == "chat"
     if client == "embeddings":
         return profile.format != "messages"
-    if client != profile.format or profile.via_hub or b"aic1." in raw or (not profile.images and b"image" in raw):
+    if client != profile.format or b"aic1." in raw or (not profile.images and b"image" in raw):
         return False
     if profile.tool_schema and body.get("tools"):       # its subset of JSON Schema, and signatures on calls that the memo keeps
         return False
@@ -12689,7 +12466,7 @@ def translate_request(hub: Json, profile: Profile, edits: Edits = NO_EDITS) -> t
 
 def count_request(raw: bytes, body: Json, hub: Json, profile: Profile) -> bytes:
     """The body that asks a provider that speaks Messages for the tokens of a Messages request. Raises UpstreamFailure("fit")."""
-    if b"aic1." not in raw and not profile.via_hub:
+    if b"aic1." not in raw:
         return pass_request(raw, body, profile.model, ())[0]
     made, _ = translate_request(hub, profile)
     return dump_json({name: value for name, value in made.items() if name in _COUNTED_FIELDS})
@@ -12745,27 +12522,20 @@ class HeldPassage:
         return self._passage.failed(error, self._shown)
 
 
-class Translation:
-    """A provider's stream on its way to a client of another format: a passage's interface around reader, holder, filler and writer.
+class Translation(Passage):
+    """A provider's stream on its way to a client of another format: a passage around reader, holder, filler and writer.
 
     The writer is the request's own, since keep-alives may have gone through it; it is touched only once there is content, and then for good.
     """
 
-    __slots__ = ("content", "done", "finish", "error", "broken", "n_content_bytes", "n_signs", "kept", "_usage", "_counted",
-                 "frames", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
+    __slots__ = ("finish", "kept", "_usage", "_counted", "_reader", "_holder", "_filler", "_writer", "_pending", "_writing", "_reads_runs")
 
     def __init__(self, reader: Any, writer: Any, *, n_prompt_tokens: int, live: bool = False) -> None:
-        self.content = False
-        self.done = False
+        super().__init__()
         self.finish: str | None = None
         self._usage: Usage | None = None
         self._counted: Json = reader.counted
-        self.error: Any = None
-        self.broken = ""
-        self.n_content_bytes = 0
-        self.n_signs = 0
         self.kept: list[Json] = []              #: thinking and calls of the answer, for the memo
-        self.frames = FrameSplitter()
         self._reader = reader
         self._holder = CallHolder(live)
         self._filler = UsageFiller(n_prompt_tokens)
@@ -12787,15 +12557,7 @@ class Translation:
             self._usage = _usage_of(self._counted) if any(self._counted.values()) else None
         return self._usage
 
-    def feed(self, chunk: bytes) -> bytes:
-        """What of `chunk`, and of what was kept before it, may go to the client now."""
-        if self.done or self.error or self.broken:
-            return b""
-        try:
-            block = self.frames.feed(chunk)
-        except UpstreamFailure as failure:
-            self.broken = failure.reason
-            return b""
+    def _look(self, block: bytes) -> bytes:
         frames = iter(split_frames(block)) if b"\r" in block else None
         position, n_tries = 0, _RUN_TRIES if self._reads_runs and frames is None else 0
         while position < len(block):
@@ -12944,9 +12706,9 @@ _JUDGED_CHARS = 200
 _RESTART_CHARS = 16
 _ANCHOR_CHARS = 60
 #: How models begin when they answer a request instead of going on with a text.
-_PREAMBLE = re.compile(r"[\s\"'*>#(\[]*(?:sure|certainly|of course|absolutely|okay|ok|alright|understood|got it|no problem|apolog\w*|(?:i'?m |i am )?(?:so |very )?sorry|as an ai|unfortunately|"
-                       r"i (?:can(?:'?t|not)|won'?t|will not|don'?t|am unable|apologi[sz]e|see|will continue|understand)|i'(?:m|ll) (?:unable|not able|continue)|"
-                       r"continu(?:ing|ation|ed)|let me (?:continue|go on|finish|pick)|to continue|here(?:'s| is| are)|picking up|resuming)\b", re.IGNORECASE)
+_PREAMBLE = (r"(?i)[\s\"'*>#(\[]*(?:sure|certainly|of course|absolutely|okay|ok|alright|understood|got it|no problem|apolog\w*|(?:i'?m |i am )?(?:so |very )?sorry|as an ai|unfortunately|"
+             r"i (?:can(?:'?t|not)|won'?t|will not|don'?t|am unable|apologi[sz]e|see|will continue|understand)|i'(?:m|ll) (?:unable|not able|continue)|"
+             r"continu(?:ing|ation|ed)|let me (?:continue|go on|finish|pick)|to continue|here(?:'s| is| are)|picking up|resuming)\b")
 
 
 def way_on(provider: Provider, model: Model, policy: str) -> str:
@@ -13030,7 +12792,7 @@ def judge_continuation(seam: Seam, begun: str) -> tuple[str, str]:
 def _doubt(text: str, begun: str) -> str:
     """Why a beginning may be no continuation of `text`, "" where nothing says so."""
     letters, known = _bare(begun), _bare(text)
-    if _PREAMBLE.match(begun) or text[-1].islower() and begun[:1].isupper():
+    if re.match(_PREAMBLE, begun) or text[-1].islower() and begun[:1].isupper():
         return "it reads like an answer, not like the rest of one"
     n_alike = next((n for n, (one, other) in enumerate(zip(letters, known)) if one != other), min(len(letters), len(known)))
     if n_alike and n_alike >= min(_RESTART_CHARS, len(letters), len(known)) or len(known) >= _RESTART_CHARS and known[:_RESTART_CHARS] in letters:
@@ -13673,6 +13435,13 @@ _MIGRATIONS: tuple[_Migration, ...] = (
     ), ("DROP TABLE learned",)),
     # What routing has learned, as JSON that only sections 7 and 8 understand.
     _Migration("routing", ("CREATE TABLE routing (key TEXT PRIMARY KEY, state TEXT NOT NULL)",), ("DROP TABLE routing",)),
+    # All of it in one table, under "kind key"; a week is how long rows were kept that say nothing of it themselves.
+    _Migration("joined", ("INSERT OR REPLACE INTO routing SELECT kind || ' ' || key, value FROM learned", "DROP TABLE learned"), (
+        "CREATE TABLE learned (kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, until_utc REAL NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID",
+        """INSERT INTO learned SELECT substr(key, 1, instr(key, ' ') - 1), substr(key, instr(key, ' ') + 1), state, strftime('%s', 'now') + 7 * 86400
+            FROM routing WHERE key LIKE 'repairs %' OR key LIKE 'window %'""",
+        "DELETE FROM routing WHERE key LIKE 'repairs %' OR key LIKE 'window %'",
+    )),
 )
 
 #: What an operator reads for SQLite's result codes: what was found, what was expected.
@@ -14434,15 +14203,6 @@ class UsageRow(NamedTuple):
     price: str                 #: the price that was applied and where from, "" for none
 
 
-class LearnedRow(NamedTuple):
-    """Something that was learned of a provider and is worth keeping over a restart. Field names are the columns of the table `learned`."""
-    kind: str
-    key: str
-    value: str                 #: JSON
-    until_utc: float           #: seconds since 1970
-
-
-_INSERT_LEARNED = "INSERT OR REPLACE INTO learned (kind, key, value, until_utc) VALUES (?, ?, ?, ?)"
 _ROWS_AT_ONCE = 999 // len(UsageRow._fields)        #: an older SQLite takes 999 values in one statement
 _INSERT_USAGE, _INSERT_MANY = (f"INSERT OR IGNORE INTO usage ({', '.join(UsageRow._fields)}) VALUES " + ", ".join([f"({', '.join('?' * len(UsageRow._fields))})"] * n_rows)
                                for n_rows in (1, _ROWS_AT_ONCE))
@@ -14495,7 +14255,7 @@ class UsageWriter:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic, utc: Callable[[], float] = time.time) -> None:
         self.path, self._clock, self._utc = path, clock, utc
-        self._queue: queue.SimpleQueue[UsageRow | LearnedRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[UsageRow | dict[str, str] | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self.n_dropped = 0
         self.keep_rows, self.keep_days = MAX_COUNT, 0      #: of the usage table; 0 days for all
@@ -14504,7 +14264,6 @@ class UsageWriter:
         self._house_seen = (utc(), clock())
         # What follows belongs to the thread.
         self._rows: deque[UsageRow] = deque()
-        self._learned: dict[tuple[str, str], LearnedRow] = {}
         self._routing: dict[str, str] | None = None
         self._flushes: list[threading.Event] = []
         self._connection: sqlite3.Connection | None = None
@@ -14525,19 +14284,6 @@ class UsageWriter:
         """For /health: whether the database takes rows, how many wait for it, how many were given up, what was mended."""
         return {"state": "failing" if self._failing else "ok", "waiting": self._queue.qsize() + len(self._rows), "dropped": self.n_dropped, "mended": self.mended or None}
 
-    def learn(self, row: LearnedRow) -> None:
-        """Queue `row`, in the place of an older one of its kind and key; never waits, never raises."""
-        self._queue.put(row)
-
-    def learned(self, now_utc: float) -> list[LearnedRow]:
-        """What was learned and still holds; nothing where the database cannot be read, since routing goes on without it."""
-        try:
-            with contextlib.closing(open_for_reading(self.path, RING_BUSY_S)) as connection:
-                return [LearnedRow(*row) for row in connection.execute("SELECT kind, key, value, until_utc FROM learned WHERE until_utc > ?", (now_utc,))]
-        except sqlite3.Error as error:
-            STORE_LOG.warning("learned.failed path=%s error=%s", self.path, error)
-            return []
-
     def save_routing(self, rows: dict[str, str]) -> None:
         """Queue what routing knows, in place of what was saved before; the latest wins. Never waits, never raises."""
         self._queue.put(rows)
@@ -14557,7 +14303,7 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._rows and not self._learned and self._routing is None:
+            if not self._rows and self._routing is None:
                 with contextlib.suppress(queue.Empty):
                     self._take(self._queue.get(timeout=max(0.0, self._house_at - self._clock())))
             if self._clock() >= self._house_at:
@@ -14573,25 +14319,23 @@ class UsageWriter:
             STORE_LOG.warning("usage.lost path=%s rows=%d", self.path, len(self._rows))
         self._disconnect()
 
-    def _take(self, item: UsageRow | LearnedRow | dict[str, str] | threading.Event | None) -> None:
+    def _take(self, item: UsageRow | dict[str, str] | threading.Event | None) -> None:
         if isinstance(item, UsageRow):
             self._rows.append(item)
         elif item is None:
             self._stopping = True
         elif isinstance(item, dict):
             self._routing = item
-        elif isinstance(item, LearnedRow):
-            self._learned[item.kind, item.key] = item
         else:
             self._flushes.append(item)
 
     def _settle(self) -> None:
         """Write what was taken; on trouble keep it, within bounds."""
-        self._failing = bool(self._rows or self._learned or self._routing is not None) and not self._write()
+        self._failing = bool(self._rows or self._routing is not None) and not self._write()
         while len(self._rows) > MAX_WAITING_ROWS:
             self._rows.popleft()
             self.n_dropped += 1
-        if not self._rows and not self._learned and self._routing is None:
+        if not self._rows and self._routing is None:
             while self._flushes:
                 self._flushes.pop().set()
 
@@ -14605,9 +14349,6 @@ class UsageWriter:
                 self._inode = inode_of(self.path)
             with transact(self._connection, n_tries=WRITER_TRIES):
                 _insert_usage(self._connection, self._rows)
-                if self._learned:
-                    self._connection.executemany(_INSERT_LEARNED, self._learned.values())
-                    self._connection.execute("DELETE FROM learned WHERE until_utc < CAST(strftime('%s', 'now') AS REAL)")
                 if self._routing is not None:
                     self._connection.execute("DELETE FROM routing")
                     self._connection.executemany("INSERT INTO routing VALUES (?, ?)", self._routing.items())
@@ -14617,7 +14358,6 @@ class UsageWriter:
             self._mend(error)
             return False
         self._rows.clear()
-        self._learned.clear()
         self._routing = None
         return True
 
@@ -16141,7 +15881,7 @@ class Server:
 
 
 ##############################################################################
-# 37. Relay                                               I/O | uses 1-2, 4, 6-13, 15-18, 23, 25-29, 35
+# 37. Relay                                               I/O | uses 1-4, 6-13, 15-18, 23, 25-29, 35
 ##############################################################################
 # One request from its plan to its settled usage.  Two marks are kept apart: head sent (keep-alives may have gone out) and
 # committed (content went out).  Until commit every failure leads to the next route; after it a route that continues texts may
@@ -16280,11 +16020,10 @@ def make_target(provider: Provider, credential: Credential, settings: Settings, 
 class Relay:
     """Attempts, commit and pump for all requests; one for the life of the process."""
 
-    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], keep: Callable[[str, str, Any], None], user_agent: str) -> None:
+    def __init__(self, world: World, transport: Transport, settle: Callable[[Settled], None], user_agent: str) -> None:
         self.world = world
         self.transport = transport
         self.settle = settle
-        self.keep = keep                #: kind, key and JSON value of something that was learned
         self.state = RoutingState()
         self.tokens: Tokens | None = None
         self.config: Config
@@ -16293,7 +16032,7 @@ class Relay:
         self.calibration = Calibration()
         self.lines: dict[frozenset[str], Line] = {}          #: by the ids of the routes waited for; in front whose first has been first for longest
         self.usual_output = _USUAL_OUTPUT                    #: tokens of an answer, on the average of late
-        self.has_news = False                                #: something was proven that rows() should be saved for
+        self.has_news = False                                #: something was proven or learned that rows() should be saved for
         self.resuming: frozenset[str] = frozenset()          #: providers that may go on with a stream that broke off
         self.running: dict[_Run, float] = {}                 #: requests under way, and when the time of each is over
         self.n_retrying = 0                                  #: those that ask, after a failure, a route that something is held against
@@ -16390,21 +16129,24 @@ class Relay:
 
     def rows(self) -> dict[str, str]:
         """What routing knows that should outlive a restart, for save_routing()."""
-        now = self.world.clock()
-        kinds = (("bucket", ledger_rows(self.state.ledger, now)), ("cooldown", cooldown_rows(self.state, now)))
+        now, utc, state = self.world.clock(), self.world.utc(), self.state
+        repairs = {key: [repair_row(repair) for repair in known if repair.until_utc > utc] for key, known in state.repairs.items()}
+        windows = {key: window for key, window in state.windows.items() if window.until_utc > utc}
+        kinds = (("bucket", ledger_rows(state.ledger, now)), ("cooldown", cooldown_rows(state, now)), ("repairs", repairs), ("window", windows))
         return {f"{kind} {key}": dump_json(row).decode() for kind, rows in kinds for key, row in rows.items()}
 
     def load(self, rows: Mapping[str, str]) -> None:
         """Go on from what rows() gave another process."""
-        found: dict[str, dict[str, Json]] = {"bucket": {}, "cooldown": {}}
+        found: dict[str, dict[str, Any]] = {"bucket": {}, "cooldown": {}, "repairs": {}, "window": {}}
         for name, text in rows.items():
             kind, _, key = name.partition(" ")
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(text)
-                if kind in found and isinstance(row, dict):
+                if kind in found and isinstance(row, dict if kind in ("bucket", "cooldown") else list):
                     found[kind][key] = row
         load_ledger(self.state.ledger, found["bucket"], self.world.clock())
         load_cooldowns(self.state, found["cooldown"], self.world.clock())
+        load_learned(self.state, found["repairs"], found["window"])
 
     def foresee(self, job: Job, sink: Sink) -> Decision:
         """What would be decided for a job as things are, without asking anybody. Raises GatewayError where its model's name leads nowhere."""
@@ -17015,14 +16757,13 @@ class _Run:
         self._profile = target_profile(provider.preset.name, route.model, provider.format)
         if self._seam is not None:
             return self._continuation_body(route, self._seam)
-        self._passing = may_pass(job.client, job.raw, job.body, self._profile, provider.preset) and not (self._spoke and job.client == "responses")
+        self._passing = may_pass(job.client, job.raw, job.body, self._profile) and not (self._spoke and job.client == "responses")
         self._wire = self._client if self._passing else FORMATS[provider.format]
         edits = self._edits(route)
         if self._passing and job.client == "chat":
-            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, provider.preset, edits)
+            body, self._dropped = chat_pass_request(job.raw, job.body, route.model.id, self._profile, edits)
         elif self._passing:
-            rejects = {"completions": provider.preset.rejects, "embeddings": ()}.get(job.client, self._profile.reject)
-            body, self._dropped = pass_request(job.raw, job.body, route.model.id, rejects, edits)
+            body, self._dropped = pass_request(job.raw, job.body, route.model.id, () if job.client == "embeddings" else self._profile.reject, edits)
         else:
             hub = recall(self._needs.hub(), self._relay.memo)
             self._names = name_map(hub, self._profile)
@@ -17050,9 +16791,8 @@ class _Run:
         relay, key = self._relay, route.keys[2]
         if failure.reason == "context_overflow":
             shorter = find_shrink(failure, json.loads(sent)) if sent else None
-            window = learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None)
-            if window is not None:
-                relay.keep("window", key, window)
+            if learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None) is not None:
+                relay.has_news = True
             self._needs.note_overflow(self._needs.window(route))
             self._shrink = (route, shorter) if shorter is not None and self._shrink is None else self._shrink
         elif failure.kind == "parameter" and sent:
@@ -17060,7 +16800,7 @@ class _Run:
             cure = learn_repair(relay.state, route, failure, json.loads(sent), relay.world.utc())
             self._repaired = cure is not None
             if relay.state.repairs.get(key) is not before:
-                relay.keep("repairs", key, [repair_row(repair) for repair in relay.state.repairs[key]])
+                relay.has_news = True
                 _RELAY_LOG.warning("repair.%s req=%s route=%s field=%s how=%s to=%s", "learned" if cure else "useless", self._job.id, route.id,
                                   log_text(cure.field if cure else failure.param or "-"), cure.how if cure else "-", cure.to if cure else "-")
 
@@ -17155,9 +16895,8 @@ class _Run:
         """What a stream goes through: a passage in its own bytes, or a translation."""
         live = self._config.carousel.tool_stream == "live"
         if self._seam is not None:
-            source = self._source()._replace(profile=replace(self._profile, think_open=False))
             route = self._attempts[-1].route
-            return Translation(self._wire.reader(source), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
+            return Translation(self._wire.reader(self._source()), SeamWriter(self._seam, f"resumed by {route.provider.name}/{route.model.id}"), n_prompt_tokens=self._n_prompt_tokens(), live=live)
         if self._spoke and self._job.client == "responses":
             self._passing = False           # keep-alives have begun the answer, under an id and numbers of our own
         if not self._passing:
@@ -18138,9 +17877,9 @@ class Gateway:
         self.usage = usage
         self.world = world
         self.transport = Transport(world)
-        self.relay = Relay(world, self.transport, self._settle, self._keep, f"aicarousel/{__version__}")
-        restore_learned(self.relay.state, ((row.kind, row.key, row.value) for row in usage.learned(world.utc())))
+        self.relay = Relay(world, self.transport, self._settle, f"aicarousel/{__version__}")
         self.relay.configure(config)
+        self.relay.load(load_routing(usage.path))
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists = ModelLists(self.relay)
@@ -18591,10 +18330,6 @@ class Gateway:
             return self.accounts.admit(request.key, n_tokens, usd)
         finally:
             request.answer_headers += self.accounts.headers(request.key)
-
-    def _keep(self, kind: str, key: str, value: Any) -> None:
-        """Have something that was learned written down."""
-        self.usage.learn(LearnedRow(kind, key, json.dumps(value), self.world.utc() + LEARNED_S))
 
     def _job(self, request: Request, raw: bytes, body: Json, client: ClientFormat, wish: Wish | None) -> Job:
         """A checked request as the relay needs it."""
@@ -19466,7 +19201,7 @@ def _cheap_call(provider: Provider) -> tuple[Provider, str, str, bytes]:
         return replace(provider, base_url=f"{scheme}://{host}"), method, path.partition(host)[2], b""
     if path != "/chat/completions" or provider.format != "chat":
         return provider, "GET", "/models" if path.startswith("https:") else path if method == "GET" else "/models", b""
-    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], provider.preset.max_field or "max_tokens": 1})
+    return provider, method, path, dump_json({"model": provider.default, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
 
 
 async def check_key(transport: Transport, provider: Provider, credential: Credential, settings: Settings) -> Verdict:
@@ -21634,7 +21369,6 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     usage.mended = mended
     gateway = Gateway(config, keys, usage, world)
     gateway.recipes, gateway.request_log = page_recipes, request_log
-    gateway.relay.load(load_routing(home.database_path))
     gateway.relay.tokens = CopilotTokens(world, gateway.transport, lambda: gateway.config.settings)
     server = Server(gateway, world, n_fitting=_fitting_connections(gateway.bounds.connections))
     await server.listen(sockets, context)
@@ -21996,7 +21730,7 @@ def set_up_logging() -> None:
 
 
 ##############################################################################
-# 51. Command line                                        I/O | uses 1-2, 4, 9-10, 17, 26, 30-32, 35, 40-45, 47-50
+# 51. Command line                                        I/O | uses 1-4, 9-10, 17, 26, 30-32, 35, 40-45, 47-50
 ##############################################################################
 # Arguments, commands, main.  A command reads its arguments, calls what does the work and prints; exit status 0 fine,
 # 1 failed, 2 asked wrongly.  What is printed on stdout is the answer, what is printed on stderr is about it.

@@ -12,6 +12,8 @@ One more step: a frozen dataclass with `async def play(self, link)`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -19,7 +21,9 @@ import shutil
 import signal
 import site
 import socket
+import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -29,6 +33,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 Json = dict[str, Any]
@@ -37,6 +42,33 @@ TLS = Path(__file__).resolve().parent / "data" / "tls"      #: test certificates
 FAKE_KEY = "sk-fake-provider-0123456789abcdef"              #: shown to scripted providers; must never be seen anywhere else
 HANG_S = 15.0                                               #: a wait that lasts this long has failed
 TEXT = "Hello from the provider: caf\u00e9, \u65e5\u672c, ok."
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rows_of(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    """What a database answers."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def mode_of(path: Path) -> int:
+    """The permissions of a file."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def load_kit(name: str) -> ModuleType:
+    """A program of ../shared/conformance."""
+    folder = str(ROOT.parent / "shared" / "conformance")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
 
 # ---------------------------------------------------------------- answers in OpenAI's shape
 

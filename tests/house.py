@@ -48,7 +48,6 @@ class House(InLoop, Gateway):
         world = aicarousel.real_world()
         self.keys, self.usage = aicarousel.KeyRing(path, [KEY]), aicarousel.UsageWriter(path)
         self.gateway = aicarousel.Gateway(self.read(self.models), self.keys, self.usage, world)
-        self.gateway.relay.load(aicarousel.load_routing(path))
         self.server = aicarousel.Server(self.gateway, world)
         sockets = aicarousel.bind("127.0.0.1", 0)
         await self.server.listen(sockets)

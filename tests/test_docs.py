@@ -227,7 +227,7 @@ def test_timeouts_and_defaults_are_those_of_the_module() -> None:
 
 def test_providers_that_write_on_are_told() -> None:
     [names] = re.findall(r"Some providers can write on from exactly where an answer ends: (.*?), and anthropic's", README, re.S)
-    assert set(re.findall(r"\w+", names)) == {name for name, profile in aicarousel.PROFILES.items() if profile.continues}
+    assert set(re.findall(r"\w+", names)) == {name for name in aicarousel.PRESETS if aicarousel.profile_for(name, "m").continues}
 
 
 def test_every_limit_stands_in_readme_as_the_module_has_it() -> None:

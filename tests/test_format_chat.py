@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import aicarousel
-from aicarousel import (CUSTOM_PRESET, PRESETS, ChatPassage, EventReader, GatewayError, Preset, ROUTING_FIELDS, Usage, chat_error, chat_pass_request, chat_usage,
-                        check_chat_request, find_chat_error, judge_chat_answer, read_frame, split_frames, whole_json)
+from aicarousel import (PRESETS, ChatPassage, EventReader, GatewayError, Profile, ROUTING_FIELDS, Usage, chat_error, chat_pass_request, chat_usage,
+                        check_chat_request, find_chat_error, judge_chat_answer, profile_for, read_frame, split_frames, whole_json)
 
 Json = dict[str, Any]
 DATA = Path(__file__).resolve().parent / "data" / "chat"
@@ -104,14 +104,15 @@ def test_what_the_openai_api_takes_is_taken(right: Json) -> None:
 
 # ------------------------------------------------------------------ requests: what goes to the provider
 
-PLAIN = Preset("Plain", stream_options=False, system_role="")
-STREAMS = Preset("With stream_options", system_role="")
+PLAIN = Profile(reject=("stream_options",), developer=True)
+STREAMS = Profile(developer=True)
+GROQ = profile_for("groq", "openai/gpt-oss-120b")
 
 
-def passed(raw: bytes | str, preset: Preset = PLAIN, wire: str = "WIRE") -> tuple[bytes, tuple[str, ...]]:
+def passed(raw: bytes | str, profile: Profile = PLAIN, wire: str = "WIRE") -> tuple[bytes, tuple[str, ...]]:
     """What the provider gets; it is JSON, and never more than the client sent but for what the gateway changes."""
     raw = raw.encode() if isinstance(raw, str) else raw
-    out, dropped = chat_pass_request(raw, json.loads(raw), wire, preset)
+    out, dropped = chat_pass_request(raw, json.loads(raw), wire, profile)
     json.loads(out)
     return out, dropped
 
@@ -192,7 +193,7 @@ OPTIONS = [                                                    # stream_options 
 def test_usage_is_asked_for_where_it_may_be(fields: str, expected: Json | None) -> None:
     raw = f'{{"model":"a",{fields},"messages":[]}}'
     assert json.loads(passed(raw, STREAMS)[0]).get("stream_options") == expected
-    assert json.loads(passed(raw, PLAIN)[0]).get("stream_options") == json.loads(raw).get("stream_options"), "a provider that does not know it gets the client's own"
+    assert "stream_options" not in json.loads(passed(raw, PLAIN)[0])
 
 
 def test_asking_for_usage_keeps_the_bytes_too() -> None:
@@ -203,27 +204,26 @@ def test_asking_for_usage_keeps_the_bytes_too() -> None:
 
 def test_fields_a_provider_rejects_are_left_out_and_named() -> None:
     raw = json.dumps(body(logprobs=True, logit_bias={}, store=False, seed=5))
-    out, dropped = passed(raw, PRESETS["groq"])
+    out, dropped = passed(raw, GROQ)
     assert dropped == ("logprobs", "logit_bias", "store") and json.loads(out) == {"model": "WIRE", "messages": [USER], "seed": 5}
     assert passed(raw, PLAIN)[1] == ()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_gets_only_what_it_takes(name: str) -> None:
-    preset = PRESETS[name]
-    everything = body(stream=True, max_tokens=5, max_completion_tokens=6, **{field: "x" for field in (*preset.rejects, *preset.renames, *ROUTING_FIELDS)})
-    everything["messages"] = [{"role": "developer", "content": "x", **{field: "x" for field in preset.message_rejects}}]
+    profile = profile_for(name, PRESETS[name].default)
+    everything = body(stream=True, max_tokens=5, max_completion_tokens=6, **{field: "x" for field in ("seed", *profile.reject, *ROUTING_FIELDS)})
+    everything["messages"] = [{"role": "developer", "content": "x", **{field: "x" for field in profile.message_reject}}]
     before = json.dumps(everything)
-    out = json.loads(chat_pass_request(before.encode(), everything, "WIRE", preset)[0])
+    out = json.loads(chat_pass_request(before.encode(), everything, "WIRE", profile)[0])
     assert json.dumps(everything) == before, "the client's body is another provider's next"
-    assert not {*preset.rejects, *preset.renames, *ROUTING_FIELDS}.difference(preset.renames.values()) & set(out) and out["model"] == "WIRE"
-    assert not set(preset.message_rejects) & set(out["messages"][0]) and out["messages"][0]["role"] == (preset.system_role or "developer")
-    assert (out.get("stream_options") == {"include_usage": True}) is (preset.stream_options and "stream_options" not in preset.rejects)
-    if preset.max_field:
-        assert ("max_tokens" in out, "max_completion_tokens" in out) == (preset.max_field == "max_tokens", preset.max_field == "max_completion_tokens")
+    assert not {*profile.reject, *ROUTING_FIELDS} & set(out) and out["model"] == "WIRE" and out[profile.seed_field] == "x"
+    assert not set(profile.message_reject) & set(out["messages"][0]) and out["messages"][0]["role"] == ("developer" if profile.developer else "system")
+    assert (out.get("stream_options") == {"include_usage": True}) is ("stream_options" not in profile.reject)
+    assert {field for field in out if field.startswith("max_")} == set(profile.max_fields)
 
 
-@pytest.mark.parametrize(("max_field", "fields", "expected"), [
+@pytest.mark.parametrize(("max_fields", "fields", "expected"), [
     ("max_tokens", {"max_tokens": 5}, {"max_tokens": 5}),
     ("max_tokens", {"max_completion_tokens": 5}, {"max_tokens": 5}),
     ("max_tokens", {"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 5}),
@@ -231,10 +231,10 @@ def test_every_preset_gets_only_what_it_takes(name: str) -> None:
     ("max_completion_tokens", {"max_tokens": 5}, {"max_completion_tokens": 5}),
     ("max_completion_tokens", {"max_completion_tokens": 5}, {"max_completion_tokens": 5}),
     ("max_completion_tokens", {"max_tokens": 5, "max_completion_tokens": 6}, {"max_completion_tokens": 6}),
-    ("", {"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 5, "max_completion_tokens": 6}),
+    ("max_completion_tokens max_tokens", {"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 5, "max_completion_tokens": 6}),
 ])
-def test_the_output_limit_goes_by_the_name_the_provider_knows(max_field: Any, fields: Json, expected: Json) -> None:
-    out = json.loads(passed(json.dumps(body(**fields)), Preset("P", max_field=max_field, system_role=""))[0])
+def test_the_output_limit_goes_by_the_name_the_provider_knows(max_fields: str, fields: Json, expected: Json) -> None:
+    out = json.loads(passed(json.dumps(body(**fields)), Profile(max_fields=tuple(max_fields.split())))[0])
     assert {name: value for name, value in out.items() if name.startswith("max_")} == expected
 
 
@@ -243,20 +243,20 @@ def test_a_field_without_a_name_is_left_alone() -> None:
 
 
 def test_fields_are_renamed() -> None:
-    out = json.loads(passed(json.dumps(body(seed=5, user="u")), Preset("P", renames={"seed": "random_seed"}, system_role=""))[0])
+    out = json.loads(passed(json.dumps(body(seed=5, user="u")), Profile(seed_field="random_seed"))[0])
     assert out == {"model": "WIRE", "messages": [USER], "user": "u", "random_seed": 5}
 
 
 def test_developer_becomes_system_where_it_is_unknown() -> None:
     raw = json.dumps({"model": "a", "messages": [{"role": "developer", "content": "x", "name": "n"}, USER, {"role": "developer", "content": "y"}]})
-    assert [message["role"] for message in json.loads(passed(raw, CUSTOM_PRESET)[0])["messages"]] == ["system", "user", "system"]
+    assert [message["role"] for message in json.loads(passed(raw, Profile())[0])["messages"]] == ["system", "user", "system"]
     assert [message["role"] for message in json.loads(passed(raw, PLAIN)[0])["messages"]] == ["developer", "user", "developer"]
-    assert json.loads(passed(raw, CUSTOM_PRESET)[0])["messages"][0] == {"role": "system", "content": "x", "name": "n"}
+    assert json.loads(passed(raw, Profile())[0])["messages"][0] == {"role": "system", "content": "x", "name": "n"}
 
 
 def test_message_fields_a_provider_rejects_are_left_out() -> None:
     raw = json.dumps({"model": "a", "messages": [{**USER, "name": "ann"}, {"role": "assistant", "content": "x", "reasoning": "Hm", "reasoning_content": "Hm"}]})
-    assert json.loads(passed(raw, PRESETS["groq"])[0])["messages"] == [USER, {"role": "assistant", "content": "x"}]
+    assert json.loads(passed(raw, GROQ)[0])["messages"] == [USER, {"role": "assistant", "content": "x"}]
 
 
 @pytest.mark.parametrize("field", sorted(ROUTING_FIELDS))
@@ -269,7 +269,7 @@ def test_fields_with_power_elsewhere_are_never_forwarded(field: str) -> None:
 
 def test_lone_surrogates_survive() -> None:
     raw = '{"model":"a","logprobs":true,"messages":[{"role":"user","content":"\\ud800 caf\u00e9 \\ud83d\\ude42"}]}'
-    out, _ = passed(raw, PRESETS["groq"])
+    out, _ = passed(raw, GROQ)
     assert out.isascii() and json.loads(out)["messages"] == json.loads(raw)["messages"]
     assert json.loads(passed('{"model":"a","messages":[]}', wire="\ud800\u65e5\"")[0])["model"] == "\ud800\u65e5\""
 
@@ -709,8 +709,8 @@ USAGES: list[tuple[Json, Usage | None]] = [
     ({"x_groq": {"id": "r", "usage": {"prompt_tokens": 9, "completion_tokens": 4}}}, SHORT),
     ({"usage": {"prompt_tokens": 9, "completion_tokens": 4}, "x_groq": {"usage": {"prompt_tokens": 1}}}, SHORT),
     ({"usage": None, "x_groq": {"usage": {"prompt_tokens": 9, "completion_tokens": 4}}}, SHORT),
-    ({"usage": {"prompt_tokens": "9", "completion_tokens": -4}}, Usage()),
-    ({"usage": {"prompt_tokens": True, "completion_tokens": 4.5}}, Usage()),
+    ({"usage": {"prompt_tokens": "9", "completion_tokens": -4}}, Usage(9)),
+    ({"usage": {"prompt_tokens": True, "completion_tokens": 4.5}}, Usage(0, 4)),
     ({"usage": {"total_tokens": 5}}, Usage()),
     ({"usage": {}}, None),
     ({"usage": None}, None),

@@ -873,7 +873,7 @@ WRITTEN_STREAMS = [
      "created in_progress output_item.added custom_tool_call_input.delta custom_tool_call_input.done output_item.done incomplete"),
     ("citation", [a.text_delta("x"), a.cite_delta("https://x", "T", start=0, end=1), a.stop_delta("end")],
      "created in_progress output_item.added content_part.added output_text.delta output_text.annotation.added output_text.done content_part.done output_item.done completed"),
-    ("own opaque, foreign opaque, note", [a.opaque_delta("openai", {"type": "web_search_call", "id": "ws_1"}), a.opaque_delta("anthropic", {"type": "server_tool_use"}, "t"),
+    ("own opaque, foreign opaque, note", [a.opaque_delta("openai", {"type": "web_search_call", "id": "ws_1"}), a.opaque_delta("anthropic", {"type": "server_tool_use"}),
                                           a.text_delta("x"), a.stop_delta("end")],
      "created in_progress output_item.added output_item.done output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done completed"),
     ("nothing", [a.stop_delta("length")], "created in_progress incomplete"),
@@ -1270,7 +1270,7 @@ def test_recorded_requests_come_back_the_same(path: Path) -> None:
             a.responses_read_request(body)
         return
     before = copy.deepcopy(body)
-    profile = a.replace(OPENAI, model=body["model"])
+    profile = OPENAI._replace(model=body["model"])
     written = again(body, profile)
     assert body == before
     expected = normal_request(body)

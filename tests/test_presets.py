@@ -56,8 +56,9 @@ def test_no_offered_model_is_retired(name):
 
 @pytest.mark.parametrize("name", LIVE)
 def test_what_is_rejected_is_never_what_a_request_is_made_of(name):
-    assert not {"model", "messages", "stream", "tools"} & set(LIVE[name].rejects)
-    assert not {"role", "content", "tool_calls", "tool_call_id"} & set(LIVE[name].message_rejects)
+    profile = aicarousel.profile_for(name, LIVE[name].default)
+    assert not {"model", "messages", "stream", "tools"} & set(profile.reject)
+    assert not {"role", "content", "tool_calls", "tool_call_id"} & set(profile.message_reject)
 
 
 def test_a_key_variable_belongs_to_one_provider():
@@ -98,7 +99,7 @@ def test_rows_say_what_the_reference_says(reference):
         facts = reference["providers"][name]
         addresses = " ".join(facts["base_urls"].values())
         assert preset.base_url in addresses or same_place.get(name, "-") in addresses or preset.format == "messages", name
-        assert preset.completions is (facts["formats"].get("completions") is True), name
+        assert aicarousel.profile_for(name, preset.default).completions is (facts["formats"].get("completions") is True), name
         assert set(preset.key_variables) <= {*facts["env"], "HUGGINGFACE_API_TOKEN"}, name
         for row in facts.get("models", []):
             model = next(model for model in preset.models if model.id == row["id"])
@@ -116,10 +117,10 @@ def test_default_lists_are_those_of_the_reference(reference):
 
 
 def test_firm_quirks_are_in_their_rows():
-    rows = aicarousel.PRESETS
-    assert {"logprobs", "logit_bias", "store"} <= set(rows["groq"].rejects) and "name" in rows["groq"].message_rejects
-    assert rows["mistral"].max_field == "max_tokens" and rows["mistral"].renames == {"seed": "random_seed"} and not rows["mistral"].stream_options
-    assert rows["openai"].max_field == "max_completion_tokens" and rows["openai"].system_role == ""
+    rows, groq, mistral, openai = aicarousel.PRESETS, *(aicarousel.profile_for(name, aicarousel.PRESETS[name].default) for name in ("groq", "mistral", "openai"))
+    assert {"logprobs", "logit_bias", "store"} <= set(groq.reject) and "name" in groq.message_reject
+    assert mistral.max_fields == ("max_tokens",) and mistral.seed_field == "random_seed" and "stream_options" in mistral.reject
+    assert openai.max_fields == ("max_completion_tokens",) and openai.developer
     assert (rows["anthropic"].auth_header, rows["anthropic"].auth_scheme, rows["anthropic"].format) == ("x-api-key", "", "messages")
     assert rows["groq"].bucket == "model" and rows["openrouter"].bucket == "account" and rows["ollama"].bucket == "machine"
     assert rows["groq"].free_limits == aicarousel.Limits(30, 1000, 8000, 200000)

@@ -265,7 +265,7 @@ def test_what_was_proven_is_on_disk_at_once(build: Build) -> None:
 
 def test_a_damaged_table_is_no_reason_not_to_serve(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     house = build(a=healthy())
-    house.do(lambda: house.gateway.relay.load({"bucket credential a/1": "{", "cooldown x": "[]", "nonsense": "{}", "": "1"}))
+    house.do(lambda: house.gateway.relay.load({"bucket credential a/1": "{", "cooldown x": "[]", "repairs x": "{}", "window x": "7", "nonsense": "{}", "": "1"}))
     assert house.chat("a/m", stream=False).status == 200
     assert aicarousel.load_routing(house.folder / "none" / "aicarousel.db") == {}
 

@@ -51,6 +51,13 @@ def check_answered(reply: Reply, text: str = TEXT) -> None:
     assert reply.done or not reply.streamed
 
 
+def pass_pause(house: House, provider: Provider, pause: str, seconds: float) -> None:
+    """Lets time pass while a provider stays at a pause, and has it go on."""
+    provider.wait_paused(pause)
+    house.pass_time(seconds)
+    provider.release(pause)
+
+
 # ---------------------------------------------------------------- silence
 
 def test_keep_alive_within_5_s_and_then_every_15_s(build: Build, provider: Provider) -> None:
@@ -161,9 +168,7 @@ def test_head_sent_early_then_every_route_fails(build: Build, provider: Provider
 def test_head_sent_early_then_a_client_mistake(build: Build, provider: Provider) -> None:
     house = build(a=[Pause("a"), *answer({"error": {"message": "temperature is too high", "type": "invalid_request_error", "param": "temperature"}}, 400)], b=healthy())
     with house.start_chat("aicarousel") as client:
-        provider.wait_paused("a")
-        house.pass_time(5.0)
-        provider.release("a")
+        pass_pause(house, provider, "a", 5.0)
         error = check_broken_off(client.read_all(), "")
     assert error["message"] == "temperature is too high" and error["param"] == "temperature" and not provider.calls("b")
 
@@ -202,18 +207,14 @@ def test_comments_of_the_provider_keep_its_stream_alive(build: Build, provider: 
                   entries={"a": times(idle=20)})
     with house.start_chat("aicarousel") as client:
         for pause in "123":
-            provider.wait_paused(pause)
-            house.pass_time(15.0)
-            provider.release(pause)
+            pass_pause(house, provider, pause, 15.0)
         check_answered(client.read_all(), "one two")
 
 
 def test_comments_are_not_a_first_byte(build: Build, provider: Provider) -> None:
     house = build(a=opened(b": waiting\n\n", Pause("1"), b": waiting\n\n", Pause("2")), b=healthy(OTHER_TEXT), entries={"a": times(firstByte=20, idle=500)})
     with house.start_chat("aicarousel") as client:
-        provider.wait_paused("1")
-        house.pass_time(15.0)
-        provider.release("1")
+        pass_pause(house, provider, "1", 15.0)
         provider.wait_paused("2")
         house.pass_time(6.0)
         check_answered(client.read_all(), OTHER_TEXT)
@@ -225,9 +226,7 @@ def test_blank_lines_keep_a_whole_answer_waiting(build: Build, provider: Provide
                   entries={"a": times(idle=20)})
     with house.start_chat("aicarousel", stream=False) as client:
         for pause in "12":
-            provider.wait_paused(pause)
-            house.pass_time(15.0)
-            provider.release(pause)
+            pass_pause(house, provider, pause, 15.0)
         check_answered(client.read_all())
 
 
@@ -251,9 +250,7 @@ def test_whole_stream_has_a_longest_time(build: Build, provider: Provider) -> No
     house = build(a=opened(ROLE, content("one"), Pause("1"), content(" two"), Pause("2"), content(" three"), Pause("3")), entries={"a": times(idle=500, streamTotal=40)})
     with house.start_chat("aicarousel") as client:
         for pause in "12":
-            provider.wait_paused(pause)
-            house.pass_time(15.0)
-            provider.release(pause)
+            pass_pause(house, provider, pause, 15.0)
         provider.wait_paused("3")
         house.pass_time(11.0)
         check_broken_off(client.read_all(), "one two three")
@@ -264,9 +261,7 @@ def test_whole_answer_has_a_longest_time(build: Build, provider: Provider) -> No
                   b=healthy(OTHER_TEXT), entries={"a": times(idle=20, total=40)})
     with house.start_chat("aicarousel", stream=False) as client:
         for pause in "12":
-            provider.wait_paused(pause)
-            house.pass_time(15.0)
-            provider.release(pause)
+            pass_pause(house, provider, pause, 15.0)
         provider.wait_paused("3")
         house.pass_time(11.0)
         check_answered(client.read_all(), OTHER_TEXT)
@@ -276,9 +271,7 @@ def test_rest_of_a_whole_answer_that_began_must_follow_soon(build: Build, provid
     house = build(a=[Head(200, [("content-type", "application/json"), ("content-length", "9000")]), b'{"id":', Pause("1"), b'"', Pause("2")],
                   b=healthy(OTHER_TEXT), entries={"a": times(firstByte=20, idle=20)})
     with house.start_chat("aicarousel", stream=False) as client:
-        provider.wait_paused("1")
-        house.pass_time(15.0)
-        provider.release("1")
+        pass_pause(house, provider, "1", 15.0)
         provider.wait_paused("2")
         house.pass_time(6.0)
         check_answered(client.read_all(), OTHER_TEXT)
@@ -723,9 +716,7 @@ def plain(house: House) -> Client:
 def test_plain_text_of_a_slow_provider(build: Build, provider: Provider) -> None:
     house = build(a=stream(Pause("head"), ROLE, content("one"), FINISH, DONE))
     with plain(house) as client:
-        provider.wait_paused("head")
-        house.pass_time(20.0)
-        provider.release("head")
+        pass_pause(house, provider, "head", 20.0)
         reply = client.read_all()
     assert reply.status == 200 and reply.body == b"one" and reply.complete
 
@@ -734,9 +725,7 @@ def test_plain_text_when_slow_providers_fail_is_still_told(build: Build, provide
     """No text has gone out, so that there is something better than a connection that ends."""
     house = build(a=[Pause("a"), *OOPS, Close()])
     with plain(house) as client:
-        provider.wait_paused("a")
-        house.pass_time(6.0)
-        provider.release("a")
+        pass_pause(house, provider, "a", 6.0)
         reply = client.read_all()
     assert reply.status >= 500 and reply.headers["content-type"].startswith("text/plain") and b"a/m" in reply.body, reply.raw
 

@@ -9,17 +9,13 @@ whole answer must not look like one). What cannot be carried is a row of NOT_CAR
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import re
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +25,7 @@ pytest.importorskip("anthropic", reason="the anthropic SDK is not installed: pyt
 import answers
 import pydantic
 from answers import Said
-from fakes import FAKE_KEY, Gateway, Provider, Reply, answer, frame, stream
+from fakes import FAKE_KEY, Gateway, Provider, Reply, answer, frame, free_port, load_kit, stream
 
 Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -117,14 +113,6 @@ def misses(want: Said, got: Said) -> dict[str, str]:
 
 # ---------------------------------------------------------------- recordings
 
-def load_kit(name: str) -> ModuleType:
-    """A program of ../shared/conformance."""
-    folder = str(SHARED / "conformance")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 def read_recordings() -> list[Json]:
     """Every recorded exchange at the endpoints of the three formats, none when the folder is absent."""
     found = [json.loads(path.read_text(encoding="utf-8")) for name in FORMATS for path in sorted(SHARED.glob(f"recordings/*/{name}-*.json"))]
@@ -146,12 +134,6 @@ class Stage:
     def asked(self, recording: Json) -> Json | None:
         """What reached the provider last."""
         return next((entry for entry in reversed(self.replay.log) if entry["id"] == recording["id"]), None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -309,7 +309,7 @@ def targets(format: str) -> list[Any]:
             continue
         for model in dict.fromkeys([*(model.id for model in preset.models), *(model["id"] for model in facts.get("models", ())), "m"]):
             profile = a.profile_for(name, model, format)
-            if all(a.replace(profile, model="") != a.replace(other, model="") for other in found):
+            if all(profile._replace(model="") != other._replace(model="") for other in found):
                 found.append(profile)
     return found
 

@@ -6,22 +6,18 @@ The recordings live in ../shared beside the checkout; where they are not, the ca
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import re
-import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 openai = pytest.importorskip("openai", reason="the openai SDK is not installed: python -m pip install openai")
 import aicarousel
-from fakes import FAKE_KEY, Gateway, Provider, answer, frame, stream
+from fakes import FAKE_KEY, Gateway, Provider, answer, frame, free_port, load_kit, stream
 from pydantic import BaseModel
 
 Json = dict[str, Any]
@@ -68,14 +64,6 @@ def each(recordings: list[Json]) -> Any:
     return pytest.mark.parametrize("recording", [pytest.param({}, marks=pytest.mark.skip(reason=ABSENT), id="absent")])
 
 
-def load_kit(name: str) -> ModuleType:
-    """A program of ../shared/conformance."""
-    folder = str(SHARED / "conformance")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 @dataclass
 class Stage:
     """A running gateway with one provider per recording, and what that provider was asked."""
@@ -88,12 +76,6 @@ class Stage:
     def asked(self, recording: Json) -> Json:
         """The body that reached the provider last."""
         return next(entry["body"] for entry in reversed(self.replay.log) if entry["id"] == recording["id"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -253,18 +235,19 @@ def check_same(got: Summary, want: Summary, *, usage: bool = True) -> None:
         assert got.usage == want.usage
 
 
-def check_asked(sent: Json, asked: Json, preset: Any) -> None:
+def check_asked(sent: Json, asked: Json, preset: str) -> None:
     """The provider was asked what the client asked: every field but those it is known to refuse."""
     body = {**{name: value for name, value in sent.items() if name != "extra_body"}, **sent.get("extra_body", {})}
+    profile = aicarousel.profile_for(preset, asked["model"])
     assert asked["model"] == body.pop("model").split("/", 1)[1]
     assert bool(asked.get("stream")) == body.pop("stream")
     for name, value in body.items():
-        target = {"max_tokens": preset.max_field, "max_completion_tokens": preset.max_field}.get(name) or preset.renames.get(name, name)
-        if name in preset.rejects or name in aicarousel.ROUTING_FIELDS:
+        target = profile.seed_field if name == "seed" else profile.max_fields[0] if name.startswith("max_") and name not in profile.max_fields else name
+        if name in profile.reject or name in aicarousel.ROUTING_FIELDS:
             assert name not in asked
         elif name == "messages":
-            roles = [preset.system_role if message["role"] == "developer" and preset.system_role else message["role"] for message in value]
-            kept = [{key: item for key, item in message.items() if key not in preset.message_rejects} for message in value]
+            roles = ["system" if message["role"] == "developer" and not profile.developer else message["role"] for message in value]
+            kept = [{key: item for key, item in message.items() if key not in profile.message_reject} for message in value]
             assert asked["messages"] == [{**message, "role": role} for message, role in zip(kept, roles)]
         elif name == "stream_options":
             assert asked[name] == {**value, "include_usage": True}
@@ -281,8 +264,7 @@ def test_a_recorded_answer_reaches_the_sdk_whole(stage: Stage, recording: Json, 
     got, failure = ask(stage, call, kind)
     assert failure is None
     check_same(got, expected_of(recording))
-    preset = aicarousel.PRESETS.get({"alibaba": "qwen", "azure": "openai", "vertex": "gemini"}.get(recording["provider"], recording["provider"]), aicarousel.CUSTOM_PRESET)
-    check_asked(call, stage.asked(recording), preset)
+    check_asked(call, stage.asked(recording), {"alibaba": "qwen", "azure": "openai", "vertex": "gemini"}.get(recording["provider"], recording["provider"]))
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -373,9 +355,9 @@ def test_a_case_of_our_own(own: Stage, case: Json, streamed: bool, kind: str) ->
     if not asks_usage:
         assert got.usage is None, "the usage chunk that the client did not ask for stays here"
     asked = own.replay.calls(case["name"])[-1].json
-    check_asked(call, asked, aicarousel.PRESETS.get(case["preset"], aicarousel.CUSTOM_PRESET))
+    check_asked(call, asked, case["preset"])
     if streamed:
-        knows = aicarousel.PRESETS[case["preset"]].stream_options if case["preset"] else True
+        knows = "stream_options" not in aicarousel.profile_for(case["preset"], "m").reject
         assert asked.get("stream_options", {}).get("include_usage", False) is knows, "usage is asked for wherever that is understood"
 
 

@@ -15,9 +15,7 @@ import random
 import re
 import resource
 import shutil
-import signal
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -36,7 +34,7 @@ if __name__ == "__main__":
 
 import aicarousel
 from aicarousel import ConfigError, KeyRing, UsageRow, UsageWriter
-from fakes import _SECRET_NAME, FAKE_KEY, HANG_S, ROOT, Gateway, InLoop, Provider, Reply, answer, chat_body, healthy, invocation, write_private
+from fakes import _SECRET_NAME, FAKE_KEY, HANG_S, ROOT, Gateway, InLoop, Provider, Reply, answer, chat_body, healthy, invocation, mode_of, rows_of, write_private
 from house import entry
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, signals and file locks are POSIX")
@@ -52,15 +50,6 @@ N_ROWS = 400
 def case(*names: str) -> pytest.MarkDecorator:
     """Gives a test the names of its cases."""
     return pytest.mark.parametrize((), [()] * len(names), ids=names)
-
-
-def rows_of(path: Path, sql: str) -> list[tuple]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 class Served(InLoop, Gateway):

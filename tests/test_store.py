@@ -9,7 +9,6 @@ import os
 import random
 import re
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import pytest
 
 import aicarousel
 from aicarousel import ConfigError, KeyRing, UsageRow, UsageWriter
+from fakes import mode_of, rows_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, signals and file locks are POSIX")
 
@@ -70,15 +70,6 @@ def writer(path: Path) -> Iterator[UsageWriter]:
     made = UsageWriter(path)
     yield made
     made.close()
-
-
-def rows_of(path: Path, sql: str) -> list[tuple]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def backups_of(path: Path) -> list[Path]:
@@ -636,15 +627,24 @@ def test_trouble_is_told_once_in_thirty_seconds(path: Path, caplog: pytest.LogCa
     assert "usage.lost" in caplog.text and "rows=1" in caplog.text
 
 
-def test_what_was_learned_is_kept_and_read_until_its_end(path: Path, writer: UsageWriter) -> None:
-    assert writer.learned(0.0) == []                        # no database yet
-    until = time.time() + 60
-    for row in (aicarousel.LearnedRow("window", "model a:m", "1", until), aicarousel.LearnedRow("window", "model a:m", "2", until),
-                aicarousel.LearnedRow("repairs", "model a:m", "[]", until), aicarousel.LearnedRow("window", "model old:m", "3", 5.0)):
-        writer.learn(row)
+LEARNED = {"window model a:m": "[8192,9e9,true]", "repairs model a:m": "[]", "bucket credential a/1": '{"windows":[]}', "cooldown route a/1:m": "{}"}
+
+
+def test_what_routing_has_learned_is_kept_and_the_latest_wins(path: Path, writer: UsageWriter) -> None:
+    assert aicarousel.load_routing(path) == {}              # no database yet
+    writer.save_routing({"window model old:m": "[1,2,false]"})
     assert writer.flush(10)
-    assert sorted((row.kind, row.key, row.value) for row in writer.learned(time.time())) == [("repairs", "model a:m", "[]"), ("window", "model a:m", "2")]
-    assert writer.learned(until + 1) == [] and rows_of(path, "SELECT count(*) FROM learned") == [(2,)]
+    writer.save_routing(LEARNED)
+    assert writer.flush(10) and aicarousel.load_routing(path) == LEARNED
+
+
+def test_a_database_with_two_tables_of_what_was_learned_goes_on_with_one(path: Path, writer: UsageWriter) -> None:
+    writer.save_routing(LEARNED)
+    assert writer.flush(10) and aicarousel.rollback(path) == "joined"
+    assert sorted(rows_of(path, "SELECT kind, key, value, until_utc > strftime('%s', 'now') + 600000 FROM learned")) == [
+        ("repairs", "model a:m", "[]", 1), ("window", "model a:m", "[8192,9e9,true]", 1)]
+    assert rows_of(path, "SELECT count(*) FROM routing") == [(2,)]
+    assert aicarousel.migrate(path) == ["joined"] and aicarousel.load_routing(path) == LEARNED
 
 
 def test_a_rolled_back_schema_heals_itself(path: Path, writer: UsageWriter) -> None:

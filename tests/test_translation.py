@@ -60,7 +60,7 @@ PASSING: dict[str, tuple[str, Json, str, str, bool]] = {
 @pytest.mark.parametrize("row", PASSING)
 def test_a_request_passes_through_when_nothing_has_to_change(row: str) -> None:
     client, body, preset, wire, passes = PASSING[row]
-    assert a.may_pass(client, json.dumps(body).encode(), body, a.profile_for(preset, "m", wire), a.PRESETS[preset]) is passes
+    assert a.may_pass(client, json.dumps(body).encode(), body, a.profile_for(preset, "m", wire)) is passes
 
 
 @pytest.mark.parametrize("preset", ["mistral", "anthropic", "openai"])
@@ -69,7 +69,7 @@ def test_what_does_not_pass_is_mended_so_that_it_would(preset: str) -> None:
     wire = {"anthropic": "messages"}.get(preset, "chat")
     profile = a.profile_for(preset, "m", wire)
     made, _ = a.translate_request(a.chat_read_request(chat("x:" * 40, tool_choice="required")), profile)
-    assert a.may_pass(wire, json.dumps(made).encode(), made, profile, a.PRESETS[preset])
+    assert a.may_pass(wire, json.dumps(made).encode(), made, profile)
 
 
 @pytest.fixture(scope="module")

@@ -1029,7 +1029,7 @@ def relay_for(url: str, provider_proxy: str | None = None, key_proxy: str | None
     key = {"key": "env:A_KEY", **({"proxy": key_proxy} if key_proxy is not None else {}), **fields.pop("key", {})}
     models = {"p": {"baseUrl": url, "default": "m", "enableFallback": True, "models": ["m"], "keys": [key], **({"proxy": provider_proxy} if provider_proxy is not None else {}), **fields}}
     config = load_config(json.dumps(models), models_path="models.json", environment={"A_KEY": "fake-key-1", **(environment or {})}, dotenv={}, flags={})
-    relay = Relay(SimpleNamespace(clock=lambda: 0.0, utc=lambda: 0.0), None, lambda _: None, lambda *_: None, "aicarousel/test")      # type: ignore[arg-type]
+    relay = Relay(SimpleNamespace(clock=lambda: 0.0, utc=lambda: 0.0), None, lambda _: None, "aicarousel/test")      # type: ignore[arg-type]
     relay.configure(config)
     return relay, resolve(build_catalogue(config), "p").groups[0][0][0]
 

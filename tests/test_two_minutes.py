@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from fakes import ROOT, Provider, clean_environment, healthy
+from fakes import ROOT, Provider, clean_environment, free_port, healthy
 from terminal import Terminal
 from test_accounts_cli import GROQ_KEY, vendor
 
@@ -24,12 +23,6 @@ CLAUDE = os.environ.get("TEST_CLAUDE") or shutil.which("claude")
 RECORDING = Path(__file__).parent / "data" / "session.txt"
 FIRST_PAGE = (ROOT / "README.md").read_text().split("\n## Client set-ups")[0]
 ANSWER = "Hello from the carousel."
-
-
-def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return int(holder.getsockname()[1])
 
 
 class Shell(Terminal):
