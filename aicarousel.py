@@ -17721,14 +17721,19 @@ Offers = Callable[[Provider], tuple[Model, ...]]
 
 def list_models(config: Config, offers: Offers) -> list[Json]:
     """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
-    smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
-    rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
+    rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest_window(config)))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
         listed = {model.id for model in provider.models}
         rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
+
+
+def smallest_window(config: Config, least: int = 0) -> int | None:
+    """The smallest context window of the models that `aicarousel` turns through, in tokens, of those that are known and hold `least`."""
+    return min((model.context for provider in config.active for model in provider.models
+                if (provider.enable_fallback or model.id == provider.default) and model.context and model.context >= least), default=None)
 
 
 def _model_row(name: str, owner: str, model: Model) -> Json:
@@ -19661,7 +19666,7 @@ class ClientFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClientSetup:
-    """How one client is pointed at a gateway; texts hold {url} and {key}."""
+    """How one client is pointed at a gateway; texts hold {url} and {key}; what is {window} is left out where no window is known."""
     title: str
     program: str = ""                       #: what is run; "" for what is no program of its own
     format: Format = "chat"
@@ -19671,8 +19676,10 @@ class ClientSetup:
     words: tuple[str, ...] = ()             #: what `run` puts behind the program; {file} holds the first file's values
     environment: Mapping[str, str] = field(default_factory=dict)      #: what `run` sets; {json} is the first file's values
     unset: tuple[str, ...] = ()             #: what `run` takes away
+    least_window: int = 0                   #: a context window, in tokens, in which it can work at all; 0: it is told of none
 
 
+CLAUDE_WINDOW = "CLAUDE_CODE_MAX_CONTEXT_TOKENS"
 _CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
 _CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
 OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
@@ -19680,11 +19687,13 @@ ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key
 _GEMINI_VARIABLES = {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "{key}", "GEMINI_MODEL": "aicarousel"}
 
 CLIENTS: Mapping[str, ClientSetup] = {
-    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.
+    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.  The window of a model
+    # whose name it does not know is a million tokens to it; it compacts 33,000 before the end, and asks nothing at all where what it always
+    # sends, some 13,000, is more than that.  A smaller model of the chain is passed over by requests that are too long for it.
     "claude-code": ClientSetup(
-        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",),
+        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",), least_window=64_000,
         files=(ClientFile("CLAUDE_CONFIG_DIR", "~/.claude", ("settings.json",), "json", {
-            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel")}}),)),
+            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel"), CLAUDE_WINDOW: "{window}"}}),)),
     # Its .env goes before the environment, so the variable of `run` is another one.
     "codex": ClientSetup(
         "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"},
@@ -19737,13 +19746,13 @@ CLIENTS: Mapping[str, ClientSetup] = {
 }
 
 
-def fill(value: Any, url: str, key: str) -> Any:
-    """`value` with the address and the key in its texts."""
+def fill(value: Any, url: str, key: str, window: int | None = None) -> Any:
+    """`value` with the address, the key and the context window in its texts."""
     if isinstance(value, str):
-        return value.replace("{url}", url).replace("{key}", key)
+        return value.replace("{url}", url).replace("{key}", key).replace("{window}", str(window))
     if isinstance(value, Mapping):
-        return {name: fill(item, url, key) for name, item in value.items()}
-    return [fill(item, url, key) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: fill(item, url, key, window) for name, item in value.items() if item != "{window}" or window}
+    return [fill(item, url, key, window) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # Texts of four kinds: read as far as is needed here, and changed.
@@ -19964,20 +19973,20 @@ def text_of(path: Path, data: bytes | None) -> str:
         raise ConfigError(str(path), "bytes that are not UTF-8", "a text file") from error
 
 
-def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[Change]:
+def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str, window: int | None = None) -> list[Change]:
     """What writing `client`'s files would change, files that stay as they are left out. Raises ConfigError."""
     changes = []
     for file in client.files:
         path = client_path(file, environment)
         before = read_file(path)
         text = text_of(path, before)
-        after = merge_text(file.kind, text, fill(file.values, url, key), str(path), file.begins).encode()
+        after = merge_text(file.kind, text, fill(file.values, url, key, window), str(path), file.begins).encode()
         if after != before:
             changes.append(Change(path, before, after, file.restless))
     return changes
 
 
-def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str) -> list[tuple[str, str]]:
+def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str, window: int | None = None) -> list[tuple[str, str]]:
     """(where, what to put there) of a client; where is "" for what goes into no file. environment: None for the usual places, whatever this machine has."""
     if not client.files:
         return [("", fill(client.recipe, url, key))]
@@ -19986,7 +19995,7 @@ def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str
         usual = Path(file.folder).expanduser() / file.names[-1]
         path = client_path(file, environment) if environment is not None else usual.resolve()
         rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
-                     merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
+                     merge_text(file.kind, "", fill(file.values, url, key, window), "", file.begins).rstrip("\n")))
     return rows
 
 
@@ -20138,7 +20147,7 @@ def systemd_unit(program: Sequence[str]) -> str:
 
 
 ##############################################################################
-# 45. Launcher                                            I/O | uses 2, 9, 35, 42, 44
+# 45. Launcher                                            I/O | uses 2, 9, 35, 40, 42, 44
 ##############################################################################
 # What a client is started with is its own for this once: settings, key and gateway end with it.  Guarded by tests/test_clients.py.
 
@@ -20148,15 +20157,15 @@ _STOP_S = 35.0              #: how long a gateway may take to end; its own drain
 _OTHER = ClientSetup("", environment={**OPENAI_VARIABLES, **ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
 
 
-def launch(words: Sequence[str], url: str, key: str) -> int:
-    """Run a client to its end with address and key set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
+def launch(words: Sequence[str], url: str, key: str, config: Config) -> int:
+    """Run a client to its end with address, key and the window of `config` set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
 
     SIGTERM and SIGHUP go on to it, SIGINT and SIGQUIT too unless they came from the terminal, which has sent them to it as well.
     """
     import subprocess
     import tempfile
     client = next((client for client in CLIENTS.values() if client.program == Path(words[0]).stem and (client.words or client.environment)), _OTHER)
-    values = json.dumps(fill(client.files[0].values, url, key)) if client.files else ""
+    values = json.dumps(fill(client.files[0].values, url, key, smallest_window(config, client.least_window))) if client.files else ""
     with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
         file = Path(folder) / "settings.json"
         if "{file}" in (*client.words, *client.environment.values()):
@@ -20580,7 +20589,7 @@ def dig(tree: Any, *path: str) -> Any:
 
 
 ##############################################################################
-# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31-32, 35, 42-46
+# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31-32, 35, 40, 42-46
 ##############################################################################
 # Each check gives a row: fine, worth a note, or wrong with what mends it.  One more check: a function that yields rows.  Guarded by tests/test_clients.py.
 
@@ -20628,10 +20637,15 @@ def _up_to_root(folder: Path) -> list[Path]:
     return next((above[:number + 1] for number, place in enumerate(above) if (place / ".git").exists()), [folder])
 
 
-def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
-    """Its settings files go before the environment; a token goes before an API key wherever either stands."""
+def _claude_trees(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[tuple[str, Json]]:
+    """Claude Code's settings files, which go before the environment, and that, each with what it is called."""
     paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
-    trees = [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+    return [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+
+
+def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """A token goes before an API key wherever either stands."""
+    trees = _claude_trees(client, environment, folder)
     layers = [Layer(where, *(only_text(dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
     return [*layers, *(Layer(where, "", only_text(dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
 
@@ -20716,6 +20730,7 @@ class Surroundings(NamedTuple):
     settings: Settings
     environment: Mapping[str, str]
     folder: Path                        #: where the client would be started
+    config: Config | None = None        #: None: it cannot be read
 
 
 def is_installed(client: ClientSetup, environment: Mapping[str, str]) -> bool:
@@ -20745,7 +20760,20 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     else:
         checks.append(Check(name, "address", True, f"{shown} of {top.where}"))
         checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
+        checks += _judge_window(name, around) if name == "claude-code" else []
     return checks
+
+
+def _judge_window(name: str, around: Surroundings) -> list[Check]:
+    """Whether the context window that Claude Code was told is one that every model has which it may be answered by."""
+    trees = _claude_trees(CLIENTS[name], around.environment, around.folder)
+    where, told = next(((where, text) for where, tree in trees if (text := only_text(dig(tree, "env", CLAUDE_WINDOW)))), ("", ""))
+    window = smallest_window(around.config, CLIENTS[name].least_window) if around.config else None
+    if not told or not window:
+        return []
+    if re.fullmatch("[1-9][0-9]{0,8}", told) and int(told) <= window:
+        return [Check(name, "context window", True, f"{told} of {where}")]
+    return [Check(name, "context window", False, f"{told} of {where} is no number up to {window}, the smallest window of the models that take part: it compacts too late", *_mend(name, where, around))]
 
 
 def _without_login(url: str) -> str:
@@ -20910,8 +20938,8 @@ def ask_live(name: str, around: Surroundings) -> Check:
     return Check(name, "live", False, redact(f"{reply.status} {message}")[:300], "python aicarousel.py explain --last" if reply.status else "python aicarousel.py serve")
 
 
-def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[Change], GatewayKey | None]:
-    """Put address and key into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
+def write_client(name: str, home: Home, url: str, window: int | None, key: str = "") -> tuple[list[Change], GatewayKey | None]:
+    """Put address, key and context window into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
 
     The changes that were made, none where all was there already; and the key that was made.
     """
@@ -20920,7 +20948,7 @@ def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[C
     plan_changes(client, os.environ, url, key or NEW_KEY)      # what cannot be written is refused before a key is made for it
     if not key:
         key, row = create_key(home.database_path, name)
-    changes = plan_changes(client, os.environ, url, key)
+    changes = plan_changes(client, os.environ, url, key, window)
     if changes:
         write_changes(name, changes, home.data / "clients", row.id if row else None)
     return changes, row
@@ -20930,7 +20958,11 @@ def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check],
     """Tell of everything there is to look at; fix: write the files of clients that are wrong; live: ask the real providers, as cheaply as can be."""
     for check in examine_home(home, address):
         tell(check)
-    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd())
+    try:
+        config = read_config(home, {})
+    except ConfigError:
+        config = None                   # told before
+    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd(), config)
     good = []
     for name in _LAYERS:
         if not is_installed(CLIENTS[name], os.environ):
@@ -20938,7 +20970,7 @@ def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check],
         checks = examine_client(name, around)
         if fix and any(check.writes and check.ok is False for check in checks):
             try:
-                changes, _ = write_client(name, home, address)
+                changes, _ = write_client(name, home, address, smallest_window(config, CLIENTS[name].least_window) if config else None)
                 tell(Check(name, "fix", None, "wrote " + (", ".join(str(change.path) for change in changes) or "nothing: its files are as they should be"), f"python aicarousel.py config {name} --undo takes it back"))
                 checks = examine_client(name, around)
             except ConfigError as error:
@@ -22302,19 +22334,19 @@ def _client_command(arguments: Any) -> int:
         print(json.dumps({"client": name, "restored": paths, "revoked": keys}) if arguments.json else
               "\n".join([f"{path} is as it was" for path in paths] + [f"gateway key {key_id}, made for it, is revoked" for key_id in keys]))
         return 0
-    url = _address_of(arguments, home)
+    url, window = _address_of(arguments, home), _window_for(arguments, home)
     if arguments.dry_run:
         key = arguments.key or known_key(CLIENTS[name], os.environ, home.database_path) or NEW_KEY
-        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key))
+        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key, window))
         print(json.dumps({"client": name, "diff": diff}) if arguments.json else diff or "nothing would change", end="" if diff and not arguments.json else "\n")
         return 0
     if arguments.write:
-        changes, row = write_client(name, home, url, arguments.key or "")
+        changes, row = write_client(name, home, url, window, arguments.key or "")
         told = {"client": name, "written": [str(change.path) for change in changes], "key": {"id": row.id, "name": row.name} if row else None}
         lines = [f"wrote {change.path}" for change in changes] + ([f"made gateway key {row.id}, named {row.name}, for it"] if row else [])
         print(json.dumps(told) if arguments.json else "\n".join([*(lines or ["all of it is there already"]), f"then: {CLIENTS[name].then}", f"back: python aicarousel.py config {name} --undo"]))
         return 0
-    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY)
+    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY, window)
     if arguments.json:
         print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
         return 0
@@ -22333,17 +22365,27 @@ def _address_of(arguments: Any, home: Home) -> str:
         raise ConfigError("--server", ascii(arguments.server)[:200], "the address of a gateway, such as http://127.0.0.1:7123") from error
 
 
+def _window_for(arguments: Any, home: Home) -> int | None:
+    """The context window that a client is to reckon with: of this home's models, or as the gateway of --server says."""
+    least = CLIENTS[arguments.action].least_window
+    if not least or not arguments.server:
+        return smallest_window(read_config(home, {}), least) if least else None
+    told = ask_gateway(_address_of(arguments, home), "GET", "/v1/models/aicarousel", timeout_s=2.0).json
+    window = told.get("context_length") if isinstance(told, dict) else None
+    return window if isinstance(window, int) and window >= least else None
+
+
 def _run_command(arguments: Any) -> int:
     """A client with its environment set, before a gateway that runs or is started for it, with a key that is gone afterwards."""
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     if not words:
         raise ConfigError("run", "nothing to run", "a client and its arguments, such as: run -- claude")
     home = find_home(arguments.home)
-    settings = read_config(home, {}).settings
+    config = read_config(home, {})
     key, row = create_key(home.database_path, f"run {Path(words[0]).stem}", limits={"expires_at": int(time.time()) + RUN_KEY_S})
     try:
-        with gateway_for(own_address(settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
-            return launch(words, address, key)
+        with gateway_for(own_address(config.settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
+            return launch(words, address, key, config)
     finally:
         delete_key(home.database_path, row.id)
 

@@ -544,8 +544,8 @@ def open_folder(place: Place, _demo: Gateway) -> None:
     place.home.chmod(0o777)
 
 
-def write_in_home(name: str, text: str) -> Callable[[Place, Gateway], None]:
-    def plant(place: Place, _demo: Gateway) -> None:
+def write_in_home(name: str, text: str) -> Callable[[Place, Gateway | None], None]:
+    def plant(place: Place, _demo: Gateway | None) -> None:
         place.home = place.user / "other-home"
         path = place.home / name
         path.parent.mkdir(parents=True)
@@ -700,6 +700,79 @@ def test_live_asks_each_key_and_each_client_once(place: Place, provider: Provide
     provider.script("back", answer({"error": {"message": "Invalid API key"}}, 401))
     status, told = place.read("doctor", "--live")
     assert status == 1 and [(check["subject"], check["fix"]) for check in failed(told)] == [("provider", "python aicarousel.py login back"), *((name, "python aicarousel.py explain --last") for name in ("claude-code", "codex", "aider"))]
+
+
+# ---------------------------------------------------------------- the window that Claude Code reckons with
+
+def windows(*rows: int | None, fallback: bool = True) -> Json:
+    """models.json of one provider whose models hold so much; the first is its default."""
+    return {"back": {"baseUrl": "http://127.0.0.1:1/v1", "default": "m0", "enableFallback": fallback, "keys": [],
+                     "models": [{"id": f"m{number}", **({"context": n_tokens} if n_tokens else {})} for number, n_tokens in enumerate(rows)]}}
+
+
+def reckon_with(place: Place, *rows: int | None, fallback: bool = True) -> None:
+    place.home.mkdir(exist_ok=True)
+    (place.home / "models.json").write_text(json.dumps(windows(*rows, fallback=fallback)))
+
+
+@pytest.mark.parametrize("rows,fallback,told", [
+    ((200_000, None, 131_072), True, "131072"),
+    ((200_000, 131_072), False, "200000"),
+    ((131_072, 8192), True, "131072"),          # it cannot work in 8,192, and no request of its size goes there
+    ((8192,), True, None),
+    ((None,), True, None),
+])
+def test_claude_code_is_told_the_smallest_window_in_which_it_can_work(place: Place, rows: tuple[int | None, ...], fallback: bool, told: str | None) -> None:
+    reckon_with(place, *rows, fallback=fallback)
+    [made] = place.read("config", "claude-code")[1]["files"]
+    assert json.loads(made["content"])["env"].get(a.CLAUDE_WINDOW) == told
+    assert (a.CLAUDE_WINDOW in place.run("config", "claude-code", "--dry-run")[1]) is bool(told)
+    place.run("config", "claude-code", "--write")
+    assert json.loads(place.path("claude-code").read_text())["env"].get(a.CLAUDE_WINDOW) == told
+
+
+@pytest.mark.parametrize("answered,told", [({"id": "aicarousel", "context_length": 100_000}, "100000"), ({"id": "aicarousel", "context_length": 8192}, None), ({"id": "aicarousel"}, None),
+                                           ([], None), ({"context_length": "100000"}, None)])
+def test_a_gateway_elsewhere_says_its_window_itself(place: Place, provider: Provider, answered: Any, told: str | None) -> None:
+    reckon_with(place, 131_072)
+    url = provider.listen("server", answer(answered))
+    [made] = place.read("config", "claude-code", "--server", url)[1]["files"]
+    assert json.loads(made["content"])["env"].get(a.CLAUDE_WINDOW) == told
+    [asked] = provider.calls("server")
+    assert asked.path == "/v1/models/aicarousel" and "authorization" not in asked.headers
+    place.read("config", "codex", "--server", url)
+    assert len(provider.calls("server")) == 1, "what is told of no window does not ask for one"
+
+
+def test_run_tells_it_too(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "models.json").write_text(json.dumps(windows(100_000)))
+    out, err = launch('cat "$2"', program="claude", AICAROUSEL_HOME=str(tmp_path), PORT="1").communicate(timeout=HANG_S)
+    assert json.loads(out)["env"][a.CLAUDE_WINDOW] == "100000", err
+
+
+@pytest.mark.parametrize("rows,ok,told", [((200_000,), True, "131072 of "), ((131_072, 8192), True, "131072 of "), ((131_072, 100_000), False, "is no number up to 100000"), ((None,), None, ""), ((8192,), None, "")])
+def test_doctor_says_when_the_window_that_was_written_fits_no_more(clinic: Place, rows: tuple[int | None, ...], ok: bool | None, told: str) -> None:
+    try:
+        reckon_with(clinic, 131_072)
+        clinic.run("config", "claude-code", "--write")
+        reckon_with(clinic, *rows)
+        found = [check for check in clinic.read("doctor")[1]["checks"] if check["what"] == "context window"]
+        assert [check["ok"] for check in found] == ([ok] if ok is not None else []) and all(told in check["told"] for check in found)
+        if ok is False:
+            assert found[0]["fix"] == "python aicarousel.py config claude-code --write" and clinic.read("doctor", "--fix")[0] == 0
+            assert json.loads(clinic.path("claude-code").read_text())["env"][a.CLAUDE_WINDOW] == "100000"
+            (clinic.work / ".claude").mkdir()
+            (clinic.work / ".claude" / "settings.json").write_text(json.dumps({"env": {a.CLAUDE_WINDOW: "1e6"}}))
+            [wrong] = failed(clinic.read("doctor")[1])
+            assert wrong["fix"].startswith(f"take it out of {clinic.work}/.claude/settings.json, then: ") and "1e6 of " in wrong["told"]
+    finally:
+        (clinic.home / "models.json").unlink()
+
+
+def test_doctor_says_nothing_of_windows_while_the_configuration_cannot_be_read(clinic: Place) -> None:
+    clinic.write("claude-code", json.dumps({"env": {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{os.environ['PORT']}", "ANTHROPIC_AUTH_TOKEN": "sk-x", a.CLAUDE_WINDOW: "1"}}))
+    write_in_home("models.json", "[")(clinic, None)
+    assert [check["what"] for check in clinic.read("doctor")[1]["checks"] if check["subject"] == "claude-code"] == ["address", "key"]
 
 
 # ---------------------------------------------------------------- dialogues and selftest
