@@ -3889,6 +3889,7 @@ class Decision(NamedTuple):
     told: str = ""                  #: what the client was told when it was refused
     wish: Wish | None = None
     models: tuple[str, ...] = ()    #: globs of the models its key may use
+    n_more_out: int = 0             #: routes that were left out besides those that are kept, once it is condensed
 
 
 class Pin(NamedTuple):
@@ -14488,6 +14489,14 @@ def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
     return {"keys_active": active, "keys_revoked": revoked, "requests": n_ever, "requests_today": n_today, "input_today": n_input, "output_today": n_output}
 
 
+def find_usage(path: Path, request_id: str) -> Json | None:
+    """The row of a request by the names of its columns, of the one that ended last for ""; None for one that left none. Raises ConfigError."""
+    with readable_database(path) as connection:
+        which, values = ("request_id = ?", [_as_column(request_id)]) if request_id else ("outcome <> 'discarded' ORDER BY id DESC LIMIT 1", [])
+        row = connection.execute(f"SELECT {', '.join(UsageRow._fields)} FROM usage WHERE {which}", values).fetchone()
+    return dict(zip(UsageRow._fields, row)) if row is not None else None
+
+
 # Statistics
 
 #: What requests can be grouped by, as SQL over the usage table.
@@ -17763,6 +17772,9 @@ def as_messages_model(row: Json) -> Json:
 
 # Answers to why.
 
+_KEPT_MAX = 20              # routes left out, and names of each kind in a wish, that are kept of a decision
+_KEPT_CHARS = 200           # of each of a provider's words and of a name that a client wrote
+_TOLD_CHARS = 300
 _EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
 _OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
 
@@ -17776,18 +17788,15 @@ def explain_lines(decision: Decision) -> list[str]:
     tried = [f"  {attempt.route.id}: {'served' if not attempt.reason else attempt.reason}" + (f" ({attempt.status})" if attempt.status else "") + f", {attempt.ms} ms"
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
              for attempt in decision.attempts]
-    misfits = {route.id: why for route, why in decision.passed_over}
-    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in decision.passed_over]
-    out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
-    asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
-    free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
+    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in _left_out(decision)]
+    n_out, free = len(out) + decision.n_more_out, [route.id for route in _free_routes(decision)]
     notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
     notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
     notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
-    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
-    lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
-    lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
+    notes += [decision.told[:_TOLD_CHARS] or "no route to this model"] if not (tried or out or free) else []
+    lines += [_list_head("tried, in order", len(tried)), *tried[:_EXPLAINED_MAX]] if tried else []
+    lines += [_list_head("left out", n_out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
 
@@ -17799,8 +17808,48 @@ def _tell_wish(wish: Wish) -> str:
     return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
-def _list_head(title: str, rows: Sequence[str]) -> str:
-    return f"{title} ({_EXPLAINED_MAX} of {len(rows)}):" if len(rows) > _EXPLAINED_MAX else f"{title}:"
+def _list_head(title: str, n_rows: int) -> str:
+    return f"{title} ({_EXPLAINED_MAX} of {n_rows}):" if n_rows > _EXPLAINED_MAX else f"{title}:"
+
+
+def _left_out(decision: Decision) -> list[tuple[Route, str]]:
+    """Routes that were not tried, each once, with the reason: what will not do for this request first."""
+    misfits = {route.id for route, _ in decision.passed_over}
+    return [*decision.passed_over, *((route, why) for route, why in (decision.plan.skipped if decision.plan else ()) if route.id not in misfits and why != "failed")]
+
+
+def _free_routes(decision: Decision) -> list[Route]:
+    """Routes that were there to be tried and were not needed."""
+    plan = decision.plan
+    asked = {attempt.route.id for attempt in decision.attempts} | {route.id for route, _ in (*decision.passed_over, *(plan.skipped if plan else ()))}
+    return [route for route in (plan.routes if plan else ()) if route.id not in asked]
+
+
+def condense(decision: Decision) -> Decision:
+    """`decision` as it is kept: whatever clients, providers and configuration make of it, a few kilobytes. What is told of it stays the same."""
+    plan, wish, out = decision.plan, decision.wish, decision.passed_over
+    for attempt in decision.attempts:
+        if len(attempt.detail) > _KEPT_CHARS:       # the request log may still be reading the whole
+            decision = decision._replace(attempts=[replace(one, detail=one.detail[:_KEPT_CHARS]) for one in decision.attempts])
+            break
+    if wish is not None:
+        wish = Wish(*(tuple(name[:_KEPT_CHARS] for name in names[:_KEPT_MAX]) for names in wish[:4]), wish.allow_fallbacks, wish.require_parameters)    # type: ignore[arg-type]
+        decision = decision._replace(wish=wish)
+    if len(decision.told) > _TOLD_CHARS:
+        decision = decision._replace(told=decision.told[:_TOLD_CHARS])
+    if len(out) > _KEPT_MAX or plan is not None and len(plan.skipped) > _KEPT_MAX:
+        out = _left_out(decision)
+        decision = decision._replace(plan=Plan(tuple(_free_routes(decision)), (), None, plan.session) if plan is not None else None, passed_over=out[:_KEPT_MAX], n_more_out=max(0, len(out) - _KEPT_MAX))
+    return decision
+
+
+def recall_lines(row: Json) -> list[str]:
+    """What the row of the usage table tells of a request that is not remembered any more."""
+    first, n_attempts = row["first_ms"], row["attempts"]
+    return [f"{row['request_id']}: {row['client_format']}{' streamed' if row['streamed'] else ''}, model {row['model'][:200] or 'not named'}, {row['input'] + row['cached'] + row['cache_write']} tokens: "
+            f"{_OUTCOMES.get(row['outcome'], row['outcome'])} with {row['status']} in {row['total_ms']} ms" + (f", first words after {first} ms" if first else ""),
+            f"tried: {f'{n_attempts} times, the last ' if n_attempts > 1 else ''}{row['route']}" if row["route"] else "no route was tried",
+            f"it ended at {row['at_utc'][:19]}Z; more is not remembered of it, this is its row of the usage table"]
 
 
 def span_text(seconds: float | None) -> str:
@@ -17889,7 +17938,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
-_DECISIONS_MAX = 200        #: requests that can still be explained
+_DECISIONS_MAX = 1000       #: requests that can still be explained
 _SHOWN_MAX = 100            #: of them are listed
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
@@ -18251,11 +18300,19 @@ class Gateway:
         from urllib.parse import parse_qs
         wanted = parse_qs(request.query).get("id", [""])[0]
         decision = next((one for one in reversed(self.decisions) if not wanted or one.id == wanted), None)
-        if decision is None:
-            error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start.", 404, "request_not_found", "invalid_request_error", "id")
+        found, lines = (decision.id, explain_lines(decision)) if decision is not None else await asyncio.get_running_loop().run_in_executor(None, self._recall, wanted)
+        if not lines:
+            error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start, nor in the usage table.", 404, "request_not_found", "invalid_request_error", "id")
             headers, body = self.explain(request, error)
             return exchange.respond(404, headers, body)
-        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [printable(redact(line, self.config.secrets)) for line in explain_lines(decision)]}))
+        exchange.respond(200, _JSON, dump_json({"id": found, "lines": [printable(redact(line, self.config.secrets)) for line in lines]}))
+
+    def _recall(self, wanted: str) -> tuple[str, list[str]]:
+        """Id and lines of a request by the usage table, no lines where it has none or cannot be read; in a thread of its own, as it waits for the disk."""
+        with contextlib.suppress(ConfigError):
+            row = find_usage(self.usage.path, wanted)
+            return (row["request_id"], recall_lines(row)) if row is not None else ("", [])
+        return "", []
 
     async def admin_foresee(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/explain?format=chat: where this body would go, asking nobody."""
@@ -18369,8 +18426,8 @@ class Gateway:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
                 status = FORMATS[client].status(error)
-                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
-                                               told=error.message, wish=wish, models=job.models))
+                self.decisions.append(condense(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                                        told=error.message, wish=wish, models=job.models)))
                 if self.request_log is not None:
                     row = self._row(job, None, Usage(), self.world.utc(), job.id, status, "error", None, 0, 0)
                     self.request_log.put(row, (), error.message, job.body, len(job.raw), self.config.secrets)
@@ -18444,8 +18501,8 @@ class Gateway:
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
         if job.key_id and (spent_usd := sum([row.cost_usd or 0.0 for row in rows]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
-        self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
+        self.decisions.append(condense(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+                                                settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models)))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
