@@ -413,6 +413,11 @@ _SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf
 _NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
+def count_of(n: int, noun: str) -> str:
+    """1 request, 2 requests."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def printable(text: str) -> str:
     """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
     return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
@@ -1099,7 +1104,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (dict, list)):
-        return f"an object with {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)}"
+        return f"an object with {count_of(len(value), 'field')}" if isinstance(value, dict) else f"a list of {len(value)}"
     text = json.dumps(value)
     return f"{'string' if isinstance(value, str) else 'number'} {text if len(text) <= 80 else text[:77] + '...'}"
 
@@ -1796,7 +1801,7 @@ def _want_allowed_host(value: Any, place: _Place) -> str:
 def _want_gateway_key(value: Any, place: _Place) -> str:
     """A gateway key that is not trivial to guess."""
     if value == "test-key" or len(value) < 16:
-        found = "the key test-key" if value == "test-key" else f"a key of {len(value)} characters"
+        found = "the key test-key" if value == "test-key" else f"a key of {count_of(len(value), 'character')}"
         raise place.refuse(found, "keys that cannot be guessed: 16 characters or more")
     return _want_secret(value, place)
 
@@ -4298,9 +4303,10 @@ def tell_shortage(shortage: Shortage, now: float) -> str:
     """What is short and until when, in words."""
     window = shortage.window
     if window is None:
-        return f"{shortage.bucket.n_open} requests at a time"
+        return f"{count_of(shortage.bucket.n_open, 'request')} at a time"
     until = "too large for it" if shortage.at == _ENDLESS else f"{shortage.at - now:.0f} s left"
-    return f"{window.limit:.0f} {window.measure} a {span_word(window.span_s)} ({window.origin}), {until}"
+    limit = count_of(round(window.limit), "request") if window.measure == "requests" else f"{window.limit:.0f} {window.measure}"
+    return f"{limit} a {span_word(window.span_s)} ({window.origin}), {until}"
 
 
 # What strategies order by; less is better.
@@ -14033,7 +14039,7 @@ def _changing_keys(path: Path) -> Iterator[sqlite3.Connection]:
 def _checked_key(key: str) -> str:
     """`key`, a secret the operator chose.  Raises ConfigError, without the key, for one that is weak or does not fit a header."""
     if not (16 <= len(key) <= 512 and key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError("gateway key", f"{len(key)} characters", "16 to 512 printable ASCII characters without spaces")
+        raise ConfigError("gateway key", count_of(len(key), "character"), "16 to 512 printable ASCII characters without spaces")
     return key
 
 
@@ -14934,9 +14940,9 @@ class Accounts:
         if limits.concurrency is not None and account.n_running >= limits.concurrency:
             return no_route(f"This key may ask {limits.concurrency} at a time, and does.", status=429, retry_after_s=1.0)
         if limits.rpm is not None and account.n_requests >= limits.rpm:
-            return no_route(f"This key has used its {limits.rpm} requests per minute.", status=429, retry_after_s=_freed_after_s(account, 1, limits.rpm, now))
+            return no_route(f"This key has used its {count_of(limits.rpm, 'request')} per minute.", status=429, retry_after_s=_freed_after_s(account, 1, limits.rpm, now))
         if limits.tpm is not None and account.n_tokens >= limits.tpm:
-            return no_route(f"This key has used its {limits.tpm} tokens per minute.", status=429, retry_after_s=_freed_after_s(account, 2, limits.tpm, now))
+            return no_route(f"This key has used its {count_of(limits.tpm, 'token')} per minute.", status=429, retry_after_s=_freed_after_s(account, 2, limits.tpm, now))
         if limits.usd_per_day is None and limits.usd_per_month is None:
             return None
         utc_s = self._utc()
@@ -16632,7 +16638,7 @@ class _Run:
         n_waiting, most = sum(map(len, line.values())), self._config.carousel.limits.queue
         if not awaited and n_waiting >= most:
             now = relay.world.clock()
-            raise no_route(f"{n_waiting} requests are waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
+            raise no_route(f"{count_of(n_waiting, 'request')} waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
         if awaited:
             relay.leave_line(awaited, key_id, turn)
         relay.lines.setdefault(wanted, {}).setdefault(key_id, deque()).append(turn)
@@ -16820,7 +16826,7 @@ class _Run:
         hub = recall(self._needs.hub(), self._relay.memo)
         self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
         made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
-        self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
+        self._dropped = (*dropped, f"goes on after {count_of(len(seam.text), 'character')}")
         return dump_json(made)
 
     def _request_body(self, route: Route) -> bytes:
@@ -17399,6 +17405,7 @@ const fill = (id, ...inside) => at(id).replaceChildren(...inside);
 const number = value => value === null || value === undefined ? "-" : Math.round(value).toLocaleString("en");
 const dollars = value => value === null || value === undefined ? "unknown" : "$" + value.toLocaleString("en", {minimumFractionDigits: value < 1 ? 4 : 2, maximumFractionDigits: value < 1 ? 4 : 2});
 const span = s => s === null || s === undefined ? "-" : s >= 172800 ? (s / 86400).toPrecision(3) + " d" : s >= 7200 ? (s / 3600).toPrecision(3) + " h" : s >= 120 ? (s / 60).toPrecision(3) + " min" : Math.round(s) + " s";
+const count = (n, noun) => number(n) + " " + noun + (n === 1 ? "" : "s");
 const ms = value => value !== null ? (value < 1000 ? value + " ms" : (value / 1000).toFixed(1) + " s") : "-";
 
 async function ask(path) {
@@ -17474,13 +17481,13 @@ function showStats(days, models, keys, n_days) {
   for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
   columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
   columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd);
-  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
+  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, count(days.total.unpriced_requests, "request") + " without a known price, not in this."));
   bars("p-model", "By model", models.groups, "model");
   bars("p-key", "By key", keys.groups, "key");
   const most = Math.max(...days.hours.flat(), 1), names = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"];
   fill("p-heat", make("figcaption", {}, make("h3", {}, "Requests by weekday and hour"), make("span", {}, number(days.total.requests))),
     make("div", {class: "heat", role: "img", "aria-label": "Requests by weekday and hour, " + number(days.total.requests) + " in all"}, make("span", {}), ...Array.from({length: 24}, (_, hour) => make("span", {}, hour % 6 ? "" : String(hour))),
-      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((count, hour) => make("i", {class: count ? "h" + Math.ceil(4 * count / most) : "", title: names[day] + " " + hour + ":00, " + number(count) + " requests", "data-value": count}))])));
+      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((n, hour) => make("i", {class: n ? "h" + Math.ceil(4 * n / most) : "", title: names[day] + " " + hour + ":00, " + count(n, "request"), "data-value": n}))])));
 }
 
 let timer = 0, turn = 0;
@@ -17494,7 +17501,7 @@ async function look() {
       if (mine !== turn) return;
       at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
       showRoutes(routes.routes, quota.windows); showLive(requests.live); showLast(requests.last);
-      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
+      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + count(requests.requests, "request");
       if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
     }
   } catch (error) {
@@ -17717,7 +17724,7 @@ def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tup
 
 
 ##############################################################################
-# 40. Reports                                             pure | uses 1, 8
+# 40. Reports                                             pure | uses 1-2, 8
 ##############################################################################
 # What commands and /admin print.  Lines fit a terminal; what others wrote is made printable by whoever shows it.  Guarded by tests/test_why.py.
 
@@ -17783,7 +17790,7 @@ def explain_lines(decision: Decision) -> list[str]:
     """Why a request went where it went, in at most 15 lines: routes tried, left out and free, each with the reason and the time."""
     plan, facts = decision.plan, decision.facts
     streamed = " streamed" if decision.streamed else ""
-    lines = [f"{decision.id}: {decision.client}{streamed}, model {decision.model or 'not named'}, about {facts.n_input} tokens: {_OUTCOMES.get(decision.outcome, decision.outcome)}"
+    lines = [f"{decision.id}: {decision.client}{streamed}, model {decision.model or 'not named'}, about {count_of(facts.n_input, 'token')}: {_OUTCOMES.get(decision.outcome, decision.outcome)}"
              + (f" with {decision.status} in {decision.total_ms} ms" + (f", first words after {decision.first_ms} ms" if decision.first_ms else "") if decision.outcome else "")]
     tried = [f"  {attempt.route.id}: {'served' if not attempt.reason else attempt.reason}" + (f" ({attempt.status})" if attempt.status else "") + f", {attempt.ms} ms"
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
@@ -17846,7 +17853,7 @@ def condense(decision: Decision) -> Decision:
 def recall_lines(row: Json) -> list[str]:
     """What the row of the usage table tells of a request that is not remembered any more."""
     first, n_attempts = row["first_ms"], row["attempts"]
-    return [f"{row['request_id']}: {row['client_format']}{' streamed' if row['streamed'] else ''}, model {row['model'][:200] or 'not named'}, {row['input'] + row['cached'] + row['cache_write']} tokens: "
+    return [f"{row['request_id']}: {row['client_format']}{' streamed' if row['streamed'] else ''}, model {row['model'][:200] or 'not named'}, {count_of(row['input'] + row['cached'] + row['cache_write'], 'token')}: "
             f"{_OUTCOMES.get(row['outcome'], row['outcome'])} with {row['status']} in {row['total_ms']} ms" + (f", first words after {first} ms" if first else ""),
             f"tried: {f'{n_attempts} times, the last ' if n_attempts > 1 else ''}{row['route']}" if row["route"] else "no route was tried",
             f"it ended at {row['at_utc'][:19]}Z; more is not remembered of it, this is its row of the usage table"]
@@ -17911,7 +17918,7 @@ def stats_lines(stats: Json) -> list[str]:
     rows.append(["total", *("" for _ in names[1:]), *(str(total[name]) for _, name in _STATS_COLUMNS), cost_text(total)])
     lines = [f"since {stats['since']}", *align_columns(rows, max(1, len(names)))]
     if total["estimated_requests"]:
-        lines.append(f"estimated: {total['estimated_input']} tokens in and {total['estimated_output']} out, of {total['estimated_requests']} requests whose providers did not count them")
+        lines.append(f"estimated: {count_of(total['estimated_input'], 'token')} in and {total['estimated_output']} out, of {count_of(total['estimated_requests'], 'request')} whose providers did not count them")
     return lines
 
 
@@ -19040,7 +19047,7 @@ def add_provider(home: Home, name: str, entry: Json) -> str:
         return set_json(text, [name], entry)
 
     provider = find_provider(change_models(home, change), name)
-    return f"{name} added, with {len(provider.models)} models" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
+    return f"{name} added, with {count_of(len(provider.models), 'model')}" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
 
 
 def remove_provider(home: Home, name: str) -> str:
@@ -19073,9 +19080,9 @@ def order_providers(home: Home, names: Sequence[str]) -> str:
         for name in names:
             _entry_in(tree, name)
             if names.count(name) > 1:
-                raise Refused(f"{name} stands there {names.count(name)} times")
+                raise Refused(f"{name} stands there {count_of(names.count(name), 'time')}")
         if len(names) < len(known):
-            raise Refused(f"{len(names)} of {len(known)} providers are named; missing: {', '.join(name for name in known if name not in names)}")
+            raise Refused(f"{len(names)} of {count_of(len(known), 'provider')} named; missing: {', '.join(name for name in known if name not in names)}")
         at, turn = list(tree), iter(names)
         return order_json(text, [], [at.index(name if name == "carousel" else next(turn)) for name in at])
 
@@ -19268,7 +19275,7 @@ def forget_keys(home: Home, name: str) -> str:
     kept = f"not removed, as it stands elsewhere: {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else ""
     if not n_removed:
         raise Refused(kept or f"{only or name} has no key in .env")
-    return f"{n_removed} key{'s' if n_removed > 1 else ''} of {name} removed from .env" + (f"; {kept}" if kept else "")
+    return f"{count_of(n_removed, 'key')} of {name} removed from .env" + (f"; {kept}" if kept else "")
 
 
 # Asking providers.
@@ -19402,7 +19409,7 @@ def try_keys(providers: Iterable[Provider], settings: Settings) -> list[Json]:
     async def ask(transport: Transport) -> list[Verdict]:
         return await asyncio.gather(*(check_key(transport, provider, credential, settings) for provider, credential in chosen))
 
-    found = run_asking(ask, f"asking {len(chosen)} providers") if chosen else []
+    found = run_asking(ask, f"trying {count_of(len(chosen), 'key')}") if chosen else []
     return [{"key": credential.id, "state": verdict.state, "words": verdict.words} for (_, credential), verdict in zip(chosen, found)]
 
 
@@ -19414,7 +19421,7 @@ def compare_offers(providers: Iterable[Provider], settings: Settings) -> list[Js
         return await asyncio.gather(*(list_offers(transport, provider, provider.credentials[0], settings) for provider in chosen), return_exceptions=True)
 
     rows = []
-    for provider, found in zip(chosen, run_asking(ask, f"asking {len(chosen)} providers") if chosen else []):
+    for provider, found in zip(chosen, run_asking(ask, f"asking {count_of(len(chosen), 'provider')}") if chosen else []):
         if isinstance(found, BaseException) and not isinstance(found, UpstreamFailure):
             raise found
         known, listed = [model.id for model in provider.models], [] if isinstance(found, BaseException) else found
@@ -19457,7 +19464,7 @@ def provider_lines(rows: Sequence[Json]) -> list[str]:
     import textwrap
     lines = []
     for number, row in enumerate(rows, 1):
-        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:WIDTH])
+        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {count_of(len(row['models']), 'model')}, {count_of(len(row['keys']), 'key')}, default {row['default'] or 'none'}"[:WIDTH])
         lines += [f"     {line}" for line in textwrap.wrap(row["why"], WIDTH - 5)]
     return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
 
@@ -19482,7 +19489,7 @@ def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
     """What providers list; `new`: also the names that are not configured."""
     lines = []
     for row in rows:
-        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
+        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {count_of(len(row['listed']), 'model')}" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
         lines += [f"  {name}" for name in row["new"]] if new else []
     return list(map(printable, lines))
 
@@ -20958,7 +20965,7 @@ def _examine_database(path: Path) -> Check:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if sound == "ok":
-                return Check("home", "database", True, f"{path}, {counts['requests']} requests")
+                return Check("home", "database", True, f"{path}, {count_of(counts['requests'], 'request')}")
             raise ConfigError(str(path), sound, "a sound database")
     except (ConfigError, sqlite3.Error) as error:
         return Check("home", "database", False, str(error), f"stop the server, move {path} away and put the newest aicarousel-backup-*.db in its place")
@@ -20971,7 +20978,7 @@ def hear(stage: Stage, name: str) -> Check:
     try:
         for n_steps, step in enumerate(speak(stage), 1):
             pass
-        return Check("dialogue", speaker, True, f"{n_steps} steps")
+        return Check("dialogue", speaker, True, count_of(n_steps, "step"))
     except (Mismatch, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return Check("dialogue", speaker, False, f"{step}: {error}" if isinstance(error, Mismatch) else f"{step}: an answer of another shape ({type(error).__name__} {error})",
                      "this is a mistake of AICarousel: please report it with these lines")
@@ -21079,7 +21086,7 @@ def _show_failover(stage: Stage) -> str:
     again = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
     asked = [len(stage.cast.requests[name]) for name in ("limited", "down", "empty")]
     must_be(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
-    return f"429, 500 and an empty answer passed over in {reply.headers['x-aicarousel-attempts']} attempts, then left alone"
+    return f"429, 500 and an empty answer passed over in {count_of(int(reply.headers['x-aicarousel-attempts']), 'attempt')}, then left alone"
 
 
 def _show_held_calls(stage: Stage) -> str:
@@ -21655,7 +21662,7 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     settings = gateway.config.settings
     address = _address_at(settings, port)
     lines = [f"AICarousel {__version__} listening on {address}", f"home: {home.folder}"]
-    active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
+    active = [f"{provider.name} ({count_of(len(provider.credentials), 'key')})" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
         lines.append(f"providers: {', '.join(active)}")
     if gateway.config.looked_for and not any(credential.secret for provider in gateway.config.active for credential in provider.credentials):
@@ -22293,7 +22300,7 @@ def status_lines(home: Home, config: Config, state: Json) -> list[str]:
         lines += [f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today"]
     lines.append("providers")
     for row in state["providers"] or [{"name": "none", "state": "out", "why": "no key was found: " + ", ".join(config.looked_for), "models": 0, "keys": 0}]:
-        lines.append(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
+        lines.append(f"  {row['name']:<16} {row['state']:<8} {count_of(row['models'], 'model')}, {count_of(row['keys'], 'key')}" + (f"  ({row['why']})" if row["why"] else ""))
         lines += [f"    {cold['scope']} {cold['key']}: {cold['reason']}, {cold['until_s']:.0f} s" for cold in row.get("cooling", ())]
     return list(map(printable, [*lines, *(f"warning: {warning}" for warning in config.warnings)]))
 

@@ -630,7 +630,7 @@ def test_status_tells_what_cools_in_the_gateway_that_runs(gateway_factory: Calla
     assert [(row["name"], row["state"], [cold["reason"] for cold in row["cooling"]]) for row in shown["providers"]] == [("bad", "cooling", ["auth_invalid"]), ("good", "active", [])]
     assert shown["server"] == f"running on port {gateway.port}" and shown["servers"][0]["pid"] == gateway.pid
     text = gateway.command("status").stdout
-    assert "  bad              cooling  1 models, 1 keys\n    credential bad/1: auth_invalid, " in text and FAKE_KEY not in text
+    assert "  bad              cooling  1 model, 1 key\n    credential bad/1: auth_invalid, " in text and FAKE_KEY not in text
     assert json.loads(gateway.command("key", "list", "--json").stdout)[0]["name"] == "test" and len(json.loads(gateway.command("key", "list", "--json").stdout)) == 1
     assert gateway.command("call", "Hi", "-m", "good/m", "-k", gateway.key).returncode == 0, "a gateway that runs is found without --server"
 

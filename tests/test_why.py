@@ -103,9 +103,9 @@ HEALTHY, TWO = {"a": healthy()}, {"a": healthy(), "b": healthy()}
 CASES: list[tuple[str, Json, Json, Callable[[House], Any], list[str]]] = [
     ("no room, another has", TWO, {"entries": {"a": ONE}}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
         rf"chat, model a/m, about \d+ tokens: served with 200 in {MS}.*", "tried, in order:", rf"  b/1:m: served \(200\), {MS}", "left out:",
-        r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+        r"  a/1:m: quota: 1 request a minute \(configured\), 60 s left"]),
     ("no room anywhere", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 0}}, lambda house: [ask(house), ask(house)], [
-        rf"chat, model not named, .*: failed with 429 in {MS}", "left out:", r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+        rf"chat, model not named, .*: failed with 429 in {MS}", "left out:", r"  a/1:m: quota: 1 request a minute \(configured\), 60 s left"]),
     ("waited in line", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 100}}, wait_in_line, [
         r"chat, .*: served with 200 in 61\d\d\d ms.*", "tried, in order:", rf"  a/1:m: served \(200\), {MS}", r"waited 6[01]\d\d\d ms in line"]),
     ("refused before", {"a": SLOW_DOWN, "b": healthy()}, {}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
@@ -268,6 +268,11 @@ def test_what_an_answer_tells_of_its_route(build: Build) -> None:
     told = house.post("/v1/chat/completions", chat_body("a/m"), headers={"x-session-id": "s1"}).headers
     assert (told["x-aicarousel-key"], told["x-aicarousel-cache"], told["x-aicarousel-session"]) == (FAKE_KEY[-4:], "64/90", "new")
     assert house.post("/v1/chat/completions", chat_body("a/m"), headers={"x-session-id": "s1"}).headers["x-aicarousel-session"] == "hit"
+
+
+@pytest.mark.parametrize("n,told", [(0, "0 models"), (1, "1 model"), (2, "2 models"), (1000, "1000 models")])
+def test_a_count_agrees_with_its_noun(n: int, told: str) -> None:
+    assert aicarousel.count_of(n, "model") == told
 
 
 # ---------------------------------------------------------------- commands
