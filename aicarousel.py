@@ -210,6 +210,8 @@ class Model:
     reasoning: bool | None = None
     price: Price | None = None
     limits: Limits | None = None
+    audio: bool | None = None       #: None, here and below: not where it is known to read no images, else unknown
+    pdf: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1340,6 +1342,8 @@ _MODEL_FIELDS = {
     "vision": _Field("vision", _want_flag),
     "tools": _Field("tools", _want_flag),
     "reasoning": _Field("reasoning", _want_flag),
+    "audio": _Field("audio", _want_flag),
+    "pdf": _Field("pdf", _want_flag),
     "price": _Field("price", _want_record(Price, _PRICE_FIELDS)),
     "limits": _Field("limits", _LIMITS),
 }
@@ -3813,7 +3817,7 @@ _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter 
 
 #: Why a route will not do for one request, by the words of misfit() in section 26 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
-    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_audio": "takes no audio", "no_pdf": "reads no PDFs", "no_tools": "calls no tools", "no_parameter": "does not take every field",
     "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
     "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
 
@@ -4850,6 +4854,9 @@ class Profile:
     max_out_limit: int | None = None
     default_max_out: int = 8192
     images: bool = True
+    audio: bool = True                       #: False, here and below: known to take none
+    pdf: bool = True
+    own_pdf: bool = False                    #: it makes text of PDFs for models that read none
     extra_names: bool = False                #: assistant and tool messages want `name`
 
 
@@ -4867,7 +4874,7 @@ _PROFILE_ROWS: Mapping[str, Json] = {
     "cerebras": {"reject": ("store", "metadata", "reasoning", "enable_thinking", "frequency_penalty", "presence_penalty", "logit_bias", "service_tier", "prompt_cache_key",
                  "verbosity", "safety_identifier"), "message_reject": ("reasoning_content",), "max_field": "max_completion_tokens", "penalties": False, "replay": "reasoning",
                  "schema_with_tools": False, "one_strict": True},
-    "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
+    "openrouter": {"family": "openrouter", "replay": "reasoning_details", "switch": "reasoning", "file_url": True, "own_pdf": True, "cache_control": True, "top_k": True, "cache_key": True},
     "mistral": {"reject": ("stream_options", "store", "user", "logprobs", "top_logprobs", "logit_bias", "metadata", "service_tier", "prompt_cache_key", "verbosity",
                 "safety_identifier", "max_completion_tokens"), "message_reject": ("reasoning_content", "reasoning"), "stream_options": False, "call_id": "mistral9",
                 "seed_field": "random_seed", "required_word": "any", "prefill": "prefix", "continues": "echo", "user_first": True, "extra_names": True},
@@ -5703,6 +5710,12 @@ def shows_image(hub: Json) -> bool:
     """Whether the last turn holds an image, also as a tool's result."""
     parts = hub["turns"][-1]["parts"] if hub["turns"] else []
     return any(inner["type"] == "image" for part in parts for inner in (part, *part.get("parts", ())))
+
+
+def find_media(hub: Json) -> frozenset[str]:
+    """What of audio and pdf any turn holds, also as a tool's result: unlike an image of before, neither is left out for a target that does not take it."""
+    parts = (inner for turn in hub["turns"] for part in turn["parts"] for inner in (part, *part.get("parts", ())))
+    return frozenset("audio" if part["type"] == "audio" else "pdf" for part in parts if part["type"] == "audio" or part["type"] == "file" and part.get("mime") == "application/pdf")
 
 
 def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
@@ -12508,7 +12521,9 @@ FORMATS: Mapping[ClientFormat, WireFormat] = {
 def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profile:
     """What one model of a provider takes, spoken to in `wire_format`."""
     profile = profile_for(preset_name, model.id, wire_format)
-    return replace(profile, max_out_limit=model.max_output, images=profile.images and model.vision is not False)
+    images = profile.images and model.vision is not False
+    return replace(profile, max_out_limit=model.max_output, images=images, audio=images if model.audio is None else model.audio,
+                   pdf=images or profile.own_pdf if model.pdf is None else model.pdf)
 
 
 class Needs:
@@ -12518,7 +12533,7 @@ class Needs:
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_media", "_counts")
 
     def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[Json], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
@@ -12530,6 +12545,7 @@ class Needs:
         self._body = body
         self._hub: Json | None = None           # read when first needed
         self._shows: bool | None = None
+        self._media: frozenset[str] | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
     @property
@@ -12539,6 +12555,13 @@ class Needs:
             hub = self._readable_hub() if b"image" in self._raw else None
             self._shows = hub is not None and shows_image(hub)
         return self._shows
+
+    def brings(self, kind: Literal["audio", "pdf"]) -> bool:
+        """Whether it holds any of that."""
+        if self._media is None:
+            hub = self._readable_hub() if any(mark in self._raw for mark in _MEDIA_MARKS) else None
+            self._media = find_media(hub) if hub is not None else frozenset()
+        return kind in self._media
 
     def window(self, route: Route) -> int | None:
         """Tokens that the route's model holds, None where nobody knows."""
@@ -12584,6 +12607,8 @@ class Needs:
         self.overflowed = max(self.overflowed, window or 0)
 
 
+#: One of these stands in a request that holds audio or a PDF; to look for them costs less than to read it.
+_MEDIA_MARKS = (b'"input_audio"', b"application/pdf")
 #: What clients call the longest answer they want.
 _MAX_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 #: Fewer bytes per token than this no prompt has.
@@ -12593,13 +12618,17 @@ _DOUBT = 1.1
 
 
 def misfit(route: Route, needs: Needs) -> str:
-    """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_parameter, too_small."""
+    """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_audio, no_pdf, no_parameter, too_small."""
     model, preset = route.model, route.provider.preset
     if needs.tools and model.tools is False:
         return "no_tools"
     profile = target_profile(preset.name, model, route.provider.format)
     if not profile.images and needs.images:
         return "no_vision"
+    if not profile.audio and needs.brings("audio"):
+        return "no_audio"
+    if not profile.pdf and needs.brings("pdf"):
+        return "no_pdf"
     if needs.required and not needs.required.isdisjoint((*preset.rejects, *profile.reject)):
         return "no_parameter"
     window = needs.window(route)
@@ -16578,9 +16607,9 @@ class _Run:
         if why == "too_small":
             tokens = self._needs.n_tokens(route.model.id)
             return UpstreamFailure("fit", "context_overflow", overflow_message("chat", tokens, self._needs.window(route)), 400, "fit")
-        if why == "no_vision":
-            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if other.vision), "")
-            return unsupported(f"{name} reads no images" + (f"; {able} does" if able else ""))
+        if why in ("no_vision", "no_audio", "no_pdf"):
+            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if getattr(other, why.removeprefix("no_"))), "")
+            return unsupported(f"{name} {MISFITS[why]}" + (f"; {able} does" if able else ""))
         return unsupported(f"{name} calls no tools" if why == "no_tools" else f"{name} does not take every field of the request")
 
     def _in_clients_words(self, error: GatewayError) -> GatewayError:
