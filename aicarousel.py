@@ -21544,7 +21544,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again, found = False, contextlib.ExitStack()
-    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port))
+    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port, lasting=config.settings.port != 0))
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
@@ -21593,8 +21593,11 @@ def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
 
 
 @contextlib.contextmanager
-def _announced(home: Home, address: str, port: int) -> Iterator[None]:
-    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one."""
+def _announced(home: Home, address: str, port: int, *, lasting: bool) -> Iterator[None]:
+    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one.
+
+    lasting: it was told its port, so that clients may be pointed at it; `run` starts one that was not, and ends it with its client.
+    """
     path, handle = home.data / f"serve-{port}.pid", -1
     with contextlib.suppress(OSError, ImportError):         # a server that is not found serves all the same
         import fcntl
@@ -21606,7 +21609,7 @@ def _announced(home: Home, address: str, port: int) -> Iterator[None]:
             except BlockingIOError:     # somebody looks whether it is locked
                 time.sleep(pause_s)
         os.truncate(handle, 0)
-        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "lasting": lasting}))
     try:
         yield
     finally:
@@ -22113,9 +22116,10 @@ def _stats_command(arguments: Any) -> int:
     return 0
 
 
-def _server_of(home: Home, settings: Settings) -> str:
-    """The address of the gateway that runs with a home, else of the one that its settings make."""
-    return next((row["address"] for row in find_servers(home)), own_address(settings))
+def _server_of(home: Home, settings: Settings, *, lasting: bool = False) -> str:
+    """The address of the gateway that runs with a home, before others of that which its settings make, as of this where none runs. lasting: of those alone that clients may be pointed at."""
+    own, found = own_address(settings), [row["address"] for row in find_servers(home) if row.get("lasting", True) or not lasting]
+    return own if own in found or not found else found[0]
 
 
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
@@ -22451,7 +22455,7 @@ def _client_command(arguments: Any) -> int:
 def _address_of(arguments: Any, home: Home) -> str:
     """The address of --server, without a path, else of this home's gateway. Raises ConfigError."""
     if not arguments.server:
-        return own_address(read_config(home, {}).settings)
+        return _server_of(home, read_config(home, {}).settings, lasting=True)
     try:
         return root_of(arguments.server)
     except ValueError as error:
@@ -22477,7 +22481,7 @@ def _run_command(arguments: Any) -> int:
     config = read_config(home, {})
     key, row = create_key(home.database_path, f"run {Path(words[0]).stem}", limits={"expires_at": int(time.time()) + RUN_KEY_S})
     try:
-        with gateway_for(own_address(config.settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
+        with gateway_for(_server_of(home, config.settings, lasting=True), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
             return launch(words, address, key, config)
     finally:
         delete_key(home.database_path, row.id)
@@ -22490,7 +22494,7 @@ def _doctor_command(arguments: Any) -> int:
     except ConfigError:
         settings = Settings()           # what is wrong is the first thing that is told
     checks = _Teller(arguments.json)
-    doctor(home, settings, _address_of(arguments, home) if arguments.server else own_address(settings), checks, fix=arguments.fix, live=arguments.live)
+    doctor(home, settings, _address_of(arguments, home) if arguments.server else _server_of(home, settings, lasting=True), checks, fix=arguments.fix, live=arguments.live)
     return checks.end()
 
 

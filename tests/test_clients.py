@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -388,6 +389,41 @@ def test_a_gateway_is_started_where_none_runs_and_stopped_at_the_end(launch: Cal
     assert running.returncode == 0 and err == "" and a.Demo.ANSWER in out
     assert a.ask_gateway(out.split("/v1")[0], "GET", "/health", timeout_s=1.0).status == 0 and names_of_keys(tmp_path) == []
     assert "outcome=ok" in (tmp_path / "data" / "run.log").read_text() and stat.S_IMODE((tmp_path / "data" / "run.log").stat().st_mode) == 0o600
+
+
+@pytest.fixture
+def elsewhere(gateway_factory: Callable[..., Gateway]) -> Gateway:
+    """A gateway on a port that it was told, and its home's settings were not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return gateway_factory(arguments=["--demo", "--port", str(port)])
+
+
+def test_a_gateway_on_another_port_is_found_by_its_home(elsewhere: Gateway, launch: Callable[..., subprocess.Popen[str]], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `run`, `config` and `doctor`, which mends what points elsewhere."""
+    out, err = launch("sh", "-c", 'echo "$OPENAI_BASE_URL"', AICAROUSEL_HOME=str(elsewhere.home), PORT="1").communicate(timeout=HANG_S)
+    assert (out, err) == (f"{elsewhere.url}/v1\n", "")
+    monkeypatch.setattr(a, "on_stage", lambda play: None)
+    place.set(AICAROUSEL_HOME=str(elsewhere.home), PORT="1", PATH="")
+    assert elsewhere.url in place.run("config", "curl")[1]
+    assert place.run("config", "aider", "--write", "--server", "http://127.0.0.1:1")[0] == 0
+    status, told = place.read("doctor")
+    assert status == 1 and "is a port where nothing listens" in failed(told)[0]["told"] and elsewhere.url in next(check["told"] for check in told["checks"] if check["what"] == "running")
+    assert place.read("doctor", "--fix")[0] == 0 and elsewhere.url in place.path("aider").read_text()
+    place.set(PORT=str(elsewhere.port))
+    assert place.read("doctor")[0] == 0
+
+
+def test_clients_are_not_pointed_at_a_gateway_that_ends_with_another(launch: Callable[..., subprocess.Popen[str]], place: Place) -> None:
+    running = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"; exec cat', stdin=subprocess.PIPE, AICAROUSEL_HOME=str(place.home), PORT="1")
+    assert running.stdout is not None and running.stdin is not None
+    address = running.stdout.readline().strip()
+    assert wait_for(lambda: [row["address"] for row in place.read("info")[1]["servers"]] == [address])
+    place.set(PORT="1")
+    assert "http://127.0.0.1:1/" in place.run("config", "curl")[1] and place.run("quota")[0] == 0, "commands ask it all the same"
+    out, _ = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"', AICAROUSEL_HOME=str(place.home), PORT="1").communicate(timeout=HANG_S)
+    assert out.startswith("http://127.0.0.1:") and out.strip() != address
+    running.communicate(timeout=HANG_S)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
