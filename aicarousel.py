@@ -3844,6 +3844,7 @@ class Catalogue:
     models: Mapping[str, tuple[Group, ...]]             #: by id, alias and prefixed id
     aliases: Mapping[str, tuple[str, ...]]
     rejects_unknown: bool
+    offered: Mapping[str, tuple[tuple[Provider, Model], ...]] = field(default_factory=dict)     #: by bare id, what is in fetched lists alone
 
 
 class Facts(NamedTuple):
@@ -4001,8 +4002,10 @@ def resolve(catalogue: Catalogue, name: str | None, *, may_be_alias: bool = True
     for prefix, family in _FAMILIES:
         if name.startswith(prefix) and family in catalogue.providers:
             return Choice(name, (_named_group(catalogue.providers[family], name),), False, True)
+    if name in catalogue.offered:
+        return Choice(f"model {name}", tuple(_group_of(provider, (model,)) for provider, model in catalogue.offered[name]), True, True)
     if catalogue.rejects_unknown:
-        known = [*catalogue.models, *catalogue.aliases, *catalogue.providers]
+        known = [*catalogue.models, *catalogue.aliases, *catalogue.providers, *catalogue.offered]
         from difflib import get_close_matches
         close = ", ".join(get_close_matches(name[:200], known, 3, 0.3)) or "none"
         raise unknown_model(f"The model {name[:200]!r} is not known here. Nearest: {close}.")
@@ -16171,6 +16174,11 @@ class Relay:
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
+    def offer(self, offered: Mapping[str, tuple[tuple[Provider, Model], ...]]) -> None:
+        """Let clients name these by their bare ids too, until the next configuration."""
+        self.catalogue = replace(self.catalogue, offered=offered)
+        self._allowed = {}
+
     def choose(self, job: Job) -> tuple[Choice, Catalogue]:
         """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
         catalogue, choice = (self.catalogue, resolve(self.catalogue, job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
@@ -16340,7 +16348,7 @@ def read_models(body: bytes) -> tuple[Model, ...]:
     found: dict[str, Model] = {}
     for row in rows[:_MODELS_MAX]:
         name = row.get("id") or row.get("name") if isinstance(row, dict) else None
-        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() and "*" not in name:
             sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
             name = name.removeprefix("models/")         # as Gemini has them
             found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
@@ -17244,7 +17252,7 @@ def _known_log_text(text: str) -> str:
 
 
 ##############################################################################
-# 38. Model lists                                         I/O | uses 2, 37
+# 38. Model lists                                         I/O | uses 2, 8, 37
 ##############################################################################
 # Lists of models of providers that name "*": fetched in the background, the last good one kept.  Guarded by tests/test_model_lists.py.
 
@@ -17269,6 +17277,15 @@ class ModelLists:
         if due and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._ask(due))
 
+    def publish(self) -> None:
+        """Tell the relay what is offered."""
+        offered: dict[str, tuple[tuple[Provider, Model], ...]] = {}
+        for provider in self._asking():
+            for model in self.of(provider):
+                if any(may_use(credential, model.id) for credential in provider.credentials):
+                    offered[model.id] = (*offered.get(model.id, ()), (provider, model))
+        self._relay.offer(offered)
+
     async def refresh(self) -> Json:
         """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
         told = await self._ask(self._asking())
@@ -17291,7 +17308,9 @@ class ModelLists:
                 logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
                 return f"{failure.reason} {failure.detail}".strip()
             return ""
-        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+        told = dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+        self.publish()
+        return told
 
 
 ##############################################################################
@@ -17792,7 +17811,7 @@ def find_model(config: Config, offers: Offers, name: str) -> Json | None:
         if row["id"] == name:
             return row
     for provider in config.active:
-        for model in provider.models:
+        for model in (*provider.models, *offers(provider)):
             if name in (model.id, model.alias, f"{provider.name}:{model.id}"):
                 return _model_row(name, provider.name, model)
         if name == provider.name:
@@ -18062,6 +18081,7 @@ class Gateway:
         if self.request_log is not None:
             self.request_log.bodies, self.request_log.max_bytes, self.request_log.max_days = config.settings.log_bodies, self.bounds.request_log_bytes, self.bounds.request_log_days
         self.relay.configure(self.config)
+        self.lists.publish()
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists.look()
