@@ -21512,7 +21512,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
 
 
 ##############################################################################
-# 50. Serving                                             I/O | uses 2, 4, 9, 28, 30-33, 36-37, 41-44
+# 50. Serving                                             I/O | uses 2, 4, 9, 28, 30-33, 36-37, 40-44
 ##############################################################################
 # What `serve` does around a Gateway: it listens, watches files and signals, writes the log, and ends in order.  Guarded by tests/test_cli.py and tests/test_server.py.
 
@@ -21725,29 +21725,21 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     if settings.no_auth:
         lines.append("warning: --no-auth: every program on this machine can use the providers")
     if new_key:
-        lines += ["", "A gateway key was made. It is shown only now:", f"  {new_key}", "", *client_recipes(address, new_key)]
+        lines += ["", "A gateway key was made. It is shown only now:", f"  {new_key}", "", *client_recipes(address, new_key, smallest_window(gateway.config, CLIENTS["claude-code"].least_window))]
     print("\n".join(lines), flush=True)
 
 
-def client_recipes(address: str, key: str) -> list[str]:
-    """What to paste into which client."""
+def client_recipes(address: str, key: str, window: int | None = None) -> list[str]:
+    """What to paste into which client, in few lines."""
+    def indented(name: str) -> list[str]:
+        return [f"  {line}" for line in snippet(CLIENTS[name], None, address, key)[0][1].splitlines() if line]
+    claude, cline = (fill(CLIENTS[name].files[0].values, address, key, window) for name in ("claude-code", "cline"))
+    settings, [variable] = cline["providers"]["openai-compatible"]["settings"], CLIENTS["codex"].files[1].values
     return [
-        "Claude Code:",
-        f"  export ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL=aicarousel",
-        "Codex CLI, in ~/.codex/config.toml, with AICAROUSEL_KEY set to the key:",
-        '  model = "aicarousel"',
-        '  model_provider = "aicarousel"',
-        "  [model_providers.aicarousel]",
-        '  name = "AICarousel"',
-        f'  base_url = "{address}/v1"',
-        '  env_key = "AICAROUSEL_KEY"',
-        '  wire_api = "responses"',
-        "  supports_websockets = false",
-        "Cline:",
-        f"  provider OpenAI Compatible, base URL {address}/v1, model aicarousel, the key as API key",
-        "curl:",
-        f"  curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\",
-        '    -d \'{"model": "aicarousel", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'',
+        "Claude Code:", "  export " + " ".join(f"{name}={value}" for name, value in claude["env"].items()),
+        f"Codex CLI, in ~/.codex/config.toml, with {variable} set to the key:", *indented("codex"),
+        "Cline:", f"  provider OpenAI Compatible, base URL {settings['baseUrl']}, model {settings['model']}, the key as API key",
+        "curl:", *indented("curl"),
         f"Into a client's own files, by itself: python aicarousel.py config NAME --write, NAME being {', '.join(name for name, client in CLIENTS.items() if client.files)}",
     ]
 

@@ -271,7 +271,7 @@ def test_the_first_start_prints_a_key_what_to_paste_and_what_was_looked_for(plac
         [key] = set(KEY.findall(printed))
         for words in (f"listening on {address}", "It is shown only now", f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL=aicarousel",
                       "~/.codex/config.toml", f'base_url = "{address}/v1"', 'wire_api = "responses"', "Cline:", f"base URL {address}/v1",
-                      f"curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}'", "GROQ_API_KEY", "GEMINI_API_KEY", str(gateway.home / ".env"), "serve --demo"):
+                      f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}'", "GROQ_API_KEY", "GEMINI_API_KEY", str(gateway.home / ".env"), "serve --demo"):
             assert words in printed, words
         assert gateway.get("/health?deep=1", key=key).status == 200
         assert key not in gateway.log
