@@ -11574,7 +11574,7 @@ _MESSAGES_ERROR_TYPES: Mapping[int, str] = {
 def messages_error(error: GatewayError, request_id: str = "") -> Json:
     """The envelope of an error, as a body and as an event in a stream."""
     kind = _MESSAGES_ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    inner: Json = {"type": kind, "message": error.message}
+    inner: Json = {"type": kind, "message": error.message, **({"attempts": error.attempts} if error.attempts else {})}
     if error.code == THREAD_CODE:
         inner["details"] = {"error_code": THREAD_CODE, "unsupported": [error.param]}
     return {"type": "error", "error": inner, **({"request_id": request_id} if request_id else {})}
