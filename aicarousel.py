@@ -2171,6 +2171,7 @@ REASONS: Mapping[str, Reason] = MappingProxyType({
     "reset":                  Reason("network",    "provider"),
     "proxy":                  Reason("network",    "provider"),
     "protocol":               Reason("network",    "provider"),
+    "no_descriptor":          Reason("network",    ""),                   # this process may open no more files: nobody else's fault
 })
 
 
@@ -2905,6 +2906,7 @@ _ANSWERS: tuple[_Answer, ...] = (
     _all("timeout", 504, "timeout", "server_error", "No provider answered in time."),
     _all("overloaded", 503, "server_is_overloaded", "server_error", "Every provider tried is overloaded."),
     _all("overloaded rate tpm payment", 503, "server_is_overloaded", "server_error", "Every provider tried is overloaded or at its limit."),
+    _all("ours", 503, "out_of_descriptors", "server_error", "This gateway has as many files open as it may, and none left for a connection to a provider."),
     _all("model", 404, "model_not_found", "invalid_request_error", "No provider tried has this model."),
     _all("credential", 502, "credential_rejected", "server_error", "The provider rejected the gateway's credential."),
     _all("region", 403, "region_blocked", "invalid_request_error", "No provider tried serves this region."),
@@ -2925,6 +2927,7 @@ _BLAMES: Mapping[str, str] = MappingProxyType({
     "capability_missing": "capability",
     "unsupported": "capability",
     "timeout": "timeout",
+    "no_descriptor": "ours",
 })
 _URL = re.compile(r"\(?\bhttps?://[^\s\"'<>]+")
 _RETRY_AFTER_S = 5.0       # a wait worth trying when no provider named one
@@ -15429,8 +15432,10 @@ class Transport:
         except ConnectionRefusedError as error:
             raise transport_failure("refused", "connect", "connection refused") from error
         except OSError as error:
-            told = str(error)           # asyncio joins the errors of several addresses into one that has no number of its own
-            refused = 0 < told.count("[Errno ") == told.count(f"[Errno {errno.ECONNREFUSED}]")
+            numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}     # asyncio joins the errors of several addresses into one that has no number of its own
+            if numbers & {errno.EMFILE, errno.ENFILE}:
+                raise transport_failure("no_descriptor", "connect", os.strerror(errno.EMFILE)) from error
+            refused = numbers == {errno.ECONNREFUSED}
             raise transport_failure("refused" if refused else "reset", "connect", "connection refused" if refused else error.strerror or "no connection") from error
 
     async def _open(self, origin: Origin, host: str, port: int, tls: bool) -> _Line:
