@@ -19784,7 +19784,7 @@ class ClientFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClientSetup:
-    """How one client is pointed at a gateway; texts hold {url} and {key}; what is {window} is left out where no window is known."""
+    """How one client is pointed at a gateway; texts hold {url} and {key}; what is {window}, or {window:d} for a number, is left out where no window is known."""
     title: str
     program: str = ""                       #: what is run; "" for what is no program of its own
     format: Format = "chat"
@@ -19812,13 +19812,14 @@ CLIENTS: Mapping[str, ClientSetup] = {
         "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",), least_window=64_000,
         files=(ClientFile("CLAUDE_CONFIG_DIR", "~/.claude", ("settings.json",), "json", {
             "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel"), CLAUDE_WINDOW: "{window}"}}),)),
-    # Its .env goes before the environment, so the variable of `run` is another one.
+    # Its .env goes before the environment, so the variable of `run` is another one.  It takes the window of a model that it does not know for
+    # 272,000 tokens, and compacts at nine tenths of what it is told.
     "codex": ClientSetup(
-        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"},
-        words=("-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
+        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"}, least_window=32_000,
+        words=("--config=model_context_window={window}", "-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
                'env_key="AICAROUSEL_RUN_KEY",wire_api="responses",supports_websockets=false}'),
         files=(ClientFile("CODEX_HOME", "~/.codex", ("config.toml",), "toml", {
-                   "model": "aicarousel", "model_provider": "aicarousel", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
+                   "model": "aicarousel", "model_provider": "aicarousel", "model_context_window": "{window:d}", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
                ClientFile("CODEX_HOME", "~/.codex", (".env",), "dotenv", {"AICAROUSEL_KEY": "{key}"}))),
     "cline": ClientSetup(
         "Cline", "cline", then="cline; in the editor: provider OpenAI Compatible with the same base URL, key and model",
@@ -19866,10 +19867,12 @@ CLIENTS: Mapping[str, ClientSetup] = {
 
 def fill(value: Any, url: str, key: str, window: int | None = None) -> Any:
     """`value` with the address, the key and the context window in its texts."""
+    if value == "{window:d}":
+        return window
     if isinstance(value, str):
         return value.replace("{url}", url).replace("{key}", key).replace("{window}", str(window))
     if isinstance(value, Mapping):
-        return {name: fill(item, url, key, window) for name, item in value.items() if item != "{window}" or window}
+        return {name: fill(item, url, key, window) for name, item in value.items() if window or item not in ("{window}", "{window:d}")}
     return [fill(item, url, key, window) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -20283,12 +20286,13 @@ def launch(words: Sequence[str], url: str, key: str, config: Config) -> int:
     import subprocess
     import tempfile
     client = next((client for client in CLIENTS.values() if client.program == Path(words[0]).stem and (client.words or client.environment)), _OTHER)
-    values = json.dumps(fill(client.files[0].values, url, key, smallest_window(config, client.least_window))) if client.files else ""
+    window = smallest_window(config, client.least_window)
+    values = json.dumps(fill(client.files[0].values, url, key, window)) if client.files else ""
     with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
         file = Path(folder) / "settings.json"
         if "{file}" in (*client.words, *client.environment.values()):
             put_file(file, values.encode(), 0o600)
-        command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
+        command = [words[0], *(fill(word, url, key, window).replace("{file}", str(file)) for word in client.words if window or "{window}" not in word), *words[1:]]
         environment = {name: value for name, value in os.environ.items() if name not in client.unset}
         environment |= {name: fill(value, url, key).replace("{json}", values).replace("{file}", str(file)) for name, value in client.environment.items()}
         try:
@@ -20878,20 +20882,24 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     else:
         checks.append(Check(name, "address", True, f"{shown} of {top.where}"))
         checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
-        checks += _judge_window(name, around) if name == "claude-code" else []
+        checks += _judge_window(name, around) if CLIENTS[name].least_window else []
     return checks
 
 
 def _judge_window(name: str, around: Surroundings) -> list[Check]:
-    """Whether the context window that Claude Code was told is one that every model has which it may be answered by."""
-    trees = _claude_trees(CLIENTS[name], around.environment, around.folder)
-    where, told = next(((where, text) for where, tree in trees if (text := only_text(dig(tree, "env", CLAUDE_WINDOW)))), ("", ""))
-    window = smallest_window(around.config, CLIENTS[name].least_window) if around.config else None
+    """Whether the context window that a client was told is one that every model has which it may be answered by."""
+    client, window = CLIENTS[name], smallest_window(around.config, CLIENTS[name].least_window) if around.config else None
+    if name == "codex":
+        path = client_path(client.files[0], around.environment)
+        figures = [(str(path), _tree_of(path, "toml").get("model_context_window"))]
+    else:
+        figures = [(where, dig(tree, "env", CLAUDE_WINDOW)) for where, tree in _claude_trees(client, around.environment, around.folder)]
+    where, told = next(((where, str(told)) for where, told in figures if told not in (None, "", {})), ("", ""))
     if not told or not window:
         return []
     if re.fullmatch("[1-9][0-9]{0,8}", told) and int(told) <= window:
         return [Check(name, "context window", True, f"{told} of {where}")]
-    return [Check(name, "context window", False, f"{told} of {where} is no number up to {window}, the smallest window of the models that take part: it compacts too late", *_mend(name, where, around))]
+    return [Check(name, "context window", False, f"{told[:20]} of {where} is no number up to {window}, the smallest window of the models that take part: it compacts too late", *_mend(name, where, around))]
 
 
 def _without_login(url: str) -> str:

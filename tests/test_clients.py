@@ -776,14 +776,32 @@ def test_a_gateway_elsewhere_says_its_window_itself(place: Place, provider: Prov
     assert json.loads(made["content"])["env"].get(a.CLAUDE_WINDOW) == told
     [asked] = provider.calls("server")
     assert asked.path == "/v1/models/aicarousel" and "authorization" not in asked.headers
-    place.read("config", "codex", "--server", url)
+    place.read("config", "cline", "--server", url)
     assert len(provider.calls("server")) == 1, "what is told of no window does not ask for one"
 
 
-def test_run_tells_it_too(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    (tmp_path / "models.json").write_text(json.dumps(windows(100_000)))
+@pytest.mark.parametrize("rows,told", [((200_000, 40_000), 40_000), ((131_072, 8192), 131_072), ((None,), None)])
+def test_codex_is_told_a_number(place: Place, rows: tuple[int | None, ...], told: int | None) -> None:
+    reckon_with(place, *rows)
+    path = place.write("codex", "model_context_window = 272000 # mine\n[features]\nx = true\n")
+    place.run("config", "codex", "--write")
+    assert tomllib.loads(path.read_text())["model_context_window"] == (told or 272_000) and "# mine" in path.read_text()
+    path.unlink()
+    place.run("config", "codex", "--write")
+    assert tomllib.loads(path.read_text()).get("model_context_window") == told
+    if told:
+        reckon_with(place, 32_000)
+        [wrong] = a._judge_window("codex", a.Surroundings(URL, place.database, a.Settings(), os.environ, place.work, a.read_config(a.find_home(str(place.home)), {})))
+        assert wrong.ok is False and f"{told} of {path} is no number up to 32000" in wrong.told and wrong.fix == "python aicarousel.py config codex --write"
+
+
+@pytest.mark.parametrize("rows,claude,codex", [((100_000, 40_000), "100000", "40000"), ((None,), None, None)])
+def test_run_tells_it_too(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, rows: tuple[int | None, ...], claude: str | None, codex: str | None) -> None:
+    (tmp_path / "models.json").write_text(json.dumps(windows(*rows)))
     out, err = launch('cat "$2"', program="claude", AICAROUSEL_HOME=str(tmp_path), PORT="1").communicate(timeout=HANG_S)
-    assert json.loads(out)["env"][a.CLAUDE_WINDOW] == "100000", err
+    assert json.loads(out)["env"].get(a.CLAUDE_WINDOW) == claude, err
+    out, err = launch('echo "$@"', "exec", program="codex", AICAROUSEL_HOME=str(tmp_path), PORT="1").communicate(timeout=HANG_S)
+    assert re.findall(r"--config=model_context_window=(\S+)", out) == ([codex] if codex else []) and out.endswith(" exec\n"), err
 
 
 @pytest.mark.parametrize("rows,ok,told", [((200_000,), True, "131072 of "), ((131_072, 8192), True, "131072 of "), ((131_072, 100_000), False, "is no number up to 100000"), ((None,), None, ""), ((8192,), None, "")])
@@ -792,7 +810,7 @@ def test_doctor_says_when_the_window_that_was_written_fits_no_more(clinic: Place
         reckon_with(clinic, 131_072)
         clinic.run("config", "claude-code", "--write")
         reckon_with(clinic, *rows)
-        found = [check for check in clinic.read("doctor")[1]["checks"] if check["what"] == "context window"]
+        found = [check for check in clinic.read("doctor")[1]["checks"] if check["what"] == "context window" and check["subject"] == "claude-code"]
         assert [check["ok"] for check in found] == ([ok] if ok is not None else []) and all(told in check["told"] for check in found)
         if ok is False:
             assert found[0]["fix"] == "python aicarousel.py config claude-code --write" and clinic.read("doctor", "--fix")[0] == 0

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from aicarousel import CLAUDE_WINDOW
-from driver import CLAUDE, Model, Ran, asked, begin_answer, call, dies, n_answers, needs_claude, outcomes, pausing, results, run, says, sit_out, surroundings, text_of
-from fakes import DONE, Provider, Request, chat_chunk, frame, stream
+from driver import CLAUDE, Model, Ran, asked, call, dies, fills_up, n_answers, needs_claude, outcomes, pausing, results, run, says, sit_out, surroundings
+from fakes import Provider
 from house import House
 
 pytestmark = needs_claude
@@ -124,21 +124,11 @@ def test_a_silent_provider_is_waited_for(build: Callable[..., House], provider: 
     assert [event["type"] for event in streamed(ran)].count("message_start") == 1
 
 
-def test_it_compacts_within_the_window_that_it_was_told(build: Callable[..., House], provider: Provider, folder: Path) -> None:
+def test_it_compacts_within_the_window_that_it_was_told(build: Callable[..., House], folder: Path) -> None:
     """What `config claude-code` and `run` set: without it, it waits for a million tokens."""
-    summaries = []
-
-    def play(request: Request) -> Any:
-        last = text_of(request.json["messages"][-1]["content"])
-        if "summary" in last and "Do NOT call any tools" in last:
-            summaries.append(n_answers(request))
-            return says("<summary>A word was echoed.</summary>")(request)
-        if summaries or n_answers(request):
-            return says("All ", "done.")(request)
-        _, frames = begin_answer(request, [], "", [call("Bash", command="echo word", description="Says a word")])
-        return stream(frames, frame(chat_chunk({}, "tool_calls", usage={"prompt_tokens": 80_000, "completion_tokens": 9, "total_tokens": 80_009})), DONE)
-
-    ran = drive(build(first=play), folder, **{CLAUDE_WINDOW: "100000"})
+    summaries: list[int] = []
+    first = fills_up(call("Bash", command="echo word", description="Says a word"), "Do NOT call any tools", summaries, 80_000)
+    ran = drive(build(first=first), folder, **{CLAUDE_WINDOW: "100000"})
     assert final(ran)["result"] == "All done." and final(ran)["modelUsage"]["aicarousel"]["contextWindow"] == 100_000
     if tuple(map(int, ran.events[0]["claude_code_version"].split("."))) < (2, 1, 330):
         pytest.skip("before 2.1.330 it knows the window, and compacts when it is told that a prompt is too long")
