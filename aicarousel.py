@@ -210,6 +210,8 @@ class Model:
     reasoning: bool | None = None
     price: Price | None = None
     limits: Limits | None = None
+    audio: bool | None = None       #: None, here and below: not where it is known to read no images, else unknown
+    pdf: bool | None = None
 
     def __hash__(self) -> int:
         return hash(self.id)        # models of one name are few; hashing all fields would be done thrice per request
@@ -415,6 +417,11 @@ _SECRET_HINTS = ("sk-", "sk_", "xai-", "xai_", "nvapi", "fw-", "fw_", "hf-", "hf
 _NAMED_HINTS = ("api_key", "api-key", "apikey", "_token", "_secret", "password")
 
 
+def count_of(n: int, noun: str) -> str:
+    """1 request, 2 requests."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def printable(text: str) -> str:
     """`text` on one line that no terminal obeys: whatever is not printable as a question mark."""
     return text if text.isprintable() else "".join(character if character.isprintable() else "?" for character in text)
@@ -508,6 +515,9 @@ class Profile(NamedTuple):
     max_out_limit: int | None = None
     default_max_out: int = 8192
     images: bool = True
+    audio: bool = True                       #: False, here and below: known to take none
+    pdf: bool = True
+    own_pdf: bool = False                    #: it makes text of PDFs for models that read none
     extra_names: bool = False                #: assistant and tool messages want `name`
 
 
@@ -607,7 +617,7 @@ _ROWS: Mapping[str, Preset] = {
         "OpenRouter", "https://openrouter.ai/api/v1", ("OPENROUTER_API_KEY",), "https://openrouter.ai/settings/keys",
         default="nvidia/nemotron-3-ultra-550b-a55b:free", first_byte_s=120.0, free_limits=Limits(rpm=20, rpd=50), check=("GET", "/key"),
         other_urls={"messages": "https://openrouter.ai/api/v1", "responses": "https://openrouter.ai/api/v1"},
-        takes={"replay": "reasoning_details", "switch": "reasoning", "file_url": True, "cache_control": True, "top_k": True, "cache_key": True},
+        takes={"replay": "reasoning_details", "switch": "reasoning", "file_url": True, "own_pdf": True, "cache_control": True, "top_k": True, "cache_key": True},
         models=(
             _known_model("nvidia/nemotron-3-ultra-550b-a55b:free", 1000000, 65536, "tr", _FREE),
             _known_model("google/gemma-4-31b-it:free", 262144, 32768, "tvr", _FREE),
@@ -1252,7 +1262,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (dict, list)):
-        return f"an object with {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)}"
+        return f"an object with {count_of(len(value), 'field')}" if isinstance(value, dict) else f"a list of {len(value)}"
     text = json.dumps(value)
     return f"{'string' if isinstance(value, str) else 'number'} {text if len(text) <= 80 else text[:77] + '...'}"
 
@@ -1488,6 +1498,8 @@ _MODEL_FIELDS = {
     "vision": _Field("vision", _want_flag),
     "tools": _Field("tools", _want_flag),
     "reasoning": _Field("reasoning", _want_flag),
+    "audio": _Field("audio", _want_flag),
+    "pdf": _Field("pdf", _want_flag),
     "price": _Field("price", _want_record(Price, _PRICE_FIELDS)),
     "limits": _Field("limits", _LIMITS),
 }
@@ -1949,7 +1961,7 @@ def _want_allowed_host(value: Any, place: _Place) -> str:
 def _want_gateway_key(value: Any, place: _Place) -> str:
     """A gateway key that is not trivial to guess."""
     if value == "test-key" or len(value) < 16:
-        found = "the key test-key" if value == "test-key" else f"a key of {len(value)} characters"
+        found = "the key test-key" if value == "test-key" else f"a key of {count_of(len(value), 'character')}"
         raise place.refuse(found, "keys that cannot be guessed: 16 characters or more")
     return _want_secret(value, place)
 
@@ -2313,6 +2325,7 @@ REASONS: Mapping[str, Reason] = MappingProxyType({
     "reset":                  Reason("network",    "provider"),
     "proxy":                  Reason("network",    "provider"),
     "protocol":               Reason("network",    "provider"),
+    "no_descriptor":          Reason("network",    ""),                   # this process may open no more files: nobody else's fault
 })
 
 
@@ -3051,6 +3064,7 @@ _ANSWERS: tuple[_Answer, ...] = (
     _all("timeout", 504, "timeout", "server_error", "No provider answered in time."),
     _all("overloaded", 503, "server_is_overloaded", "server_error", "Every provider tried is overloaded."),
     _all("overloaded rate tpm payment", 503, "server_is_overloaded", "server_error", "Every provider tried is overloaded or at its limit."),
+    _all("ours", 503, "out_of_descriptors", "server_error", "This gateway has as many files open as it may, and none left for a connection to a provider."),
     _all("model", 404, "model_not_found", "invalid_request_error", "No provider tried has this model."),
     _all("credential", 502, "credential_rejected", "server_error", "The provider rejected the gateway's credential."),
     _all("region", 403, "region_blocked", "invalid_request_error", "No provider tried serves this region."),
@@ -3071,6 +3085,7 @@ _BLAMES: Mapping[str, str] = MappingProxyType({
     "capability_missing": "capability",
     "unsupported": "capability",
     "timeout": "timeout",
+    "no_descriptor": "ours",
 })
 _URL = re.compile(r"\(?\bhttps?://[^\s\"'<>]+")
 _RETRY_AFTER_S = 5.0       # a wait worth trying when no provider named one
@@ -3969,7 +3984,7 @@ _CACHE_LEAST = 1024         #: fewer cached tokens are as good as none: shorter 
 
 #: Why a route will not do for one request, by the words of misfit() in section 26 and of the relay.
 MISFITS: Mapping[str, str] = MappingProxyType({
-    "too_small": "its context is too small", "no_vision": "reads no images", "no_tools": "calls no tools", "no_parameter": "does not take every field",
+    "too_small": "its context is too small", "no_vision": "reads no images", "no_audio": "takes no audio", "no_pdf": "reads no PDFs", "no_tools": "calls no tools", "no_parameter": "does not take every field",
     "out_by_now": "had just failed for another request", "retry_budget": "had just failed, and too many requests were trying again",
     "failed": "has failed this request", "not_wanted": "is not among the providers that the request allows"})
 
@@ -3996,6 +4011,7 @@ class Catalogue:
     models: Mapping[str, tuple[Group, ...]]             #: by id, alias and prefixed id
     aliases: Mapping[str, tuple[str, ...]]
     rejects_unknown: bool
+    offered: Mapping[str, tuple[tuple[Provider, Model], ...]] = field(default_factory=dict)     #: by bare id, what is in fetched lists alone
 
 
 class Facts(NamedTuple):
@@ -4050,6 +4066,7 @@ class Decision(NamedTuple):
     told: str = ""                  #: what the client was told when it was refused
     wish: Wish | None = None
     models: tuple[str, ...] = ()    #: globs of the models its key may use
+    n_more_out: int = 0             #: routes that were left out besides those that are kept, once it is condensed
 
 
 class Pin(NamedTuple):
@@ -4152,8 +4169,10 @@ def resolve(catalogue: Catalogue, name: str | None, *, may_be_alias: bool = True
     for prefix, family in _FAMILIES:
         if name.startswith(prefix) and family in catalogue.providers:
             return Choice(name, (_named_group(catalogue.providers[family], name),), False, True)
+    if name in catalogue.offered:
+        return Choice(f"model {name}", tuple(_group_of(provider, (model,)) for provider, model in catalogue.offered[name]), True, True)
     if catalogue.rejects_unknown:
-        known = [*catalogue.models, *catalogue.aliases, *catalogue.providers]
+        known = [*catalogue.models, *catalogue.aliases, *catalogue.providers, *catalogue.offered]
         from difflib import get_close_matches
         close = ", ".join(get_close_matches(name[:200], known, 3, 0.3)) or "none"
         raise unknown_model(f"The model {name[:200]!r} is not known here. Nearest: {close}.")
@@ -4461,9 +4480,10 @@ def tell_shortage(shortage: Shortage, now: float) -> str:
     """What is short and until when, in words."""
     window = shortage.window
     if window is None:
-        return f"{shortage.bucket.n_open} requests at a time"
+        return f"{count_of(shortage.bucket.n_open, 'request')} at a time"
     until = "too large for it" if shortage.at == _ENDLESS else f"{shortage.at - now:.0f} s left"
-    return f"{window.limit:.0f} {window.measure} a {span_word(window.span_s)} ({window.origin}), {until}"
+    limit = count_of(round(window.limit), "request") if window.measure == "requests" else f"{window.limit:.0f} {window.measure}"
+    return f"{limit} a {span_word(window.span_s)} ({window.origin}), {until}"
 
 
 # What strategies order by; less is better.
@@ -5830,6 +5850,12 @@ def shows_image(hub: Json) -> bool:
     """Whether the last turn holds an image, also as a tool's result."""
     parts = hub["turns"][-1]["parts"] if hub["turns"] else []
     return any(inner["type"] == "image" for part in parts for inner in (part, *part.get("parts", ())))
+
+
+def find_media(hub: Json) -> frozenset[str]:
+    """What of audio and pdf any turn holds, also as a tool's result: unlike an image of before, neither is left out for a target that does not take it."""
+    parts = (inner for turn in hub["turns"] for part in turn["parts"] for inner in (part, *part.get("parts", ())))
+    return frozenset("audio" if part["type"] == "audio" else "pdf" for part in parts if part["type"] == "audio" or part["type"] == "file" and part.get("mime") == "application/pdf")
 
 
 def _fit_image(part: Json, hub: Json, profile: Profile) -> Json:
@@ -11397,7 +11423,7 @@ _MESSAGES_ERROR_TYPES: Mapping[int, str] = {
 def messages_error(error: GatewayError, request_id: str = "") -> Json:
     """The envelope of an error, as a body and as an event in a stream."""
     kind = _MESSAGES_ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    inner: Json = {"type": kind, "message": error.message}
+    inner: Json = {"type": kind, "message": error.message, **({"attempts": error.attempts} if error.attempts else {})}
     if error.code == THREAD_CODE:
         inner["details"] = {"error_code": THREAD_CODE, "unsupported": [error.param]}
     return {"type": "error", "error": inner, **({"request_id": request_id} if request_id else {})}
@@ -12320,7 +12346,9 @@ FORMATS: Mapping[ClientFormat, WireFormat] = {
 def target_profile(preset_name: str, model: Model, wire_format: Format) -> Profile:
     """What one model of a provider takes, spoken to in `wire_format`."""
     profile = profile_for(preset_name, model.id, wire_format)
-    return profile._replace(max_out_limit=model.max_output, images=profile.images and model.vision is not False)
+    images = profile.images and model.vision is not False
+    return profile._replace(max_out_limit=model.max_output, images=images, audio=images if model.audio is None else model.audio,
+                            pdf=images or profile.own_pdf if model.pdf is None else model.pdf)
 
 
 class Needs:
@@ -12330,7 +12358,7 @@ class Needs:
     required: fields that must be taken as they are, for a client that asked so.
     """
 
-    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_counts")
+    __slots__ = ("tools", "required", "n_overflows", "overflowed", "_raw", "_windows", "_utc", "_read_hub", "_ratio", "_body", "_hub", "_shows", "_media", "_counts")
 
     def __init__(self, raw: bytes, body: Json, windows: Mapping[str, ContextWindow], utc: float, read_hub: Callable[[Json], Json], ratio: Callable[[str], float],
                  required: frozenset[str] = frozenset()) -> None:
@@ -12342,6 +12370,7 @@ class Needs:
         self._body = body
         self._hub: Json | None = None           # read when first needed
         self._shows: bool | None = None
+        self._media: frozenset[str] | None = None
         self._counts: dict[Any, int] = {}       # by family: models of one are counted alike
 
     @property
@@ -12351,6 +12380,13 @@ class Needs:
             hub = self._readable_hub() if b"image" in self._raw else None
             self._shows = hub is not None and shows_image(hub)
         return self._shows
+
+    def brings(self, kind: Literal["audio", "pdf"]) -> bool:
+        """Whether it holds any of that."""
+        if self._media is None:
+            hub = self._readable_hub() if any(mark in self._raw for mark in _MEDIA_MARKS) else None
+            self._media = find_media(hub) if hub is not None else frozenset()
+        return kind in self._media
 
     def window(self, route: Route) -> int | None:
         """Tokens that the route's model holds, None where nobody knows."""
@@ -12396,6 +12432,8 @@ class Needs:
         self.overflowed = max(self.overflowed, window or 0)
 
 
+#: One of these stands in a request that holds audio or a PDF; to look for them costs less than to read it.
+_MEDIA_MARKS = (b'"input_audio"', b"application/pdf")
 #: What clients call the longest answer they want.
 _MAX_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 #: Fewer bytes per token than this no prompt has.
@@ -12405,13 +12443,17 @@ _DOUBT = 1.1
 
 
 def misfit(route: Route, needs: Needs) -> str:
-    """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_parameter, too_small."""
+    """Why `route` cannot serve a request, "" when it may: no_tools, no_vision, no_audio, no_pdf, no_parameter, too_small."""
     model = route.model
     if needs.tools and model.tools is False:
         return "no_tools"
     profile = target_profile(route.provider.preset.name, model, route.provider.format)
     if not profile.images and needs.images:
         return "no_vision"
+    if not profile.audio and needs.brings("audio"):
+        return "no_audio"
+    if not profile.pdf and needs.brings("pdf"):
+        return "no_pdf"
     if needs.required and not needs.required.isdisjoint(profile.reject):
         return "no_parameter"
     window = needs.window(route)
@@ -13982,7 +14024,7 @@ def _changing_keys(path: Path) -> Iterator[sqlite3.Connection]:
 def _checked_key(key: str) -> str:
     """`key`, a secret the operator chose.  Raises ConfigError, without the key, for one that is weak or does not fit a header."""
     if not (16 <= len(key) <= 512 and key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError("gateway key", f"{len(key)} characters", "16 to 512 printable ASCII characters without spaces")
+        raise ConfigError("gateway key", count_of(len(key), "character"), "16 to 512 printable ASCII characters without spaces")
     return key
 
 
@@ -14417,6 +14459,14 @@ def totals(path: Path, day_utc: str | None = None) -> dict[str, int]:
             "SELECT coalesce(sum(outcome <> 'discarded'), 0), coalesce(sum(input + cached + cache_write), 0), coalesce(sum(output), 0) FROM usage"
             " WHERE at_utc >= date(coalesce(?, 'now')) AND at_utc < date(coalesce(?, 'now'), '+1 day')", (day_utc, day_utc)).fetchone()
     return {"keys_active": active, "keys_revoked": revoked, "requests": n_ever, "requests_today": n_today, "input_today": n_input, "output_today": n_output}
+
+
+def find_usage(path: Path, request_id: str) -> Json | None:
+    """The row of a request by the names of its columns, of the one that ended last for ""; None for one that left none. Raises ConfigError."""
+    with readable_database(path) as connection:
+        which, values = ("request_id = ?", [_as_column(request_id)]) if request_id else ("outcome <> 'discarded' ORDER BY id DESC LIMIT 1", [])
+        row = connection.execute(f"SELECT {', '.join(UsageRow._fields)} FROM usage WHERE {which}", values).fetchone()
+    return dict(zip(UsageRow._fields, row)) if row is not None else None
 
 
 # Statistics
@@ -14856,9 +14906,9 @@ class Accounts:
         if limits.concurrency is not None and account.n_running >= limits.concurrency:
             return no_route(f"This key may ask {limits.concurrency} at a time, and does.", status=429, retry_after_s=1.0)
         if limits.rpm is not None and account.n_requests >= limits.rpm:
-            return no_route(f"This key has used its {limits.rpm} requests per minute.", status=429, retry_after_s=_freed_after_s(account, 1, limits.rpm, now))
+            return no_route(f"This key has used its {count_of(limits.rpm, 'request')} per minute.", status=429, retry_after_s=_freed_after_s(account, 1, limits.rpm, now))
         if limits.tpm is not None and account.n_tokens >= limits.tpm:
-            return no_route(f"This key has used its {limits.tpm} tokens per minute.", status=429, retry_after_s=_freed_after_s(account, 2, limits.tpm, now))
+            return no_route(f"This key has used its {count_of(limits.tpm, 'token')} per minute.", status=429, retry_after_s=_freed_after_s(account, 2, limits.tpm, now))
         if limits.usd_per_day is None and limits.usd_per_month is None:
             return None
         utc_s = self._utc()
@@ -15313,8 +15363,10 @@ class Transport:
         except ConnectionRefusedError as error:
             raise transport_failure("refused", "connect", "connection refused") from error
         except OSError as error:
-            told = str(error)           # asyncio joins the errors of several addresses into one that has no number of its own
-            refused = 0 < told.count("[Errno ") == told.count(f"[Errno {errno.ECONNREFUSED}]")
+            numbers = {int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))}     # asyncio joins the errors of several addresses into one that has no number of its own
+            if numbers & {errno.EMFILE, errno.ENFILE}:
+                raise transport_failure("no_descriptor", "connect", os.strerror(errno.EMFILE)) from error
+            refused = numbers == {errno.ECONNREFUSED}
             raise transport_failure("refused" if refused else "reset", "connect", "connection refused" if refused else error.strerror or "no connection") from error
 
     async def _open(self, origin: Origin, host: str, port: int, tls: bool) -> _Line:
@@ -16053,6 +16105,11 @@ class Relay:
         prepare_ledger(self.state.ledger, config.active, utc_less_now=self.world.utc() - self.world.clock())
         self.wake()
 
+    def offer(self, offered: Mapping[str, tuple[tuple[Provider, Model], ...]]) -> None:
+        """Let clients name these by their bare ids too, until the next configuration."""
+        self.catalogue = replace(self.catalogue, offered=offered)
+        self._allowed = {}
+
     def choose(self, job: Job) -> tuple[Choice, Catalogue]:
         """What the job's model stands for, and all that its key may use. Raises GatewayError 403 and 404."""
         catalogue, choice = (self.catalogue, self._resolve(job.model)) if job.wish is None else choose(self.catalogue, job.model, job.wish)
@@ -16236,7 +16293,7 @@ def read_models(body: bytes) -> tuple[Model, ...]:
     found: dict[str, Model] = {}
     for row in rows[:_MODELS_MAX]:
         name = row.get("id") or row.get("name") if isinstance(row, dict) else None
-        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable():
+        if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() and "*" not in name:
             sizes = (row.get(field) for field in ("context_length", "context_window", "max_context_length", "max_model_len", "max_input_tokens"))
             name = name.removeprefix("models/")         # as Gemini has them
             found[name] = Model(name, context=next((size for size in sizes if type(size) is int and size > 0), None))
@@ -16500,9 +16557,9 @@ class _Run:
         if why == "too_small":
             tokens = self._needs.n_tokens(route.model.id)
             return UpstreamFailure("fit", "context_overflow", overflow_message("chat", tokens, self._needs.window(route)), 400, "fit")
-        if why == "no_vision":
-            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if other.vision), "")
-            return unsupported(f"{name} reads no images" + (f"; {able} does" if able else ""))
+        if why in ("no_vision", "no_audio", "no_pdf"):
+            able = next((f"{provider.name}/{other.id}" for provider in self._config.active for other in provider.models if getattr(other, why.removeprefix("no_"))), "")
+            return unsupported(f"{name} {MISFITS[why]}" + (f"; {able} does" if able else ""))
         return unsupported(f"{name} calls no tools" if why == "no_tools" else f"{name} does not take every field of the request")
 
     def _in_clients_words(self, error: GatewayError) -> GatewayError:
@@ -16560,7 +16617,7 @@ class _Run:
         n_waiting, most = sum(map(len, line.values())), self._config.carousel.limits.queue
         if not awaited and n_waiting >= most:
             now = relay.world.clock()
-            raise no_route(f"{n_waiting} requests are waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
+            raise no_route(f"{count_of(n_waiting, 'request')} waiting for a route already, as many as may.", status=429, retry_after_s=max((found.free_at or now) - now, 1.0))
         if awaited:
             relay.leave_line(awaited, key_id, turn)
         relay.lines.setdefault(wanted, {}).setdefault(key_id, deque()).append(turn)
@@ -16748,7 +16805,7 @@ class _Run:
         hub = recall(self._needs.hub(), self._relay.memo)
         self._passing, self._wire, self._names = False, FORMATS[route.provider.format], name_map(hub, self._profile)
         made, dropped = continuation_request(hub, seam, self._profile, self._edits(route))
-        self._dropped = (*dropped, f"goes on after {len(seam.text)} characters")
+        self._dropped = (*dropped, f"goes on after {count_of(len(seam.text), 'character')}")
         return dump_json(made)
 
     def _request_body(self, route: Route) -> bytes:
@@ -17134,7 +17191,7 @@ def _known_log_text(text: str) -> str:
 
 
 ##############################################################################
-# 38. Model lists                                         I/O | uses 2, 37
+# 38. Model lists                                         I/O | uses 2, 8, 37
 ##############################################################################
 # Lists of models of providers that name "*": fetched in the background, the last good one kept.  Guarded by tests/test_model_lists.py.
 
@@ -17159,6 +17216,15 @@ class ModelLists:
         if due and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._ask(due))
 
+    def publish(self) -> None:
+        """Tell the relay what is offered."""
+        offered: dict[str, tuple[tuple[Provider, Model], ...]] = {}
+        for provider in self._asking():
+            for model in self.of(provider):
+                if any(may_use(credential, model.id) for credential in provider.credentials):
+                    offered[model.id] = (*offered.get(model.id, ()), (provider, model))
+        self._relay.offer(offered)
+
     async def refresh(self) -> Json:
         """Ask all of them now: {provider: {models: how many}, or {error: why} beside the number that is kept}."""
         told = await self._ask(self._asking())
@@ -17181,7 +17247,9 @@ class ModelLists:
                 logging.getLogger("aicarousel.relay").warning("models.failed provider=%s reason=%s detail=%s", provider.name, failure.reason, log_text(failure.detail))
                 return f"{failure.reason} {failure.detail}".strip()
             return ""
-        return dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+        told = dict(zip((provider.name for provider in providers), await asyncio.gather(*map(ask, providers)), strict=True))
+        self.publish()
+        return told
 
 
 ##############################################################################
@@ -17324,6 +17392,7 @@ const fill = (id, ...inside) => at(id).replaceChildren(...inside);
 const number = value => value === null || value === undefined ? "-" : Math.round(value).toLocaleString("en");
 const dollars = value => value === null || value === undefined ? "unknown" : "$" + value.toLocaleString("en", {minimumFractionDigits: value < 1 ? 4 : 2, maximumFractionDigits: value < 1 ? 4 : 2});
 const span = s => s === null || s === undefined ? "-" : s >= 172800 ? (s / 86400).toPrecision(3) + " d" : s >= 7200 ? (s / 3600).toPrecision(3) + " h" : s >= 120 ? (s / 60).toPrecision(3) + " min" : Math.round(s) + " s";
+const count = (n, noun) => number(n) + " " + noun + (n === 1 ? "" : "s");
 const ms = value => value !== null ? (value < 1000 ? value + " ms" : (value / 1000).toFixed(1) + " s") : "-";
 
 async function ask(path) {
@@ -17399,13 +17468,13 @@ function showStats(days, models, keys, n_days) {
   for (let back = n_days - 1; back >= 0; back--) { const date = new Date(); date.setHours(12); date.setDate(date.getDate() - back); const day = [date.getFullYear(), String(date.getMonth() + 1).padStart(2, "0"), String(date.getDate()).padStart(2, "0")].join("-"); all.push({...none, ...byDay.get(day), day}); }
   columns("p-tokens", "Tokens a day", all, [{name: "out", key: "outward", color: "b-out", of: row => row.output}, {name: "in", key: "in", color: "b-in", of: inward}], number, inward(days.total) + days.total.output);
   columns("p-cost", "Cost a day", all, [{name: "", color: "b-in", of: row => row.cost_usd || 0}], dollars, days.total.cost_usd);
-  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, number(days.total.unpriced_requests) + " requests have no known price and are not in this."));
+  if (days.total.unpriced_requests) at("p-cost").append(make("p", {class: "soft small"}, count(days.total.unpriced_requests, "request") + " without a known price, not in this."));
   bars("p-model", "By model", models.groups, "model");
   bars("p-key", "By key", keys.groups, "key");
   const most = Math.max(...days.hours.flat(), 1), names = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"];
   fill("p-heat", make("figcaption", {}, make("h3", {}, "Requests by weekday and hour"), make("span", {}, number(days.total.requests))),
     make("div", {class: "heat", role: "img", "aria-label": "Requests by weekday and hour, " + number(days.total.requests) + " in all"}, make("span", {}), ...Array.from({length: 24}, (_, hour) => make("span", {}, hour % 6 ? "" : String(hour))),
-      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((count, hour) => make("i", {class: count ? "h" + Math.ceil(4 * count / most) : "", title: names[day] + " " + hour + ":00, " + number(count) + " requests", "data-value": count}))])));
+      ...days.hours.flatMap((row, day) => [make("span", {}, names[day]), ...row.map((n, hour) => make("i", {class: n ? "h" + Math.ceil(4 * n / most) : "", title: names[day] + " " + hour + ":00, " + count(n, "request"), "data-value": n}))])));
 }
 
 let timer = 0, turn = 0;
@@ -17419,7 +17488,7 @@ async function look() {
       if (mine !== turn) return;
       at("shown").hidden = false; at("ask").hidden = true; at("forget").hidden = false; at("trouble").textContent = "";
       showRoutes(routes.routes, quota.windows); showLive(requests.live); showLast(requests.last);
-      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + number(requests.requests) + " requests";
+      at("about").textContent = requests.version + ", up " + span(requests.uptime_s) + ", " + count(requests.requests, "request");
       if (due) { showStats(...stats, n_days); look.statsAt = performance.now(); }
     }
   } catch (error) {
@@ -17642,7 +17711,7 @@ def metrics_text(tally: Tally, gauges: Mapping[str, tuple[str, Mapping[tuple[tup
 
 
 ##############################################################################
-# 40. Reports                                             pure | uses 1, 8
+# 40. Reports                                             pure | uses 1-2, 8
 ##############################################################################
 # What commands and /admin print.  Lines fit a terminal; what others wrote is made printable by whoever shows it.  Guarded by tests/test_why.py.
 
@@ -17655,14 +17724,19 @@ Offers = Callable[[Provider], tuple[Model, ...]]
 
 def list_models(config: Config, offers: Offers) -> list[Json]:
     """Every name a client may use: aicarousel, the aliases, and each provider/model that takes part, then what else it offers. Limits where they are known."""
-    smallest = min((model.context for provider in config.active for model in provider.models[:1] if model.context), default=None)
-    rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest))]
+    rows = [_model_row("aicarousel", "aicarousel", Model("aicarousel", context=smallest_window(config)))]
     rows += [_model_row(alias, "aicarousel", Model(alias)) for alias in config.carousel.aliases if "*" not in alias]
     for provider in config.active:
         listed = {model.id for model in provider.models}
         rows += [_model_row(f"{provider.name}/{model.id}", provider.name, model) for model in (*provider.models, *(model for model in offers(provider) if model.id not in listed))
                  if any(may_use(credential, model.id) for credential in provider.credentials)]
     return rows
+
+
+def smallest_window(config: Config, least: int = 0) -> int | None:
+    """The smallest context window of the models that `aicarousel` turns through, in tokens, of those that are known and hold `least`."""
+    return min((model.context for provider in config.active for model in provider.models
+                if (provider.enable_fallback or model.id == provider.default) and model.context and model.context >= least), default=None)
 
 
 def _model_row(name: str, owner: str, model: Model) -> Json:
@@ -17676,7 +17750,7 @@ def find_model(config: Config, offers: Offers, name: str) -> Json | None:
         if row["id"] == name:
             return row
     for provider in config.active:
-        for model in provider.models:
+        for model in (*provider.models, *offers(provider)):
             if name in (model.id, model.alias, f"{provider.name}:{model.id}"):
                 return _model_row(name, provider.name, model)
         if name == provider.name:
@@ -17692,6 +17766,9 @@ def as_messages_model(row: Json) -> Json:
 
 # Answers to why.
 
+_KEPT_MAX = 20              # routes left out, and names of each kind in a wish, that are kept of a decision
+_KEPT_CHARS = 200           # of each of a provider's words and of a name that a client wrote
+_TOLD_CHARS = 300
 _EXPLAINED_MAX = 5          # routes listed of each kind: with the heads of the lists fifteen lines
 _OUTCOMES: Mapping[str, str] = MappingProxyType({"ok": "served", "error": "failed", "client_closed": "the client left", "": "as things are now"})
 
@@ -17700,23 +17777,20 @@ def explain_lines(decision: Decision) -> list[str]:
     """Why a request went where it went, in at most 15 lines: routes tried, left out and free, each with the reason and the time."""
     plan, facts = decision.plan, decision.facts
     streamed = " streamed" if decision.streamed else ""
-    lines = [f"{decision.id}: {decision.client}{streamed}, model {decision.model or 'not named'}, about {facts.n_input} tokens: {_OUTCOMES.get(decision.outcome, decision.outcome)}"
+    lines = [f"{decision.id}: {decision.client}{streamed}, model {decision.model or 'not named'}, about {count_of(facts.n_input, 'token')}: {_OUTCOMES.get(decision.outcome, decision.outcome)}"
              + (f" with {decision.status} in {decision.total_ms} ms" + (f", first words after {decision.first_ms} ms" if decision.first_ms else "") if decision.outcome else "")]
     tried = [f"  {attempt.route.id}: {'served' if not attempt.reason else attempt.reason}" + (f" ({attempt.status})" if attempt.status else "") + f", {attempt.ms} ms"
              + (f", {attempt.detail[:120]}" if attempt.reason and attempt.detail else "") + (f"; changed: {', '.join(attempt.changed)[:120]}" if attempt.changed else "")
              for attempt in decision.attempts]
-    misfits = {route.id: why for route, why in decision.passed_over}
-    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in decision.passed_over]
-    out += [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in (plan.skipped if plan else ()) if route.id not in misfits and why != "failed"]
-    asked = {attempt.route.id for attempt in decision.attempts} | misfits.keys() | {route.id for route, _ in (plan.skipped if plan else ())}
-    free = [route.id for route in (plan.routes if plan else ()) if route.id not in asked]
+    out = [f"  {route.id}: {MISFITS.get(why, why)}" for route, why in _left_out(decision)]
+    n_out, free = len(out) + decision.n_more_out, [route.id for route in _free_routes(decision)]
     notes = [f"{'waited' if decision.outcome else 'would wait'} {decision.waited_ms} ms in line"] if decision.waited_ms else []
     notes += [f"conversation: {plan.session}"] if plan and plan.session else []
     notes += [f"its key may use {', '.join(decision.models)[:120]} alone"] if decision.models else []
     notes += [_tell_wish(decision.wish)] if decision.wish is not None else []
-    notes += [decision.told[:300] or "no route to this model"] if not (tried or out or free) else []
-    lines += [_list_head("tried, in order", tried), *tried[:_EXPLAINED_MAX]] if tried else []
-    lines += [_list_head("left out", out), *out[:_EXPLAINED_MAX]] if out else []
+    notes += [decision.told[:_TOLD_CHARS] or "no route to this model"] if not (tried or out or free) else []
+    lines += [_list_head("tried, in order", len(tried)), *tried[:_EXPLAINED_MAX]] if tried else []
+    lines += [_list_head("left out", n_out), *out[:_EXPLAINED_MAX]] if out else []
     lines += [f"{'free and not needed' if decision.attempts else 'in this order'}: " + ", ".join(free[:8]) + (f" and {len(free) - 8} more" if len(free) > 8 else "")] if free else []
     return [*lines, *(["; ".join(notes)] if notes else [])]
 
@@ -17728,8 +17802,48 @@ def _tell_wish(wish: Wish) -> str:
     return f"it wished for {'; '.join(names)[:200] or 'nothing that we know'}"
 
 
-def _list_head(title: str, rows: Sequence[str]) -> str:
-    return f"{title} ({_EXPLAINED_MAX} of {len(rows)}):" if len(rows) > _EXPLAINED_MAX else f"{title}:"
+def _list_head(title: str, n_rows: int) -> str:
+    return f"{title} ({_EXPLAINED_MAX} of {n_rows}):" if n_rows > _EXPLAINED_MAX else f"{title}:"
+
+
+def _left_out(decision: Decision) -> list[tuple[Route, str]]:
+    """Routes that were not tried, each once, with the reason: what will not do for this request first."""
+    misfits = {route.id for route, _ in decision.passed_over}
+    return [*decision.passed_over, *((route, why) for route, why in (decision.plan.skipped if decision.plan else ()) if route.id not in misfits and why != "failed")]
+
+
+def _free_routes(decision: Decision) -> list[Route]:
+    """Routes that were there to be tried and were not needed."""
+    plan = decision.plan
+    asked = {attempt.route.id for attempt in decision.attempts} | {route.id for route, _ in (*decision.passed_over, *(plan.skipped if plan else ()))}
+    return [route for route in (plan.routes if plan else ()) if route.id not in asked]
+
+
+def condense(decision: Decision) -> Decision:
+    """`decision` as it is kept: whatever clients, providers and configuration make of it, a few kilobytes. What is told of it stays the same."""
+    plan, wish, out = decision.plan, decision.wish, decision.passed_over
+    for attempt in decision.attempts:
+        if len(attempt.detail) > _KEPT_CHARS:       # the request log may still be reading the whole
+            decision = decision._replace(attempts=[replace(one, detail=one.detail[:_KEPT_CHARS]) for one in decision.attempts])
+            break
+    if wish is not None:
+        wish = Wish(*(tuple(name[:_KEPT_CHARS] for name in names[:_KEPT_MAX]) for names in wish[:4]), wish.allow_fallbacks, wish.require_parameters)    # type: ignore[arg-type]
+        decision = decision._replace(wish=wish)
+    if len(decision.told) > _TOLD_CHARS:
+        decision = decision._replace(told=decision.told[:_TOLD_CHARS])
+    if len(out) > _KEPT_MAX or plan is not None and len(plan.skipped) > _KEPT_MAX:
+        out = _left_out(decision)
+        decision = decision._replace(plan=Plan(tuple(_free_routes(decision)), (), None, plan.session) if plan is not None else None, passed_over=out[:_KEPT_MAX], n_more_out=max(0, len(out) - _KEPT_MAX))
+    return decision
+
+
+def recall_lines(row: Json) -> list[str]:
+    """What the row of the usage table tells of a request that is not remembered any more."""
+    first, n_attempts = row["first_ms"], row["attempts"]
+    return [f"{row['request_id']}: {row['client_format']}{' streamed' if row['streamed'] else ''}, model {row['model'][:200] or 'not named'}, {count_of(row['input'] + row['cached'] + row['cache_write'], 'token')}: "
+            f"{_OUTCOMES.get(row['outcome'], row['outcome'])} with {row['status']} in {row['total_ms']} ms" + (f", first words after {first} ms" if first else ""),
+            f"tried: {f'{n_attempts} times, the last ' if n_attempts > 1 else ''}{row['route']}" if row["route"] else "no route was tried",
+            f"it ended at {row['at_utc'][:19]}Z; more is not remembered of it, this is its row of the usage table"]
 
 
 def span_text(seconds: float | None) -> str:
@@ -17791,7 +17905,7 @@ def stats_lines(stats: Json) -> list[str]:
     rows.append(["total", *("" for _ in names[1:]), *(str(total[name]) for _, name in _STATS_COLUMNS), cost_text(total)])
     lines = [f"since {stats['since']}", *align_columns(rows, max(1, len(names)))]
     if total["estimated_requests"]:
-        lines.append(f"estimated: {total['estimated_input']} tokens in and {total['estimated_output']} out, of {total['estimated_requests']} requests whose providers did not count them")
+        lines.append(f"estimated: {count_of(total['estimated_input'], 'token')} in and {total['estimated_output']} out, of {count_of(total['estimated_requests'], 'request')} whose providers did not count them")
     return lines
 
 
@@ -17818,7 +17932,7 @@ def heatmap_lines(hours: Sequence[Sequence[int]], *, blocks: bool) -> list[str]:
 MISSING_KEY = "Missing API key. Include it as 'Authorization: Bearer sk-xxx' or 'x-api-key: sk-xxx'"
 INVALID_KEY = "Invalid API key"
 EXPIRED_KEY = "This API key has expired"
-_DECISIONS_MAX = 200        #: requests that can still be explained
+_DECISIONS_MAX = 1000       #: requests that can still be explained
 _SHOWN_MAX = 100            #: of them are listed
 _SAVE_S = 30.0              #: how often what routing has counted is saved; what a provider has proven is saved at once
 _KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
@@ -17906,6 +18020,7 @@ class Gateway:
         if self.request_log is not None:
             self.request_log.bodies, self.request_log.max_bytes, self.request_log.max_days = config.settings.log_bodies, self.bounds.request_log_bytes, self.bounds.request_log_days
         self.relay.configure(self.config)
+        self.lists.publish()
         self.transport.bounds = self.bounds
         self.usage.keep_rows, self.usage.keep_days = self.bounds.usage_rows, self.bounds.usage_days
         self.lists.look()
@@ -18178,11 +18293,19 @@ class Gateway:
         from urllib.parse import parse_qs
         wanted = parse_qs(request.query).get("id", [""])[0]
         decision = next((one for one in reversed(self.decisions) if not wanted or one.id == wanted), None)
-        if decision is None:
-            error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start.", 404, "request_not_found", "invalid_request_error", "id")
+        found, lines = (decision.id, explain_lines(decision)) if decision is not None else await asyncio.get_running_loop().run_in_executor(None, self._recall, wanted)
+        if not lines:
+            error = GatewayError(f"No such request among the last {_DECISIONS_MAX} since the start, nor in the usage table.", 404, "request_not_found", "invalid_request_error", "id")
             headers, body = self.explain(request, error)
             return exchange.respond(404, headers, body)
-        exchange.respond(200, _JSON, dump_json({"id": decision.id, "lines": [printable(redact(line, self.config.secrets)) for line in explain_lines(decision)]}))
+        exchange.respond(200, _JSON, dump_json({"id": found, "lines": [printable(redact(line, self.config.secrets)) for line in lines]}))
+
+    def _recall(self, wanted: str) -> tuple[str, list[str]]:
+        """Id and lines of a request by the usage table, no lines where it has none or cannot be read; in a thread of its own, as it waits for the disk."""
+        with contextlib.suppress(ConfigError):
+            row = find_usage(self.usage.path, wanted)
+            return (row["request_id"], recall_lines(row)) if row is not None else ("", [])
+        return "", []
 
     async def admin_foresee(self, request: Request, exchange: Exchange) -> None:
         """POST /admin/explain?format=chat: where this body would go, asking nobody."""
@@ -18296,8 +18419,8 @@ class Gateway:
                 self._log.info("refused req=%s key=%s model=%s status=%d why=%s", job.id, log_text(job.key_name), log_text(job.model or "-"), error.status, log_text(error.message))
                 headers, answer = self.explain(request, error)
                 status = FORMATS[client].status(error)
-                self.decisions.append(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
-                                               told=error.message, wish=wish, models=job.models))
+                self.decisions.append(condense(Decision(job.id, self.world.utc(), client, (job.model or "")[:200], job.stream, NO_FACTS, None, (), (), 0, "error", status,
+                                                        told=error.message, wish=wish, models=job.models)))
                 if self.request_log is not None:
                     row = self._row(job, None, Usage(), self.world.utc(), job.id, status, "error", None, 0, 0)
                     self.request_log.put(row, (), error.message, job.body, len(job.raw), self.config.secrets)
@@ -18365,8 +18488,8 @@ class Gateway:
             unknown_usd = job.hold.usd if any(row.cost_usd is None for row in rows) else 0.0
         if job.key_id and (spent_usd := sum([row.cost_usd for row in rows if row.cost_usd]) + unknown_usd):
             self.accounts.charge(job.key_id, spent_usd)
-        self.decisions.append(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
-                                       settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models))
+        self.decisions.append(condense(Decision(job.id, utc, job.client, (job.model or "")[:200], job.stream, settled.facts, settled.plan, settled.attempts, settled.passed_over,
+                                                settled.waited_ms, settled.outcome, settled.status, settled.first_ms, settled.total_ms, settled.told, job.wish, job.models)))
         if self.relay.has_news or self.world.clock() - self._saved_at >= _SAVE_S:
             self.relay.has_news, self._saved_at = False, self.world.clock()
             self.usage.save_routing(self.relay.rows())
@@ -18942,7 +19065,7 @@ def add_provider(home: Home, name: str, entry: Json) -> str:
         return set_json(text, [name], entry)
 
     provider = find_provider(change_models(home, change), name)
-    return f"{name} added, with {len(provider.models)} models" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
+    return f"{name} added, with {count_of(len(provider.models), 'model')}" + (f"; it takes no part yet: {provider.why_out}" if provider.why_out else "")
 
 
 def remove_provider(home: Home, name: str) -> str:
@@ -18975,9 +19098,9 @@ def order_providers(home: Home, names: Sequence[str]) -> str:
         for name in names:
             _entry_in(tree, name)
             if names.count(name) > 1:
-                raise Refused(f"{name} stands there {names.count(name)} times")
+                raise Refused(f"{name} stands there {count_of(names.count(name), 'time')}")
         if len(names) < len(known):
-            raise Refused(f"{len(names)} of {len(known)} providers are named; missing: {', '.join(name for name in known if name not in names)}")
+            raise Refused(f"{len(names)} of {count_of(len(known), 'provider')} named; missing: {', '.join(name for name in known if name not in names)}")
         at, turn = list(tree), iter(names)
         return order_json(text, [], [at.index(name if name == "carousel" else next(turn)) for name in at])
 
@@ -19170,7 +19293,7 @@ def forget_keys(home: Home, name: str) -> str:
     kept = f"not removed, as it stands elsewhere: {', '.join(dict.fromkeys(elsewhere))}" if elsewhere else ""
     if not n_removed:
         raise Refused(kept or f"{only or name} has no key in .env")
-    return f"{n_removed} key{'s' if n_removed > 1 else ''} of {name} removed from .env" + (f"; {kept}" if kept else "")
+    return f"{count_of(n_removed, 'key')} of {name} removed from .env" + (f"; {kept}" if kept else "")
 
 
 # Asking providers.
@@ -19304,7 +19427,7 @@ def try_keys(providers: Iterable[Provider], settings: Settings) -> list[Json]:
     async def ask(transport: Transport) -> list[Verdict]:
         return await asyncio.gather(*(check_key(transport, provider, credential, settings) for provider, credential in chosen))
 
-    found = run_asking(ask, f"asking {len(chosen)} providers") if chosen else []
+    found = run_asking(ask, f"trying {count_of(len(chosen), 'key')}") if chosen else []
     return [{"key": credential.id, "state": verdict.state, "words": verdict.words} for (_, credential), verdict in zip(chosen, found)]
 
 
@@ -19316,7 +19439,7 @@ def compare_offers(providers: Iterable[Provider], settings: Settings) -> list[Js
         return await asyncio.gather(*(list_offers(transport, provider, provider.credentials[0], settings) for provider in chosen), return_exceptions=True)
 
     rows = []
-    for provider, found in zip(chosen, run_asking(ask, f"asking {len(chosen)} providers") if chosen else []):
+    for provider, found in zip(chosen, run_asking(ask, f"asking {count_of(len(chosen), 'provider')}") if chosen else []):
         if isinstance(found, BaseException) and not isinstance(found, UpstreamFailure):
             raise found
         known, listed = [model.id for model in provider.models], [] if isinstance(found, BaseException) else found
@@ -19359,7 +19482,7 @@ def provider_lines(rows: Sequence[Json]) -> list[str]:
     import textwrap
     lines = []
     for number, row in enumerate(rows, 1):
-        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {len(row['models'])} models, {len(row['keys'])} keys, default {row['default'] or 'none'}"[:WIDTH])
+        lines.append(f"{number:>3}  {row['name']:<16} {row['state']:<7} {count_of(len(row['models']), 'model')}, {count_of(len(row['keys']), 'key')}, default {row['default'] or 'none'}"[:WIDTH])
         lines += [f"     {line}" for line in textwrap.wrap(row["why"], WIDTH - 5)]
     return list(map(printable, lines)) or ["there are no providers: login, or provider add NAME"]
 
@@ -19384,7 +19507,7 @@ def offer_lines(rows: Sequence[Json], new: bool) -> list[str]:
     """What providers list; `new`: also the names that are not configured."""
     lines = []
     for row in rows:
-        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {len(row['listed'])} models" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
+        lines.append(f"{row['provider']:<16} " + (row["trouble"] or f"lists {count_of(len(row['listed']), 'model')}" + (f"; no more: {', '.join(row['gone'])}" if row["gone"] else "")))
         lines += [f"  {name}" for name in row["new"]] if new else []
     return list(map(printable, lines))
 
@@ -19625,7 +19748,7 @@ class ClientFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClientSetup:
-    """How one client is pointed at a gateway; texts hold {url} and {key}."""
+    """How one client is pointed at a gateway; texts hold {url} and {key}; what is {window}, or {window:d} for a number, is left out where no window is known."""
     title: str
     program: str = ""                       #: what is run; "" for what is no program of its own
     format: Format = "chat"
@@ -19635,8 +19758,10 @@ class ClientSetup:
     words: tuple[str, ...] = ()             #: what `run` puts behind the program; {file} holds the first file's values
     environment: Mapping[str, str] = field(default_factory=dict)      #: what `run` sets; {json} is the first file's values
     unset: tuple[str, ...] = ()             #: what `run` takes away
+    least_window: int = 0                   #: a context window, in tokens, in which it can work at all; 0: it is told of none
 
 
+CLAUDE_WINDOW = "CLAUDE_CODE_MAX_CONTEXT_TOKENS"
 _CLAUDE_MODELS = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
 _CODEX_PROVIDER: Json = {"name": "AICarousel", "base_url": "{url}/v1", "env_key": "AICAROUSEL_KEY", "wire_api": "responses", "supports_websockets": False}
 OPENAI_VARIABLES = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "{key}", "OPENAI_MODEL": "aicarousel"}
@@ -19644,18 +19769,21 @@ ANTHROPIC_VARIABLES = {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "{key
 _GEMINI_VARIABLES = {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "{key}", "GEMINI_MODEL": "aicarousel"}
 
 CLIENTS: Mapping[str, ClientSetup] = {
-    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.
+    # A settings file goes before the environment there, so `run` hands it one of its own, which goes before the others.  The window of a model
+    # whose name it does not know is a million tokens to it; it compacts 33,000 before the end, and asks nothing at all where what it always
+    # sends, some 13,000, is more than that.  A smaller model of the chain is passed over by requests that are too long for it.
     "claude-code": ClientSetup(
-        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",),
+        "Claude Code", "claude", "messages", then="claude", words=("--settings", "{file}"), unset=("ANTHROPIC_API_KEY",), least_window=64_000,
         files=(ClientFile("CLAUDE_CONFIG_DIR", "~/.claude", ("settings.json",), "json", {
-            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel")}}),)),
-    # Its .env goes before the environment, so the variable of `run` is another one.
+            "env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}", **dict.fromkeys(_CLAUDE_MODELS, "aicarousel"), CLAUDE_WINDOW: "{window}"}}),)),
+    # Its .env goes before the environment, so the variable of `run` is another one.  It takes the window of a model that it does not know for
+    # 272,000 tokens, and compacts at nine tenths of what it is told.
     "codex": ClientSetup(
-        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"},
-        words=("-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
+        "Codex CLI", "codex", "responses", then="codex", environment={"AICAROUSEL_RUN_KEY": "{key}"}, least_window=32_000,
+        words=("--config=model_context_window={window}", "-c", 'model="aicarousel"', "-c", 'model_provider="aicarousel"', "-c", 'model_providers.aicarousel={name="AICarousel",base_url="{url}/v1",'
                'env_key="AICAROUSEL_RUN_KEY",wire_api="responses",supports_websockets=false}'),
         files=(ClientFile("CODEX_HOME", "~/.codex", ("config.toml",), "toml", {
-                   "model": "aicarousel", "model_provider": "aicarousel", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
+                   "model": "aicarousel", "model_provider": "aicarousel", "model_context_window": "{window:d}", "model_providers": {"aicarousel": _CODEX_PROVIDER}}),
                ClientFile("CODEX_HOME", "~/.codex", (".env",), "dotenv", {"AICAROUSEL_KEY": "{key}"}))),
     "cline": ClientSetup(
         "Cline", "cline", then="cline; in the editor: provider OpenAI Compatible with the same base URL, key and model",
@@ -19701,13 +19829,15 @@ CLIENTS: Mapping[str, ClientSetup] = {
 }
 
 
-def fill(value: Any, url: str, key: str) -> Any:
-    """`value` with the address and the key in its texts."""
+def fill(value: Any, url: str, key: str, window: int | None = None) -> Any:
+    """`value` with the address, the key and the context window in its texts."""
+    if value == "{window:d}":
+        return window
     if isinstance(value, str):
-        return value.replace("{url}", url).replace("{key}", key)
+        return value.replace("{url}", url).replace("{key}", key).replace("{window}", str(window))
     if isinstance(value, Mapping):
-        return {name: fill(item, url, key) for name, item in value.items()}
-    return [fill(item, url, key) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: fill(item, url, key, window) for name, item in value.items() if window or item not in ("{window}", "{window:d}")}
+    return [fill(item, url, key, window) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # Texts of four kinds: read as far as is needed here, and changed.
@@ -19928,20 +20058,20 @@ def text_of(path: Path, data: bytes | None) -> str:
         raise ConfigError(str(path), "bytes that are not UTF-8", "a text file") from error
 
 
-def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str) -> list[Change]:
+def plan_changes(client: ClientSetup, environment: Mapping[str, str], url: str, key: str, window: int | None = None) -> list[Change]:
     """What writing `client`'s files would change, files that stay as they are left out. Raises ConfigError."""
     changes = []
     for file in client.files:
         path = client_path(file, environment)
         before = read_file(path)
         text = text_of(path, before)
-        after = merge_text(file.kind, text, fill(file.values, url, key), str(path), file.begins).encode()
+        after = merge_text(file.kind, text, fill(file.values, url, key, window), str(path), file.begins).encode()
         if after != before:
             changes.append(Change(path, before, after, file.restless))
     return changes
 
 
-def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str) -> list[tuple[str, str]]:
+def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str, key: str, window: int | None = None) -> list[tuple[str, str]]:
     """(where, what to put there) of a client; where is "" for what goes into no file. environment: None for the usual places, whatever this machine has."""
     if not client.files:
         return [("", fill(client.recipe, url, key))]
@@ -19950,7 +20080,7 @@ def snippet(client: ClientSetup, environment: Mapping[str, str] | None, url: str
         usual = Path(file.folder).expanduser() / file.names[-1]
         path = client_path(file, environment) if environment is not None else usual.resolve()
         rows.append((f"{file.folder}/{file.names[-1]}" if path == usual.resolve() else str(path),
-                     merge_text(file.kind, "", fill(file.values, url, key), "", file.begins).rstrip("\n")))
+                     merge_text(file.kind, "", fill(file.values, url, key, window), "", file.begins).rstrip("\n")))
     return rows
 
 
@@ -20102,7 +20232,7 @@ def systemd_unit(program: Sequence[str]) -> str:
 
 
 ##############################################################################
-# 45. Launcher                                            I/O | uses 2, 9, 35, 42, 44
+# 45. Launcher                                            I/O | uses 2, 9, 35, 40, 42, 44
 ##############################################################################
 # What a client is started with is its own for this once: settings, key and gateway end with it.  Guarded by tests/test_clients.py.
 
@@ -20112,20 +20242,21 @@ _STOP_S = 35.0              #: how long a gateway may take to end; its own drain
 _OTHER = ClientSetup("", environment={**OPENAI_VARIABLES, **ANTHROPIC_VARIABLES}, unset=("ANTHROPIC_AUTH_TOKEN",))
 
 
-def launch(words: Sequence[str], url: str, key: str) -> int:
-    """Run a client to its end with address and key set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
+def launch(words: Sequence[str], url: str, key: str, config: Config) -> int:
+    """Run a client to its end with address, key and the window of `config` set for it alone; its exit status, 128 and its number for a signal. Raises ConfigError.
 
     SIGTERM and SIGHUP go on to it, SIGINT and SIGQUIT too unless they came from the terminal, which has sent them to it as well.
     """
     import subprocess
     import tempfile
     client = next((client for client in CLIENTS.values() if client.program == Path(words[0]).stem and (client.words or client.environment)), _OTHER)
-    values = json.dumps(fill(client.files[0].values, url, key)) if client.files else ""
+    window = smallest_window(config, client.least_window)
+    values = json.dumps(fill(client.files[0].values, url, key, window)) if client.files else ""
     with tempfile.TemporaryDirectory(prefix="aicarousel-") as folder:
         file = Path(folder) / "settings.json"
         if "{file}" in (*client.words, *client.environment.values()):
             put_file(file, values.encode(), 0o600)
-        command = [words[0], *(fill(word, url, key).replace("{file}", str(file)) for word in client.words), *words[1:]]
+        command = [words[0], *(fill(word, url, key, window).replace("{file}", str(file)) for word in client.words if window or "{window}" not in word), *words[1:]]
         environment = {name: value for name, value in os.environ.items() if name not in client.unset}
         environment |= {name: fill(value, url, key).replace("{json}", values).replace("{file}", str(file)) for name, value in client.environment.items()}
         try:
@@ -20544,7 +20675,7 @@ def dig(tree: Any, *path: str) -> Any:
 
 
 ##############################################################################
-# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31-32, 35, 42-46
+# 47. Doctor                                              I/O | uses 1-2, 4, 26, 31-32, 35, 40, 42-46
 ##############################################################################
 # Each check gives a row: fine, worth a note, or wrong with what mends it.  One more check: a function that yields rows.  Guarded by tests/test_clients.py.
 
@@ -20592,10 +20723,15 @@ def _up_to_root(folder: Path) -> list[Path]:
     return next((above[:number + 1] for number, place in enumerate(above) if (place / ".git").exists()), [folder])
 
 
-def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
-    """Its settings files go before the environment; a token goes before an API key wherever either stands."""
+def _claude_trees(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[tuple[str, Json]]:
+    """Claude Code's settings files, which go before the environment, and that, each with what it is called."""
     paths = (Path("/etc/claude-code/managed-settings.json"), folder / ".claude/settings.local.json", folder / ".claude/settings.json", client_path(client.files[0], environment))
-    trees = [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+    return [*((str(path), _tree_of(path, "json")) for path in paths), (_ENVIRONMENT, {"env": {**environment}})]
+
+
+def _claude_layers(client: ClientSetup, environment: Mapping[str, str], folder: Path) -> list[Layer]:
+    """A token goes before an API key wherever either stands."""
+    trees = _claude_trees(client, environment, folder)
     layers = [Layer(where, *(only_text(dig(tree, "env", name)) for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN"))) for where, tree in trees]
     return [*layers, *(Layer(where, "", only_text(dig(tree, "env", "ANTHROPIC_API_KEY"))) for where, tree in trees)]
 
@@ -20680,6 +20816,7 @@ class Surroundings(NamedTuple):
     settings: Settings
     environment: Mapping[str, str]
     folder: Path                        #: where the client would be started
+    config: Config | None = None        #: None: it cannot be read
 
 
 def is_installed(client: ClientSetup, environment: Mapping[str, str]) -> bool:
@@ -20709,7 +20846,24 @@ def examine_client(name: str, around: Surroundings) -> list[Check]:
     else:
         checks.append(Check(name, "address", True, f"{shown} of {top.where}"))
         checks.append(_judge_key(name, next((layer for layer in layers if layer.key), None), top, around))
+        checks += _judge_window(name, around) if CLIENTS[name].least_window else []
     return checks
+
+
+def _judge_window(name: str, around: Surroundings) -> list[Check]:
+    """Whether the context window that a client was told is one that every model has which it may be answered by."""
+    client, window = CLIENTS[name], smallest_window(around.config, CLIENTS[name].least_window) if around.config else None
+    if name == "codex":
+        path = client_path(client.files[0], around.environment)
+        figures = [(str(path), _tree_of(path, "toml").get("model_context_window"))]
+    else:
+        figures = [(where, dig(tree, "env", CLAUDE_WINDOW)) for where, tree in _claude_trees(client, around.environment, around.folder)]
+    where, told = next(((where, str(told)) for where, told in figures if told not in (None, "", {})), ("", ""))
+    if not told or not window:
+        return []
+    if re.fullmatch("[1-9][0-9]{0,8}", told) and int(told) <= window:
+        return [Check(name, "context window", True, f"{told} of {where}")]
+    return [Check(name, "context window", False, f"{told[:20]} of {where} is no number up to {window}, the smallest window of the models that take part: it compacts too late", *_mend(name, where, around))]
 
 
 def _without_login(url: str) -> str:
@@ -20837,7 +20991,7 @@ def _examine_database(path: Path) -> Check:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if sound == "ok":
-                return Check("home", "database", True, f"{path}, {counts['requests']} requests")
+                return Check("home", "database", True, f"{path}, {count_of(counts['requests'], 'request')}")
             raise ConfigError(str(path), sound, "a sound database")
     except (ConfigError, sqlite3.Error) as error:
         return Check("home", "database", False, str(error), f"stop the server, move {path} away and put the newest aicarousel-backup-*.db in its place")
@@ -20850,7 +21004,7 @@ def hear(stage: Stage, name: str) -> Check:
     try:
         for n_steps, step in enumerate(speak(stage), 1):
             pass
-        return Check("dialogue", speaker, True, f"{n_steps} steps")
+        return Check("dialogue", speaker, True, count_of(n_steps, "step"))
     except (Mismatch, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return Check("dialogue", speaker, False, f"{step}: {error}" if isinstance(error, Mismatch) else f"{step}: an answer of another shape ({type(error).__name__} {error})",
                      "this is a mistake of AICarousel: please report it with these lines")
@@ -20874,8 +21028,8 @@ def ask_live(name: str, around: Surroundings) -> Check:
     return Check(name, "live", False, redact(f"{reply.status} {message}")[:300], "python aicarousel.py explain --last" if reply.status else "python aicarousel.py serve")
 
 
-def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[Change], GatewayKey | None]:
-    """Put address and key into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
+def write_client(name: str, home: Home, url: str, window: int | None, key: str = "") -> tuple[list[Change], GatewayKey | None]:
+    """Put address, key and context window into a client's files: `key`, else the good one that stands there, else a new one named after the client. Raises ConfigError.
 
     The changes that were made, none where all was there already; and the key that was made.
     """
@@ -20884,7 +21038,7 @@ def write_client(name: str, home: Home, url: str, key: str = "") -> tuple[list[C
     plan_changes(client, os.environ, url, key or NEW_KEY)      # what cannot be written is refused before a key is made for it
     if not key:
         key, row = create_key(home.database_path, name)
-    changes = plan_changes(client, os.environ, url, key)
+    changes = plan_changes(client, os.environ, url, key, window)
     if changes:
         write_changes(name, changes, home.data / "clients", row.id if row else None)
     return changes, row
@@ -20894,7 +21048,11 @@ def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check],
     """Tell of everything there is to look at; fix: write the files of clients that are wrong; live: ask the real providers, as cheaply as can be."""
     for check in examine_home(home, address):
         tell(check)
-    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd())
+    try:
+        config = read_config(home, {})
+    except ConfigError:
+        config = None                   # told before
+    around = Surroundings(address, home.database_path, settings, os.environ, Path.cwd(), config)
     good = []
     for name in _LAYERS:
         if not is_installed(CLIENTS[name], os.environ):
@@ -20902,7 +21060,7 @@ def doctor(home: Home, settings: Settings, address: str, tell: Callable[[Check],
         checks = examine_client(name, around)
         if fix and any(check.writes and check.ok is False for check in checks):
             try:
-                changes, _ = write_client(name, home, address)
+                changes, _ = write_client(name, home, address, smallest_window(config, CLIENTS[name].least_window) if config else None)
                 tell(Check(name, "fix", None, "wrote " + (", ".join(str(change.path) for change in changes) or "nothing: its files are as they should be"), f"python aicarousel.py config {name} --undo takes it back"))
                 checks = examine_client(name, around)
             except ConfigError as error:
@@ -20954,7 +21112,7 @@ def _show_failover(stage: Stage) -> str:
     again = stage.ask("POST", "/v1/chat/completions", _chat_body("limited", "down", "empty", "well"))
     asked = [len(stage.cast.requests[name]) for name in ("limited", "down", "empty")]
     must_be(_text_of_chat(again) == "All well." and again.headers.get("x-aicarousel-attempts") == "1" and asked == [1, 1, 1], "those that failed left alone afterwards", asked)
-    return f"429, 500 and an empty answer passed over in {reply.headers['x-aicarousel-attempts']} attempts, then left alone"
+    return f"429, 500 and an empty answer passed over in {count_of(int(reply.headers['x-aicarousel-attempts']), 'attempt')}, then left alone"
 
 
 def _show_held_calls(stage: Stage) -> str:
@@ -21331,7 +21489,7 @@ def run_setup(home: Home, run: Callable[[Sequence[str]], int]) -> int:
 
 
 ##############################################################################
-# 50. Serving                                             I/O | uses 2, 4, 9, 28, 30-33, 36-37, 41-44
+# 50. Serving                                             I/O | uses 2, 4, 9, 28, 30-33, 36-37, 40-44
 ##############################################################################
 # What `serve` does around a Gateway: it listens, watches files and signals, writes the log, and ends in order.  Guarded by tests/test_cli.py and tests/test_server.py.
 
@@ -21382,7 +21540,7 @@ async def serve(home: Home, flags: Mapping[str, Any], *, stop: asyncio.Event | N
     gc.set_threshold(_GC_THRESHOLD)     # so that looking for it after every few of them, as Python does by itself, is a tenth of all work
     asyncio.get_running_loop().call_later(_TRIM_AFTER_S, _trim_memory)
     again, found = False, contextlib.ExitStack()
-    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port))
+    found.enter_context(_announced(home, _address_at(gateway.config.settings, port), port, lasting=config.settings.port != 0))
     try:
         await stop.wait()
         again = watcher.done() and not watcher.cancelled() and watcher.result()
@@ -21431,8 +21589,11 @@ def _open_state(path: Path, settings: Settings) -> tuple[KeyRing, str]:
 
 
 @contextlib.contextmanager
-def _announced(home: Home, address: str, port: int) -> Iterator[None]:
-    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one."""
+def _announced(home: Home, address: str, port: int, *, lasting: bool) -> Iterator[None]:
+    """While it is open this server can be found: by a file beside the database that it holds a lock on, so that a file left over is known for one.
+
+    lasting: it was told its port, so that clients may be pointed at it; `run` starts one that was not, and ends it with its client.
+    """
     path, handle = home.data / f"serve-{port}.pid", -1
     with contextlib.suppress(OSError, ImportError):         # a server that is not found serves all the same
         import fcntl
@@ -21444,7 +21605,7 @@ def _announced(home: Home, address: str, port: int) -> Iterator[None]:
             except BlockingIOError:     # somebody looks whether it is locked
                 time.sleep(pause_s)
         os.truncate(handle, 0)
-        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))
+        os.write(handle, dump_json({"pid": os.getpid(), "port": port, "address": address, "version": __version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "lasting": lasting}))
     try:
         yield
     finally:
@@ -21529,7 +21690,7 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     settings = gateway.config.settings
     address = _address_at(settings, port)
     lines = [f"AICarousel {__version__} listening on {address}", f"home: {home.folder}"]
-    active = [f"{provider.name} ({len(provider.credentials)} keys)" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
+    active = [f"{provider.name} ({count_of(len(provider.credentials), 'key')})" if len(provider.credentials) > 1 else provider.name for provider in gateway.config.active]
     if active:
         lines.append(f"providers: {', '.join(active)}")
     if gateway.config.looked_for and not any(credential.secret for provider in gateway.config.active for credential in provider.credentials):
@@ -21540,29 +21701,21 @@ def _announce(home: Home, gateway: Gateway, port: int, new_key: str | None) -> N
     if settings.no_auth:
         lines.append("warning: --no-auth: every program on this machine can use the providers")
     if new_key:
-        lines += ["", "A gateway key was made. It is shown only now:", f"  {new_key}", "", *client_recipes(address, new_key)]
+        lines += ["", "A gateway key was made. It is shown only now:", f"  {new_key}", "", *client_recipes(address, new_key, smallest_window(gateway.config, CLIENTS["claude-code"].least_window))]
     print("\n".join(lines), flush=True)
 
 
-def client_recipes(address: str, key: str) -> list[str]:
-    """What to paste into which client."""
+def client_recipes(address: str, key: str, window: int | None = None) -> list[str]:
+    """What to paste into which client, in few lines."""
+    def indented(name: str) -> list[str]:
+        return [f"  {line}" for line in snippet(CLIENTS[name], None, address, key)[0][1].splitlines() if line]
+    claude, cline = (fill(CLIENTS[name].files[0].values, address, key, window) for name in ("claude-code", "cline"))
+    settings, [variable] = cline["providers"]["openai-compatible"]["settings"], CLIENTS["codex"].files[1].values
     return [
-        "Claude Code:",
-        f"  export ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL=aicarousel",
-        "Codex CLI, in ~/.codex/config.toml, with AICAROUSEL_KEY set to the key:",
-        '  model = "aicarousel"',
-        '  model_provider = "aicarousel"',
-        "  [model_providers.aicarousel]",
-        '  name = "AICarousel"',
-        f'  base_url = "{address}/v1"',
-        '  env_key = "AICAROUSEL_KEY"',
-        '  wire_api = "responses"',
-        "  supports_websockets = false",
-        "Cline:",
-        f"  provider OpenAI Compatible, base URL {address}/v1, model aicarousel, the key as API key",
-        "curl:",
-        f"  curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\",
-        '    -d \'{"model": "aicarousel", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'',
+        "Claude Code:", "  export " + " ".join(f"{name}={value}" for name, value in claude["env"].items()),
+        f"Codex CLI, in ~/.codex/config.toml, with {variable} set to the key:", *indented("codex"),
+        "Cline:", f"  provider OpenAI Compatible, base URL {settings['baseUrl']}, model {settings['model']}, the key as API key",
+        "curl:", *indented("curl"),
         f"Into a client's own files, by itself: python aicarousel.py config NAME --write, NAME being {', '.join(name for name, client in CLIENTS.items() if client.files)}",
     ]
 
@@ -21965,9 +22118,10 @@ def _stats_command(arguments: Any) -> int:
     return 0
 
 
-def _server_of(home: Home, settings: Settings) -> str:
-    """The address of the gateway that runs with a home, else of the one that its settings make."""
-    return next((row["address"] for row in find_servers(home)), own_address(settings))
+def _server_of(home: Home, settings: Settings, *, lasting: bool = False) -> str:
+    """The address of the gateway that runs with a home, before others of that which its settings make, as of this where none runs. lasting: of those alone that clients may be pointed at."""
+    own, found = own_address(settings), [row["address"] for row in find_servers(home) if row.get("lasting", True) or not lasting]
+    return own if own in found or not found else found[0]
 
 
 def _ask_admin(arguments: Any, method: str, path: str, body: Any = None) -> Json:
@@ -22181,7 +22335,7 @@ def status_lines(home: Home, config: Config, state: Json) -> list[str]:
         lines += [f"keys      {counts['keys_active']} active, {counts['keys_revoked']} revoked", f"requests  {counts['requests']}, {counts['requests_today']} today"]
     lines.append("providers")
     for row in state["providers"] or [{"name": "none", "state": "out", "why": "no key was found: " + ", ".join(config.looked_for), "models": 0, "keys": 0}]:
-        lines.append(f"  {row['name']:<16} {row['state']:<8} {row['models']} models, {row['keys']} keys" + (f"  ({row['why']})" if row["why"] else ""))
+        lines.append(f"  {row['name']:<16} {row['state']:<8} {count_of(row['models'], 'model')}, {count_of(row['keys'], 'key')}" + (f"  ({row['why']})" if row["why"] else ""))
         lines += [f"    {cold['scope']} {cold['key']}: {cold['reason']}, {cold['until_s']:.0f} s" for cold in row.get("cooling", ())]
     return list(map(printable, [*lines, *(f"warning: {warning}" for warning in config.warnings)]))
 
@@ -22279,19 +22433,19 @@ def _client_command(arguments: Any) -> int:
         print(json.dumps({"client": name, "restored": paths, "revoked": keys}) if arguments.json else
               "\n".join([f"{path} is as it was" for path in paths] + [f"gateway key {key_id}, made for it, is revoked" for key_id in keys]))
         return 0
-    url = _address_of(arguments, home)
+    url, window = _address_of(arguments, home), _window_for(arguments, home)
     if arguments.dry_run:
         key = arguments.key or known_key(CLIENTS[name], os.environ, home.database_path) or NEW_KEY
-        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key))
+        diff = difference(plan_changes(CLIENTS[name], os.environ, url, key, window))
         print(json.dumps({"client": name, "diff": diff}) if arguments.json else diff or "nothing would change", end="" if diff and not arguments.json else "\n")
         return 0
     if arguments.write:
-        changes, row = write_client(name, home, url, arguments.key or "")
+        changes, row = write_client(name, home, url, window, arguments.key or "")
         told = {"client": name, "written": [str(change.path) for change in changes], "key": {"id": row.id, "name": row.name} if row else None}
         lines = [f"wrote {change.path}" for change in changes] + ([f"made gateway key {row.id}, named {row.name}, for it"] if row else [])
         print(json.dumps(told) if arguments.json else "\n".join([*(lines or ["all of it is there already"]), f"then: {CLIENTS[name].then}", f"back: python aicarousel.py config {name} --undo"]))
         return 0
-    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY)
+    places = snippet(CLIENTS[name], os.environ, url, arguments.key or NEW_KEY, window)
     if arguments.json:
         print(json.dumps({"client": name, "files": [{"path": path or None, "content": text} for path, text in places]}, indent=1))
         return 0
@@ -22303,11 +22457,21 @@ def _client_command(arguments: Any) -> int:
 def _address_of(arguments: Any, home: Home) -> str:
     """The address of --server, without a path, else of this home's gateway. Raises ConfigError."""
     if not arguments.server:
-        return own_address(read_config(home, {}).settings)
+        return _server_of(home, read_config(home, {}).settings, lasting=True)
     try:
         return root_of(arguments.server)
     except ValueError as error:
         raise ConfigError("--server", ascii(arguments.server)[:200], "the address of a gateway, such as http://127.0.0.1:7123") from error
+
+
+def _window_for(arguments: Any, home: Home) -> int | None:
+    """The context window that a client is to reckon with: of this home's models, or as the gateway of --server says."""
+    least = CLIENTS[arguments.action].least_window
+    if not least or not arguments.server:
+        return smallest_window(read_config(home, {}), least) if least else None
+    told = ask_gateway(_address_of(arguments, home), "GET", "/v1/models/aicarousel", timeout_s=2.0).json
+    window = told.get("context_length") if isinstance(told, dict) else None
+    return window if isinstance(window, int) and window >= least else None
 
 
 def _run_command(arguments: Any) -> int:
@@ -22316,11 +22480,11 @@ def _run_command(arguments: Any) -> int:
     if not words:
         raise ConfigError("run", "nothing to run", "a client and its arguments, such as: run -- claude")
     home = find_home(arguments.home)
-    settings = read_config(home, {}).settings
+    config = read_config(home, {})
     key, row = create_key(home.database_path, f"run {Path(words[0]).stem}", limits={"expires_at": int(time.time()) + RUN_KEY_S})
     try:
-        with gateway_for(own_address(settings), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
-            return launch(words, address, key)
+        with gateway_for(_server_of(home, config.settings, lasting=True), key, ["--home", str(home.folder)] if arguments.home else [], home.data / "run.log") as address:
+            return launch(words, address, key, config)
     finally:
         delete_key(home.database_path, row.id)
 
@@ -22332,7 +22496,7 @@ def _doctor_command(arguments: Any) -> int:
     except ConfigError:
         settings = Settings()           # what is wrong is the first thing that is told
     checks = _Teller(arguments.json)
-    doctor(home, settings, _address_of(arguments, home) if arguments.server else own_address(settings), checks, fix=arguments.fix, live=arguments.live)
+    doctor(home, settings, _address_of(arguments, home) if arguments.server else _server_of(home, settings, lasting=True), checks, fix=arguments.fix, live=arguments.live)
     return checks.end()
 
 

@@ -389,7 +389,7 @@ def test_stats_as_text(written: Callable[..., Path], capsys: pytest.CaptureFixtu
     assert lines[1].split() == ["provider", "requests", "failed", "left", "input", "cached", "written", "output", "cost"]
     assert lines[2].split() == ["-", "1", "0", "0", "812", "100", "0", "164", "$0.0000"]
     assert lines[3].split() == ["groq", "4", "0", "0", "3248", "400", "0", "656", "$4.0000", "+", "1", "unknown"]
-    assert lines[5].split()[:2] == ["total", "6"] and lines[6].startswith("estimated: 912 tokens in and 164 out, of 1 requests") and lines[-2].startswith("Sun")
+    assert lines[5].split()[:2] == ["total", "6"] and lines[6].startswith("estimated: 912 tokens in and 164 out, of 1 request whose") and lines[-2].startswith("Sun")
     assert aicarousel.main(["stats", "--home", str(home), "--days", "36600", "--by", ""]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert aicarousel.main(["stats", "--home", str(home), "--days", "36600", "--by", "key", "--model", "groq/kimi"]) == 0
@@ -579,7 +579,7 @@ def test_plain_chat_is_refused_in_plain_text(build: Build) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     assert house.post("/chat", messages, key=key).status == 200
     reply = house.post("/chat", messages, key=key)
-    assert (reply.status, reply.headers["content-type"]) == (429, "text/plain; charset=utf-8") and reply.body == b"This key has used its 1 requests per minute."
+    assert (reply.status, reply.headers["content-type"]) == (429, "text/plain; charset=utf-8") and reply.body == b"This key has used its 1 request per minute."
 
 
 def test_a_hundred_parallel_calls_overspend_by_one_estimate_at_most(build: Build, provider: Provider) -> None:

@@ -185,7 +185,7 @@ def test_the_order_of_providers(desk: Desk) -> None:
 
 
 REFUSALS = [
-    ("provider order groq,mine", "2 of 3 providers are named; missing: gemini"),
+    ("provider order groq,mine", "2 of 3 providers named; missing: gemini"),
     ("provider order groq,mine,gemini,groq", "groq stands there 2 times"),
     ("provider order groq,mine,gemeni", "there is no provider gemeni; did you mean gemini?"),
     ("provider order groq,mine,gemini,carousel", "there is no provider carousel; there are: groq, mine, gemini"),
@@ -321,7 +321,7 @@ def test_lists_tell_all_and_no_secret(desk: Desk) -> None:
     assert [(row["name"], row["state"], row["default"], row["models"]) for row in rows] == [("groq", "active", "a", ["a", "b", "c"]), ("mine", "out", "m", ["m"]), ("gemini", "active", "g", ["g"])]
     assert rows[0]["keys"] == [{"id": "groq/1", "from": ".env GROQ_API_KEY"}] and rows[1]["why"] == "switched off in models.json"
     status, out, _ = desk.run("provider", "list")
-    assert status == 0 and "  1  groq             active  3 models, 1 keys, default a\n" in out and "     switched off in models.json\n" in out
+    assert status == 0 and "  1  groq             active  3 models, 1 key, default a\n" in out and "     switched off in models.json\n" in out
     assert [row["id"] for row in desk.told("model", "list", "groq")["models"]] == ["a", "b", "c"]
     out = desk.run("model", "list")[1]
     assert "groq\n  1 * a\n  2   b\n  3   c" in out and "= see" in out and "mine\n  1 * m\n" in out
@@ -562,7 +562,7 @@ def test_a_terminal_is_told_what_is_waited_for(desk: Desk, provider: Provider, m
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     threading.Thread(target=lambda: (provider.wait_paused("wait"), time.sleep(0.1), provider.release("wait"))).start()
     status, _, err = desk.run("provider", "test")
-    assert (status, err) == (0, "asking 1 providers ...\n")
+    assert (status, err) == (0, "trying 1 key ...\n")
 
 
 # ---------------------------------------------------------------- models that providers list

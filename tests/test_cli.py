@@ -271,7 +271,7 @@ def test_the_first_start_prints_a_key_what_to_paste_and_what_was_looked_for(plac
         [key] = set(KEY.findall(printed))
         for words in (f"listening on {address}", "It is shown only now", f"ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL=aicarousel",
                       "~/.codex/config.toml", f'base_url = "{address}/v1"', 'wire_api = "responses"', "Cline:", f"base URL {address}/v1",
-                      f"curl {address}/v1/chat/completions -H 'Authorization: Bearer {key}'", "GROQ_API_KEY", "GEMINI_API_KEY", str(gateway.home / ".env"), "serve --demo"):
+                      f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}'", "GROQ_API_KEY", "GEMINI_API_KEY", str(gateway.home / ".env"), "serve --demo"):
             assert words in printed, words
         assert gateway.get("/health?deep=1", key=key).status == 200
         assert key not in gateway.log
@@ -630,7 +630,7 @@ def test_status_tells_what_cools_in_the_gateway_that_runs(gateway_factory: Calla
     assert [(row["name"], row["state"], [cold["reason"] for cold in row["cooling"]]) for row in shown["providers"]] == [("bad", "cooling", ["auth_invalid"]), ("good", "active", [])]
     assert shown["server"] == f"running on port {gateway.port}" and shown["servers"][0]["pid"] == gateway.pid
     text = gateway.command("status").stdout
-    assert "  bad              cooling  1 models, 1 keys\n    credential bad/1: auth_invalid, " in text and FAKE_KEY not in text
+    assert "  bad              cooling  1 model, 1 key\n    credential bad/1: auth_invalid, " in text and FAKE_KEY not in text
     assert json.loads(gateway.command("key", "list", "--json").stdout)[0]["name"] == "test" and len(json.loads(gateway.command("key", "list", "--json").stdout)) == 1
     assert gateway.command("call", "Hi", "-m", "good/m", "-k", gateway.key).returncode == 0, "a gateway that runs is found without --server"
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -390,6 +391,41 @@ def test_a_gateway_is_started_where_none_runs_and_stopped_at_the_end(launch: Cal
     assert "outcome=ok" in (tmp_path / "data" / "run.log").read_text() and stat.S_IMODE((tmp_path / "data" / "run.log").stat().st_mode) == 0o600
 
 
+@pytest.fixture
+def elsewhere(gateway_factory: Callable[..., Gateway]) -> Gateway:
+    """A gateway on a port that it was told, and its home's settings were not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return gateway_factory(arguments=["--demo", "--port", str(port)])
+
+
+def test_a_gateway_on_another_port_is_found_by_its_home(elsewhere: Gateway, launch: Callable[..., subprocess.Popen[str]], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `run`, `config` and `doctor`, which mends what points elsewhere."""
+    out, err = launch("sh", "-c", 'echo "$OPENAI_BASE_URL"', AICAROUSEL_HOME=str(elsewhere.home), PORT="1").communicate(timeout=HANG_S)
+    assert (out, err) == (f"{elsewhere.url}/v1\n", "")
+    monkeypatch.setattr(a, "on_stage", lambda play: None)
+    place.set(AICAROUSEL_HOME=str(elsewhere.home), PORT="1", PATH="")
+    assert elsewhere.url in place.run("config", "curl")[1]
+    assert place.run("config", "aider", "--write", "--server", "http://127.0.0.1:1")[0] == 0
+    status, told = place.read("doctor")
+    assert status == 1 and "is a port where nothing listens" in failed(told)[0]["told"] and elsewhere.url in next(check["told"] for check in told["checks"] if check["what"] == "running")
+    assert place.read("doctor", "--fix")[0] == 0 and elsewhere.url in place.path("aider").read_text()
+    place.set(PORT=str(elsewhere.port))
+    assert place.read("doctor")[0] == 0
+
+
+def test_clients_are_not_pointed_at_a_gateway_that_ends_with_another(launch: Callable[..., subprocess.Popen[str]], place: Place) -> None:
+    running = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"; exec cat', stdin=subprocess.PIPE, AICAROUSEL_HOME=str(place.home), PORT="1")
+    assert running.stdout is not None and running.stdin is not None
+    address = running.stdout.readline().strip()
+    assert wait_for(lambda: [row["address"] for row in place.read("info")[1]["servers"]] == [address])
+    place.set(PORT="1")
+    assert "http://127.0.0.1:1/" in place.run("config", "curl")[1] and place.run("quota")[0] == 0, "commands ask it all the same"
+    out, _ = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"', AICAROUSEL_HOME=str(place.home), PORT="1").communicate(timeout=HANG_S)
+    assert out.startswith("http://127.0.0.1:") and out.strip() != address
+    running.communicate(timeout=HANG_S)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_a_launcher_that_is_killed_leaves_no_gateway(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     running = launch("sh", "-c", 'echo "$ANTHROPIC_BASE_URL"; exec cat', stdin=subprocess.PIPE, AICAROUSEL_HOME=str(tmp_path), PORT="1")
@@ -544,8 +580,8 @@ def open_folder(place: Place, _demo: Gateway) -> None:
     place.home.chmod(0o777)
 
 
-def write_in_home(name: str, text: str) -> Callable[[Place, Gateway], None]:
-    def plant(place: Place, _demo: Gateway) -> None:
+def write_in_home(name: str, text: str) -> Callable[[Place, Gateway | None], None]:
+    def plant(place: Place, _demo: Gateway | None) -> None:
         place.home = place.user / "other-home"
         path = place.home / name
         path.parent.mkdir(parents=True)
@@ -700,6 +736,97 @@ def test_live_asks_each_key_and_each_client_once(place: Place, provider: Provide
     provider.script("back", answer({"error": {"message": "Invalid API key"}}, 401))
     status, told = place.read("doctor", "--live")
     assert status == 1 and [(check["subject"], check["fix"]) for check in failed(told)] == [("provider", "python aicarousel.py login back"), *((name, "python aicarousel.py explain --last") for name in ("claude-code", "codex", "aider"))]
+
+
+# ---------------------------------------------------------------- the window that Claude Code reckons with
+
+def windows(*rows: int | None, fallback: bool = True) -> Json:
+    """models.json of one provider whose models hold so much; the first is its default."""
+    return {"back": {"baseUrl": "http://127.0.0.1:1/v1", "default": "m0", "enableFallback": fallback, "keys": [],
+                     "models": [{"id": f"m{number}", **({"context": n_tokens} if n_tokens else {})} for number, n_tokens in enumerate(rows)]}}
+
+
+def reckon_with(place: Place, *rows: int | None, fallback: bool = True) -> None:
+    place.home.mkdir(exist_ok=True)
+    (place.home / "models.json").write_text(json.dumps(windows(*rows, fallback=fallback)))
+
+
+@pytest.mark.parametrize("rows,fallback,told", [
+    ((200_000, None, 131_072), True, "131072"),
+    ((200_000, 131_072), False, "200000"),
+    ((131_072, 8192), True, "131072"),          # it cannot work in 8,192, and no request of its size goes there
+    ((8192,), True, None),
+    ((None,), True, None),
+])
+def test_claude_code_is_told_the_smallest_window_in_which_it_can_work(place: Place, rows: tuple[int | None, ...], fallback: bool, told: str | None) -> None:
+    reckon_with(place, *rows, fallback=fallback)
+    [made] = place.read("config", "claude-code")[1]["files"]
+    assert json.loads(made["content"])["env"].get(a.CLAUDE_WINDOW) == told
+    assert (a.CLAUDE_WINDOW in place.run("config", "claude-code", "--dry-run")[1]) is bool(told)
+    place.run("config", "claude-code", "--write")
+    assert json.loads(place.path("claude-code").read_text())["env"].get(a.CLAUDE_WINDOW) == told
+
+
+@pytest.mark.parametrize("answered,told", [({"id": "aicarousel", "context_length": 100_000}, "100000"), ({"id": "aicarousel", "context_length": 8192}, None), ({"id": "aicarousel"}, None),
+                                           ([], None), ({"context_length": "100000"}, None)])
+def test_a_gateway_elsewhere_says_its_window_itself(place: Place, provider: Provider, answered: Any, told: str | None) -> None:
+    reckon_with(place, 131_072)
+    url = provider.listen("server", answer(answered))
+    [made] = place.read("config", "claude-code", "--server", url)[1]["files"]
+    assert json.loads(made["content"])["env"].get(a.CLAUDE_WINDOW) == told
+    [asked] = provider.calls("server")
+    assert asked.path == "/v1/models/aicarousel" and "authorization" not in asked.headers
+    place.read("config", "cline", "--server", url)
+    assert len(provider.calls("server")) == 1, "what is told of no window does not ask for one"
+
+
+@pytest.mark.parametrize("rows,told", [((200_000, 40_000), 40_000), ((131_072, 8192), 131_072), ((None,), None)])
+def test_codex_is_told_a_number(place: Place, rows: tuple[int | None, ...], told: int | None) -> None:
+    reckon_with(place, *rows)
+    path = place.write("codex", "model_context_window = 272000 # mine\n[features]\nx = true\n")
+    place.run("config", "codex", "--write")
+    assert tomllib.loads(path.read_text())["model_context_window"] == (told or 272_000) and "# mine" in path.read_text()
+    path.unlink()
+    place.run("config", "codex", "--write")
+    assert tomllib.loads(path.read_text()).get("model_context_window") == told
+    if told:
+        reckon_with(place, 32_000)
+        [wrong] = a._judge_window("codex", a.Surroundings(URL, place.database, a.Settings(), os.environ, place.work, a.read_config(a.find_home(str(place.home)), {})))
+        assert wrong.ok is False and f"{told} of {path} is no number up to 32000" in wrong.told and wrong.fix == "python aicarousel.py config codex --write"
+
+
+@pytest.mark.parametrize("rows,claude,codex", [((100_000, 40_000), "100000", "40000"), ((None,), None, None)])
+def test_run_tells_it_too(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, rows: tuple[int | None, ...], claude: str | None, codex: str | None) -> None:
+    (tmp_path / "models.json").write_text(json.dumps(windows(*rows)))
+    out, err = launch('cat "$2"', program="claude", AICAROUSEL_HOME=str(tmp_path), PORT="1").communicate(timeout=HANG_S)
+    assert json.loads(out)["env"].get(a.CLAUDE_WINDOW) == claude, err
+    out, err = launch('echo "$@"', "exec", program="codex", AICAROUSEL_HOME=str(tmp_path), PORT="1").communicate(timeout=HANG_S)
+    assert re.findall(r"--config=model_context_window=(\S+)", out) == ([codex] if codex else []) and out.endswith(" exec\n"), err
+
+
+@pytest.mark.parametrize("rows,ok,told", [((200_000,), True, "131072 of "), ((131_072, 8192), True, "131072 of "), ((131_072, 100_000), False, "is no number up to 100000"), ((None,), None, ""), ((8192,), None, "")])
+def test_doctor_says_when_the_window_that_was_written_fits_no_more(clinic: Place, rows: tuple[int | None, ...], ok: bool | None, told: str) -> None:
+    try:
+        reckon_with(clinic, 131_072)
+        clinic.run("config", "claude-code", "--write")
+        reckon_with(clinic, *rows)
+        found = [check for check in clinic.read("doctor")[1]["checks"] if check["what"] == "context window" and check["subject"] == "claude-code"]
+        assert [check["ok"] for check in found] == ([ok] if ok is not None else []) and all(told in check["told"] for check in found)
+        if ok is False:
+            assert found[0]["fix"] == "python aicarousel.py config claude-code --write" and clinic.read("doctor", "--fix")[0] == 0
+            assert json.loads(clinic.path("claude-code").read_text())["env"][a.CLAUDE_WINDOW] == "100000"
+            (clinic.work / ".claude").mkdir()
+            (clinic.work / ".claude" / "settings.json").write_text(json.dumps({"env": {a.CLAUDE_WINDOW: "1e6"}}))
+            [wrong] = failed(clinic.read("doctor")[1])
+            assert wrong["fix"].startswith(f"take it out of {clinic.work}/.claude/settings.json, then: ") and "1e6 of " in wrong["told"]
+    finally:
+        (clinic.home / "models.json").unlink()
+
+
+def test_doctor_says_nothing_of_windows_while_the_configuration_cannot_be_read(clinic: Place) -> None:
+    clinic.write("claude-code", json.dumps({"env": {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{os.environ['PORT']}", "ANTHROPIC_AUTH_TOKEN": "sk-x", a.CLAUDE_WINDOW: "1"}}))
+    write_in_home("models.json", "[")(clinic, None)
+    assert [check["what"] for check in clinic.read("doctor")[1]["checks"] if check["subject"] == "claude-code"] == ["address", "key"]
 
 
 # ---------------------------------------------------------------- dialogues and selftest

@@ -50,7 +50,7 @@ def test_the_seeds_shape_loads_in_its_order():
 WHOLE = {
     "my-vllm": {
         "baseUrl": "http://127.0.0.1:8000/v1/", "preset": "groq", "format": "chat", "enabled": True, "default": "qwen3-coder", "enableFallback": False,
-        "models": ["qwen3-coder", {"id": "big", "alias": "long", "context": 262144, "maxOutput": 32768, "vision": False, "tools": True, "reasoning": True,
+        "models": ["qwen3-coder", {"id": "big", "alias": "long", "context": 262144, "maxOutput": 32768, "vision": False, "tools": True, "reasoning": True, "audio": True, "pdf": False,
                                    "price": {"input": 0.25, "output": 1.0, "cacheRead": 0.03, "cacheWrite": 0.3},
                                    "limits": {"rpm": 30, "rpd": 1000, "tpm": 60000, "tpd": 1000000}}],
         "keys": ["env:VLLM_KEY", {"key": "env:VLLM_KEY_B", "label": "team-b", "proxy": "http://127.0.0.1:3128", "headers": {"X-Team": "b"},
@@ -68,7 +68,7 @@ def test_every_optional_field_is_kept():
     provider = one(config, "my-vllm")
     big = provider.models[1]
     assert provider.base_url == "http://127.0.0.1:8000/v1" and provider.preset is aicarousel.PRESETS["groq"]
-    assert (big.alias, big.context, big.max_output, big.vision, big.tools, big.reasoning) == ("long", 262144, 32768, False, True, True)
+    assert (big.alias, big.context, big.max_output, big.vision, big.tools, big.reasoning, big.audio, big.pdf) == ("long", 262144, 32768, False, True, True, True, False)
     assert big.price == Price(0.25, 1.0, 0.03, 0.3) and big.limits == Limits(30, 1000, 60000, 1000000)
     first, second = provider.credentials
     assert (first.id, first.secret, first.source, first.proxy) == ("my-vllm/1", "key-one", "env:VLLM_KEY", None)
@@ -146,6 +146,8 @@ REFUSED = [
     (entry(models=["m", {"id": "n", "context": True}]), "x.models[1].context", "true", "whole number"),
     (entry(models=["m", {"id": "n", "maxOutput": 1.5}]), "x.models[1].maxOutput", "number 1.5", "whole number"),
     (entry(models=["m", {"id": "n", "vision": "no"}]), "x.models[1].vision", 'string "no"', "true or false"),
+    (entry(models=["m", {"id": "n", "audio": 1}]), "x.models[1].audio", "number 1", "true or false"),
+    (entry(models=["m", {"id": "n", "pdf": "no"}]), "x.models[1].pdf", 'string "no"', "true or false"),
     (entry(models=["m", {"id": "n", "price": {"input": -1}}]), "x.models[1].price.input", "number -1", "USD"),
     (entry(models=["m", {"id": "n", "price": {"inputs": 1}}]), "x.models[1].price.inputs", "unknown", 'did you mean "input"?'),
     (entry(models=["m", {"id": "n", "limits": {"rpm": 0}}]), "x.models[1].limits.rpm", "number 0", "from 1"),

@@ -165,6 +165,10 @@ def test_the_banner_says_the_same_as_readme() -> None:
     recipes = "\n".join(aicarousel.client_recipes("http://127.0.0.1:7123", "sk-..."))
     for words in ("ANTHROPIC_BASE_URL=http://127.0.0.1:7123 ANTHROPIC_AUTH_TOKEN=sk-... ANTHROPIC_MODEL=aicarousel", 'base_url = "http://127.0.0.1:7123/v1"', 'wire_api = "responses"'):
         assert words in recipes and words in README
+    for name in ("codex", "curl"):
+        told = aicarousel.snippet(aicarousel.CLIENTS[name], None, "http://127.0.0.1:7123", "sk-...")[0][1]
+        assert all(line in recipes for line in told.splitlines()), "what config prints"
+    assert f"{aicarousel.CLAUDE_WINDOW}=100000\n" in "\n".join(aicarousel.client_recipes("http://127.0.0.1:7123", "sk-...", 100_000)) and aicarousel.CLAUDE_WINDOW not in recipes
 
 
 # ---------------------------------------------------------------- endpoints, headers, failures

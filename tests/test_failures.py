@@ -681,6 +681,7 @@ def test_an_error_inside_a_success_may_name_its_time() -> None:
     ("refused", "network", "provider"), ("dns", "network", "provider"), ("tls", "network", "provider"), ("reset", "network", "provider"),
     ("timeout", "network", "provider"), ("protocol", "network", "provider"), ("cut", "server", "route"), ("too_big", "server", "route"),
     ("bad_stream", "server", "route"), ("empty_answer", "server", "route"), ("not_json", "server", "route"),
+    ("no_descriptor", "network", ""),
 ])
 def test_transport_failures(reason: str, kind: str, scope: str) -> None:
     failure = ac.transport_failure(reason, "head", "with Bearer abcdefghijklmn")
@@ -701,6 +702,7 @@ def answer(*failures: ac.UpstreamFailure) -> ac.GatewayError:
 
 RATE, RATE_NAMED, OVERLOADED = judge("", 429, b""), judge("", 429, b"", {"retry-after": "40"}), judge("", 529, b"")
 RATE_SOON, MONEY, KEY = judge("", 429, b"", {"retry-after": "7"}), judge("", 402, b""), judge("", 401, err("bad key sk-abcdefgh12345678"))
+OURS = ac.transport_failure("no_descriptor", "connect", "Too many open files")
 LATE, GONE, BROKEN = ac.transport_failure("timeout", "head"), judge("", 404, b""), judge("", 500, b"")
 LONG = judge("anthropic", 400, anthropic("invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"))
 BYTES, TPM, NO_TOOLS = judge("", 413, b""), judge("groq", 413, err(GROQ_TPM_413)), judge("ollama", 400, err("x does not support tools"))
@@ -721,6 +723,8 @@ REGION, DENIED = judge("gemini", 400, gemini(400, "F", "User location is not sup
     ([judge("cerebras", 503, b"")], 503, "server_is_overloaded", 5),
     ([LATE, LATE], 504, "timeout", None),
     ([LATE, judge("", 504, b""), judge("", 408, b"")], 504, "timeout", None),
+    ([OURS, OURS], 503, "out_of_descriptors", 5),
+    ([OURS, BROKEN], 502, "upstream_failed", None),
     ([LATE, REFUSED], 502, "upstream_failed", None),
     ([REFUSED], 502, "upstream_failed", None),
     ([BROKEN, BROKEN], 502, "upstream_failed", None),

@@ -637,15 +637,46 @@ SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}
 PAPER = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}}
 
 
+HEARD = {"messages": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}], "responses": [{"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}],
+         "chat": [SOUND, PAPER]}
+
+
 @pytest.mark.parametrize("part", [SOUND, PAPER], ids=["sound", "a paper"])
 def test_sound_and_papers_go_on_to_where_they_are_taken(build: Build, provider: Provider, part: Json) -> None:
-    """A model without ears, or that reads no papers, says so: that leads on and is held against nobody. Sound has no form in Messages: nothing is sent there."""
+    """A model of which nothing is known says so itself: that leads on and is held against nobody. Sound has no form in Messages: nothing is sent there."""
     refusal = answer({"error": {"message": f"This model does not support {'audio' if part is SOUND else 'image'} input.", "type": "invalid_request_error"}}, 400)
     more = {"m": healthy()} if part is SOUND else {}
     house = build(**more, a=refusal, b=healthy(), entries={"m": {"format": "messages"}} if more else {}, carousel={"strategy": "priority"})
     reply = house.chat(stream=False, messages=[{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}])
     assert (reply.status, reply.headers["x-aicarousel-provider"]) == (200, "b") and provider.calls("m") == [] and len(provider.calls("a")) == 1
     assert provider.calls("b")[0].json["messages"][0]["content"][1] == part and not house.gateway.relay.state.cooling
+
+
+def asked_of(client: str, part: Json, *, later: bool) -> Json:
+    """A request that holds a part, in its last turn or in the one before."""
+    told = {"type": "input_text" if client == "responses" else "text", "text": "What is this?"}
+    turns = [{"role": "user", "content": [told, part]}, *([{"role": "assistant", "content": "A page."}, {"role": "user", "content": "Go on with application/pdf, please."}] if later else [])]
+    return {"model": "aicarousel", "stream": False, "input" if client == "responses" else "messages": turns, **({"max_tokens": 50} if client == "messages" else {})}
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("client", "part"), [(client, part) for client, parts in HEARD.items() for part in parts])
+def test_who_is_known_to_take_no_sound_or_papers_is_not_asked(build: Build, provider: Provider, client: str, part: Json, later: bool) -> None:
+    word = "audio" if part is SOUND else "pdf"
+    house = build(a=healthy(), b=healthy(), c=healthy(), entries={"a": can(vision=False), "b": can(vision=True, **{word: False}), "c": can(vision=False, **{word: True})}, carousel={"strategy": "priority"})
+    reply = house.post(PATHS[client], asked_of(client, part, later=later))
+    assert (reply.status, reply.headers["x-aicarousel-provider"], reply.headers["x-aicarousel-attempts"]) == (200, "c", "1") and not provider.calls("a") and not provider.calls("b")
+    alone = house.post(PATHS[client], {**asked_of(client, part, later=later), "model": "a/m"}, headers={"x-aicarousel-no-fallback": "1"})
+    told = alone.json["error"]
+    assert alone.status == 400 and f"a/m {'takes no audio' if part is SOUND else 'reads no PDFs'}; c/m does" in told["message"] and not provider.calls("a")
+    words = {**asked_of(client, {"type": "input_text" if client == "responses" else "text", "text": "input_audio, application/pdf and \"input_audio\""}, later=later)}
+    assert house.post(PATHS[client], words).headers["x-aicarousel-provider"] == "a", "to speak of them is no hindrance"
+
+
+def test_openrouter_reads_papers_for_any_model(build: Build, provider: Provider) -> None:
+    house = build(a=healthy(), entries={"a": {"preset": "openrouter", **can(vision=False)}})
+    assert house.chat("a/m", messages=[{"role": "user", "content": [PAPER]}]).status == 200
+    assert house.chat("a/m", messages=[{"role": "user", "content": [SOUND]}]).status == 400 and len(provider.calls("a")) == 1
 
 
 # ------------------------------------------------------------------ payload rules

@@ -6,6 +6,7 @@ Rows named by a number are mistakes of other gateways (`m64`), rows named E and 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import sys
@@ -1085,6 +1086,8 @@ ERRORS: dict[str, tuple[Any, str, int]] = {
 def test_an_error_has_anthropics_form(row: str) -> None:
     error, kind, status = ERRORS[row]
     assert gateway.messages_error(error) == {"type": "error", "error": {"type": kind, "message": error.message}}
+    tried = [{"provider": "a", "model": "m", "status": 500, "reason": "server_error", "ms": 5}]
+    assert gateway.messages_error(dataclasses.replace(error, attempts=tried))["error"] == {"type": kind, "message": error.message, "attempts": tried}
     assert gateway.messages_error(error, "req_1") == {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": "req_1"}
     assert gateway.messages_status(error) == status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import select
 import signal
@@ -236,6 +237,22 @@ def test_fds_none_left(poor: Gateway) -> None:
     assert [link.read_all().status for link in links] == [200] * 30
     for link in links:
         link.close()
+
+
+@pytest.mark.parametrize("client", FORMATS)
+def test_fds_none_left_for_a_provider(poor: Gateway, client: str) -> None:
+    """That is the gateway's own trouble: 503 says so, nothing is held against the provider, and the next request is served."""
+    body = body_of(client, "a/m")
+    with poor.connect() as link:
+        link.send(poor.request_bytes("GET", "/health", close=False))
+        link.read_until(b'"ok"')
+        resource.prlimit(poor.pid, resource.RLIMIT_NOFILE, (poor.open_files(), 256))
+        link.send(poor.request_bytes("POST", PATHS[client], body))
+        raw = link.read_until(b"out_of_descriptors" if client != "messages" else b"no_descriptor").rpartition(b"HTTP/1.1 ")[2]
+    resource.prlimit(poor.pid, resource.RLIMIT_NOFILE, (256, 256))
+    assert raw.startswith(b"503 ") and b"\r\nretry-after: 5\r\n" in raw.lower() and b"none left for a connection to a provider" in raw
+    assert poor.post(PATHS[client], body).status == 200
+    assert wait_for(lambda: "outcome=ok" in poor.log) and re.search(r"reason=no_descriptor .*cools=-\n", poor.log) and "Traceback" not in poor.log
 
 
 # ---------------------------------------------------------------- drain

@@ -38,6 +38,40 @@ def test_what_a_provider_lists_can_be_named_and_is_no_part_of_the_rotation(build
     assert {house.chat("aicarousel", stream=False).headers["x-aicarousel-model"] for _ in range(4)} == {"m"}
 
 
+@pytest.mark.parametrize("unknown", ["carousel", "reject"])
+def test_every_name_that_is_listed_is_taken_and_bare_ids_too(build: Build, provider: Provider, unknown: str) -> None:
+    """Whatever /v1/models names leads to its model; what is listed by several providers takes turns; configured names go before fetched ones."""
+    told = {"data": [{"id": "vendor/big:free"}, {"id": "n"}, {"id": "odd*"}, {"id": "gpt-9"}, {"id": "b"}]}
+    house = build(a=in_turn(answer(told), *[healthy()] * 40), c=in_turn(answer(told), *[healthy()] * 40), b=healthy(), openai=healthy(),
+                  entries={"a": ALL, "c": {**ALL, "models": ["m", "*"]}, "b": {"models": ["m", "n"]}}, carousel={"unknownModel": unknown, "aliases": {"fast": "b/n"}, "fallback": "none"})
+    listed(house, "a/n")
+    listed(house, "c/n")
+    for name in names(house):
+        reply = house.chat(name, stream=False)
+        assert reply.status == 200 and (name in ("aicarousel", "fast") or f"{reply.headers['x-aicarousel-provider']}/{reply.headers['x-aicarousel-model']}" == name), name
+    assert "a/odd*" not in names(house)
+    assert {house.chat("vendor/big:free", stream=False).headers["x-aicarousel-provider"] for _ in range(4)} == {"a", "c"}
+    assert provider.calls("a")[-1].json["model"] == "vendor/big:free"
+    for name, served in (("n", "b/n"), ("gpt-9", "openai/gpt-9"), ("b", "b/m")):
+        reply = house.chat(name, stream=False)
+        assert f"{reply.headers['x-aicarousel-provider']}/{reply.headers['x-aicarousel-model']}" == served
+    assert house.request("GET", "/v1/models/vendor/big:free").json["owned_by"] == "a" and house.request("GET", "/v1/models/vendor/small").status == 404
+    near = house.chat("vendor/bigg:free", stream=False)
+    assert near.status == 200 if unknown == "carousel" else near.status == 404 and "Nearest: vendor/big:free" in near.error["message"]
+
+
+def test_a_bare_id_survives_an_edit_and_goes_with_its_provider(build: Build) -> None:
+    house = build(a=in_turn(answer(LISTED), *[healthy()] * 9), b=healthy(), entries={"a": {**ALL, "keys": [{"key": "env:FAKE_KEY", "excludedModels": ["*-preview"]}]}}, carousel={"unknownModel": "reject"})
+    listed(house, "a/vendor/big:free")
+    house.reconfigure({**house.models, "b": {**house.models["b"], "weight": 2}})
+    assert house.chat("vendor/big:free", stream=False).headers["x-aicarousel-provider"] == "a"
+    assert house.chat("vendor/hidden-preview", stream=False).status == 404, "no key may use it"
+    key, _ = aicarousel.create_key(house.database, "other", limits={"models": ("b/*",)})
+    assert house.request("POST", "/v1/chat/completions", {"model": "vendor/big:free", "messages": [{"role": "user", "content": "Hi"}]}, key=key).status == 403
+    house.reconfigure({**house.models, "a": {**house.models["a"], "models": ["m"]}})
+    assert house.chat("vendor/big:free", stream=False).status == 404
+
+
 def test_a_list_is_fetched_again_after_five_minutes_behind_whoever_looks_and_the_last_good_one_stays(build: Build, provider: Provider) -> None:
     more = {"data": [{"id": "new"}]}
     house = build(a=in_turn(answer(LISTED), answer({"error": {"message": f"Oops {FAKE_KEY}"}}, 500), answer(more)), entries={"a": ALL})

@@ -161,7 +161,7 @@ def test_what_has_no_known_price_costs_an_unknown_sum(build: Build, browser: Any
     house.wait_rows(1)
     page = Page(browser, house)
     page.enter()
-    assert page.text("#p-cost figcaption").endswith("unknown") and "1 requests have no known price" in page.text("#p-cost")
+    assert page.text("#p-cost figcaption").endswith("unknown") and "1 request without a known price" in page.text("#p-cost")
 
 
 def test_the_key_is_asked_for_once_and_kept_in_the_tab_until_it_is_forgotten(build: Build, browser: Any) -> None:  # noqa: F811

@@ -100,7 +100,7 @@ def test_who_is_refused_for_the_limits_of_its_key_is_in_it(build: Build, tmp_pat
     log.close()
     served, refused = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert "body" not in served and (refused["status"], refused["outcome"], refused["key_name"], refused["tried"]) == (429, "error", "small", [])
-    assert "requests" in refused["told"] and refused["body"]["model"] == "a/m"
+    assert "1 request per minute" in refused["told"] and refused["body"]["model"] == "a/m"
 
 
 @pytest.mark.parametrize(("bodies", "expected"), [("", []), ("errors", ["bad"]), ("all", ["good", "bad"])])

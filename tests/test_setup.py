@@ -162,7 +162,7 @@ def test_providers_and_their_order(room: Room, running: Any, provider: Provider)
     soon(lambda: states(gateway) == {"groq": "ready", "own": "out", "off": "ready"})
 
     it.answer("Number: ", "3")
-    for wrong, why in (("3,1", "2 of 3 providers are named; missing: own"), ("1,2,2", "own stands there 2 times"), ("1,2,x", "there is no provider x"), ("1,,2", "there is no provider ;")):
+    for wrong, why in (("3,1", "2 of 3 providers named; missing: own"), ("1,2,2", "own stands there 2 times"), ("1,2,x", "there is no provider x"), ("1,,2", "there is no provider ;")):
         it.answer("All of them in the new order (numbers or names, with commas) (Enter: back): ", wrong)
         it.expect(why)
     it.answer("with commas) (Enter: back): ", "3, groq,2")

@@ -275,7 +275,7 @@ def test_a_dry_run_tells_how_long_it_would_wait(build: Build) -> None:
     house = build(a=healthy(), entries={"a": {"limits": {"rpm": 1}}})
     key = aicarousel.create_key(house.database, "admin", limits={"admin": True})[0]
     assert house.chat("aicarousel", stream=False).status == 200
-    assert house.request("POST", "/admin/explain", chat_body(None), key=key).json["lines"][1:] == ["left out:", "  a/1:m: quota: 1 requests a minute (configured), 60 s left"]
+    assert house.request("POST", "/admin/explain", chat_body(None), key=key).json["lines"][1:] == ["left out:", "  a/1:m: quota: 1 request a minute (configured), 60 s left"]
     house.pass_time(45.0)
     [told] = house.request("POST", "/admin/explain", chat_body(None), key=key).json["lines"][3:]
     assert told.startswith("would wait 15") and told.endswith(" ms in line") and not house.gateway.relay.lines
@@ -383,7 +383,7 @@ def test_a_line_has_an_end_and_whoever_comes_then_is_told_when_to_come_again(bui
     assert [house.chat("aicarousel", stream=False).status for _ in range(2)] == [200, 200]
     waiting = [send(house, f"number {number}") for number in range(3)]
     refused = house.chat("aicarousel", stream=False)
-    assert refused.status == 429 and 55 <= int(refused.headers["retry-after"]) <= 61 and "3 requests are waiting" in refused.error["message"] and refused.error["type"] == "rate_limit_error"
+    assert refused.status == 429 and 55 <= int(refused.headers["retry-after"]) <= 61 and "3 requests waiting for" in refused.error["message"] and refused.error["type"] == "rate_limit_error"
     waiting.pop().close()
     house.settle()
     waiting.append(send(house, "in time"))

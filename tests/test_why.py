@@ -103,9 +103,9 @@ HEALTHY, TWO = {"a": healthy()}, {"a": healthy(), "b": healthy()}
 CASES: list[tuple[str, Json, Json, Callable[[House], Any], list[str]]] = [
     ("no room, another has", TWO, {"entries": {"a": ONE}}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
         rf"chat, model a/m, about \d+ tokens: served with 200 in {MS}.*", "tried, in order:", rf"  b/1:m: served \(200\), {MS}", "left out:",
-        r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+        r"  a/1:m: quota: 1 request a minute \(configured\), 60 s left"]),
     ("no room anywhere", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 0}}, lambda house: [ask(house), ask(house)], [
-        rf"chat, model not named, .*: failed with 429 in {MS}", "left out:", r"  a/1:m: quota: 1 requests a minute \(configured\), 60 s left"]),
+        rf"chat, model not named, .*: failed with 429 in {MS}", "left out:", r"  a/1:m: quota: 1 request a minute \(configured\), 60 s left"]),
     ("waited in line", HEALTHY, {"entries": {"a": ONE}, "carousel": {"maxWait": 100}}, wait_in_line, [
         r"chat, .*: served with 200 in 61\d\d\d ms.*", "tried, in order:", rf"  a/1:m: served \(200\), {MS}", r"waited 6[01]\d\d\d ms in line"]),
     ("refused before", {"a": SLOW_DOWN, "b": healthy()}, {}, lambda house: [ask(house, "a/m"), ask(house, "a/m")], [
@@ -154,6 +154,55 @@ def test_forty_routes_are_still_fifteen_lines(build: Build) -> None:
         house.chat("aicarousel")
     lines = explained(house)
     assert any("of " in line and line.startswith("tried") for line in lines) and any(line.startswith("free and not needed: ") and "more" in line for line in lines)
+
+
+def test_what_is_kept_of_a_decision_is_small_and_tells_the_same(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its client, providers and configuration made of it: kilobytes, not megabytes, and the same lines."""
+    monkeypatch.setattr(aicarousel, "condense", lambda decision: decision)
+    long = answer({"error": {"message": "Slow down. " + "Words, words. " * 150, "code": "rate_limit_exceeded"}}, 429, [("retry-after", "120")])
+    house = build(**{f"p{number:02}": long if number < 38 else OOPS for number in range(40)}, carousel={"maxWait": 0})
+    for number in range(12):
+        ask(house, provider={"ignore": ["q" * 1_000_000, "r"]} if number % 2 else {"order": ["p39"]})
+    monkeypatch.undo()
+    before = list(house.gateway.decisions)
+    after = [aicarousel.condense(decision) for decision in before]
+    assert [aicarousel.explain_lines(decision) for decision in after] == [aicarousel.explain_lines(decision) for decision in before]
+    assert any(line == "left out (5 of 40):" for decision in after for line in aicarousel.explain_lines(decision)) and len(repr(before[-1].wish)) > 1_000_000
+    for decision in after:
+        assert decision.wish is not None and len(repr(decision.wish)) < 1000 and decision.wish.provider is None
+        assert len(decision.passed_over) <= 20 and all(len(attempt.detail) <= 200 for attempt in decision.attempts) and len(decision.told) <= 300
+        assert decision.plan is not None and len(decision.plan.skipped) <= 20 and (not decision.n_more_out or decision.plan.skipped == decision.plan.waits == ())
+    assert max(decision.n_more_out for decision in after) >= 10 and max(len(attempt.detail) for decision in before for attempt in decision.attempts) > 1000
+
+
+def test_a_thousand_are_remembered_and_others_told_by_the_usage_table(build: Build) -> None:
+    house = build(a=OOPS, b=healthy(), carousel={"strategy": "priority"})
+    reply = house.chat("aicarousel")
+    found = f"?id={reply.headers['x-aicarousel-request-id']}"
+    house.settle()
+    [decision] = house.gateway.decisions
+    house.gateway.decisions.extend([decision._replace(id="other")] * 999)
+    assert "tried, in order:" in explained(house, found)
+    house.gateway.decisions.append(decision._replace(id="another"))
+    house.rows()
+    head, tried, end = explained(house, found)
+    assert re.fullmatch(rf"{found[4:]}: chat, model aicarousel, \d+ tokens: served with 200 in {MS}, first words after {MS}", head) and tried == "tried: 2 times, the last b/1:m"
+    assert re.fullmatch(r"it ended at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ; more is not remembered of it, this is its row of the usage table", end)
+
+    assert house.chat("aicarousel").status == 200 and house.post("/v1/chat/completions", chat_body("aicarousel", stream=True), headers={"x-aicarousel-no-fallback": "1"}).status == 200
+    house.rows()
+    house.gateway.decisions.clear()         # as a start anew does
+    assert " streamed, model aicarousel" in explained(house)[0] and explained(house)[1] == "tried: b/1:m"
+    assert admin(house, "GET", "/admin/explain?id=nobody").status == 404
+    house.usage.path = house.folder / "gone" / "aicarousel.db"
+    assert admin(house, "GET", f"/admin/explain{found}").status == 404
+
+
+def test_a_refused_request_is_recalled_too(build: Build) -> None:
+    house = build(a=healthy(), carousel={"unknownModel": "reject"})
+    assert house.chat("zzz").status == 404 and house.rows()
+    house.gateway.decisions.clear()
+    assert explained(house)[0].endswith(" ms") and "model zzz, 0 tokens: failed with 404" in explained(house)[0] and explained(house)[1] == "no route was tried"
 
 
 def test_a_dry_run_asks_nobody_and_changes_nothing(build: Build, provider: Provider) -> None:
@@ -219,6 +268,11 @@ def test_what_an_answer_tells_of_its_route(build: Build) -> None:
     told = house.post("/v1/chat/completions", chat_body("a/m"), headers={"x-session-id": "s1"}).headers
     assert (told["x-aicarousel-key"], told["x-aicarousel-cache"], told["x-aicarousel-session"]) == (FAKE_KEY[-4:], "64/90", "new")
     assert house.post("/v1/chat/completions", chat_body("a/m"), headers={"x-session-id": "s1"}).headers["x-aicarousel-session"] == "hit"
+
+
+@pytest.mark.parametrize("n,told", [(0, "0 models"), (1, "1 model"), (2, "2 models"), (1000, "1000 models")])
+def test_a_count_agrees_with_its_noun(n: int, told: str) -> None:
+    assert aicarousel.count_of(n, "model") == told
 
 
 # ---------------------------------------------------------------- commands

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from dialects import Telling
-from fakes import Close, Json, Pause, Provider, Request, Reset, Script, answer, chat_answer, opened, pieces, stream
+from fakes import DONE, Close, Json, Pause, Provider, Request, Reset, Script, answer, chat_answer, chat_chunk, frame, opened, pieces, stream
 from house import House
 
 RUN_S = 45.0                    #: a client that takes longer has failed
@@ -77,6 +77,19 @@ def pausing(*texts: str) -> Script:
     def play(request: Request) -> Sequence[Any]:
         told = Telling("chat")
         return [Pause("before"), *stream(told.begin(), told.say(texts[0]), Pause("inside"), told.say(*texts[1:]), told.end())]
+    return play
+
+
+def fills_up(tool: tuple[str, Json], asks: str, summaries: list[int], n_tokens: int) -> Script:
+    """A first answer that calls a tool and says that the prompt has `n_tokens`; a summary where `asks` stands in the last words, noted in `summaries`; then a last word."""
+    def play(request: Request) -> Sequence[Any]:
+        if asks in text_of(request.json["messages"][-1]["content"]):
+            summaries.append(n_answers(request))
+            return says("<summary>A word was echoed.</summary>")(request)
+        if summaries or n_answers(request):
+            return says("All ", "done.")(request)
+        _, frames = begin_answer(request, [], "", [tool])
+        return stream(frames, frame(chat_chunk({}, "tool_calls", usage={"prompt_tokens": n_tokens, "completion_tokens": 9, "total_tokens": n_tokens + 9})), DONE)
     return play
 
 

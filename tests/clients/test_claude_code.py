@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from driver import CLAUDE, Model, Ran, asked, call, dies, n_answers, needs_claude, outcomes, pausing, results, run, says, sit_out, surroundings
+from aicarousel import CLAUDE_WINDOW
+from driver import CLAUDE, Model, Ran, asked, call, dies, fills_up, n_answers, needs_claude, outcomes, pausing, results, run, says, sit_out, surroundings
 from fakes import Provider
 from house import House
 
@@ -17,9 +18,9 @@ pytestmark = needs_claude
 QUIET = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "DISABLE_TELEMETRY": "1", "DISABLE_ERROR_REPORTING": "1", "DISABLE_BUG_COMMAND": "1"}
 
 
-def drive(house: House, folder: Path, *, model: str = "aicarousel") -> Ran:
+def drive(house: House, folder: Path, *, model: str = "aicarousel", **variables: str) -> Ran:
     """Runs `claude -p` in `folder` to its end."""
-    environment = surroundings(folder, ANTHROPIC_BASE_URL=house.url, ANTHROPIC_AUTH_TOKEN=house.key, ANTHROPIC_MODEL=model, ANTHROPIC_DEFAULT_HAIKU_MODEL=model, IS_SANDBOX="1", **QUIET)
+    environment = surroundings(folder, ANTHROPIC_BASE_URL=house.url, ANTHROPIC_AUTH_TOKEN=house.key, ANTHROPIC_MODEL=model, ANTHROPIC_DEFAULT_HAIKU_MODEL=model, IS_SANDBOX="1", **QUIET, **variables)
     words = ["-p", "Do it.", "--dangerously-skip-permissions", "--output-format", "stream-json", "--verbose", "--include-partial-messages"]
     return run([CLAUDE, *words], environment, folder)
 
@@ -121,3 +122,14 @@ def test_a_silent_provider_is_waited_for(build: Callable[..., House], provider: 
     ran = sit_out(drive, house, provider, folder, "before", "inside")
     assert final(ran)["result"] == "Slow, but whole." and asked(provider, "first") == [0]
     assert [event["type"] for event in streamed(ran)].count("message_start") == 1
+
+
+def test_it_compacts_within_the_window_that_it_was_told(build: Callable[..., House], folder: Path) -> None:
+    """What `config claude-code` and `run` set: without it, it waits for a million tokens."""
+    summaries: list[int] = []
+    first = fills_up(call("Bash", command="echo word", description="Says a word"), "Do NOT call any tools", summaries, 80_000)
+    ran = drive(build(first=first), folder, **{CLAUDE_WINDOW: "100000"})
+    assert final(ran)["result"] == "All done." and final(ran)["modelUsage"]["aicarousel"]["contextWindow"] == 100_000
+    if tuple(map(int, ran.events[0]["claude_code_version"].split("."))) < (2, 1, 330):
+        pytest.skip("before 2.1.330 it knows the window, and compacts when it is told that a prompt is too long")
+    assert summaries == [1], ran.lines[-3:]

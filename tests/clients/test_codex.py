@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from driver import CODEX, Model, Ran, asked, call, dies, n_answers, needs_codex, outcomes, pausing, results, run, says, sit_out, surroundings
+from driver import CODEX, Model, Ran, asked, call, dies, fills_up, n_answers, needs_codex, outcomes, pausing, results, run, says, sit_out, surroundings
 from fakes import Provider
 from house import House
 
@@ -20,11 +20,11 @@ WITH_PATCH, WITH_CODE = "gpt-5.5", "gpt-6-sol"
 PATCH = "*** Begin Patch\n*** Update File: made.txt\n@@\n-one\n+two\n*** Add File: added.txt\n+\"new\" \\ caf\u00e9\n*** End Patch\n"
 
 
-def drive(house: House, folder: Path, *, model: str = "aicarousel") -> Ran:
+def drive(house: House, folder: Path, *, model: str = "aicarousel", more: str = "") -> Ran:
     """Runs `codex exec` in `folder` to its end."""
     home = folder.parent / "codex-home"
     home.mkdir()
-    (home / "config.toml").write_text(f'model = "{model}"\nmodel_provider = "x"\ncheck_for_update_on_startup = false\n[analytics]\nenabled = false\n'
+    (home / "config.toml").write_text(f'model = "{model}"\nmodel_provider = "x"\ncheck_for_update_on_startup = false\n{more}\n[analytics]\nenabled = false\n'
                                       f'[model_providers.x]\nname = "x"\nbase_url = "{house.url}/v1"\nenv_key = "AICAROUSEL_KEY"\nwire_api = "responses"\n')
     words = ["exec", "--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "Do it."]
     return run([CODEX, *words], surroundings(folder, CODEX_HOME=str(home), AICAROUSEL_KEY=house.key), folder)
@@ -145,3 +145,11 @@ def test_a_silent_provider_is_waited_for(build: Callable[..., House], provider: 
     house = build(first=Model(pausing("Slow, ", "but whole.")))
     ran = sit_out(drive, house, provider, folder, "before", "inside")
     assert final(ran) == "Slow, but whole." and asked(provider, "first") == [0] and told_of_errors(ran) == 0
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_it_compacts_within_the_window_that_it_was_told(build: Callable[..., House], folder: Path, told: bool) -> None:
+    """What `config codex` and `run` set: without it, it waits for 245,000 tokens."""
+    summaries: list[int] = []
+    ran = drive(build(first=fills_up(shell("echo word"), "CONTEXT CHECKPOINT COMPACTION", summaries, 95_000)), folder, more="model_context_window = 100000" if told else "")
+    assert final(ran) == "All done." and summaries == ([1] if told else [])

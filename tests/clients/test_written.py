@@ -38,10 +38,12 @@ def needed(name: str) -> str:
 
 
 def model(name: str, folder: Path) -> Script:
-    """A file is made where the client's tools are known, then a last word; else a word, whatever comes."""
+    """A file is made by a tool of the client, then a last word; else a word, whatever comes: aider has no tools, and OpenCode asks for a title without any."""
     first = {"claude-code": call("Write", file_path=str(folder / "made.txt"), content="made\n"), "codex": call("exec_command", cmd="echo made > made.txt"),
-             "gemini-cli": call("write_file", file_path="made.txt", content="made\n")}.get(name)
-    return Model(says("I make it.", calls=[first]), says("All ", "done.")) if first else says("All ", "done.")
+             "gemini-cli": call("write_file", file_path="made.txt", content="made\n"), "opencode": call("write", filePath=str(folder / "made.txt"), content="made\n"),
+             "cline": call("run_commands", commands=["echo made > made.txt"])}.get(name)
+    plain, told = says("All ", "done."), Model(says("I make it.", calls=[first] if first else []), says("All ", "done."))
+    return lambda request: told(request) if first and request.json.get("tools") else plain(request)     # type: ignore[operator]
 
 
 def environment_of(folder: Path) -> dict[str, str]:
@@ -63,7 +65,7 @@ def test_a_client_that_was_written_for_talks_to_the_gateway(build: Callable[...,
     assert aicarousel.main(["config", name, "--write", "--home", str(folder.parent / "gateway"), "--server", house.url, "--key", house.key]) == 0
     ran = subprocess.run([program, *CLIENTS[name]], env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=RUN_S)
     assert ran.returncode == 0 and "All done." in ran.stdout, (ran.stdout[-2000:], ran.stderr[-2000:])
-    assert provider.calls("first") and (name not in ("claude-code", "codex", "gemini-cli") or (folder / "made.txt").read_text() == "made\n")
+    assert provider.calls("first") and (name == "aider" or (folder / "made.txt").read_text() == "made\n")
     assert aicarousel.main(["config", name, "--undo", "--home", str(folder.parent / "gateway")]) == 0
     assert all(path.read_bytes() == data for path, data in before.items())
 
