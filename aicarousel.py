@@ -39,7 +39,7 @@ Contents
     25  Token estimate         tokens counted without a tokenizer, and what usage teaches of it
     26  Translation            the FORMATS table, pass-through, stream coupling
     27  Resumption             the rest of a text that broke off: asked for, judged, joined
-    28  World                  time, chance, the network, alarms
+    28  World                  time, chance, the network, alarms, connections
     29  HTTP                   heads by h11, bodies by hand
     30  Store                  SQLite: opening, schema, migrations, damage and copies
     31  Gateway keys           made, listed, revoked, found in memory
@@ -12899,6 +12899,7 @@ class SeamWriter:
 ##############################################################################
 # The only way to time, chance and the network: nothing below asks `time`, `random` or a resolver by itself, so a test can
 # hand in its own.  Waits are Alarms: pushing one back is one attribute write, not a task and not a new timer per chunk.
+# A connection to either side is an Inbox.  Guarded by tests/test_server.py and tests/test_transport.py.
 
 @dataclass(slots=True)
 class World:
