@@ -2874,7 +2874,7 @@ _WINDOW = re.compile(r"(?:context (?:length|window|size|limit)(?! by )[^\d\n]{0,
 _PROMPT = re.compile(r"\b(\d[\d,]{0,15}) in the (?:messages|prompt|input)|request has (\d[\d,]{0,15}) input tokens|exceed context limit: (\d[\d,]{0,15}) \+", re.I)
 _LEAST_WINDOW, _MOST_WINDOW = 256, 100_000_000
 #: Tokens of an answer that are worth asking for.
-_LEAST_ROOM = 256
+LEAST_ANSWER = 256
 
 
 def told_window(message: str) -> int | None:
@@ -2884,18 +2884,22 @@ def told_window(message: str) -> int | None:
 
 
 def find_shrink(failure: UpstreamFailure, sent: Mapping[str, Any]) -> Repair | None:
-    """A shorter answer with which the request `sent` fits after all, where the provider told prompt and window and there is room; None where not."""
-    prompt, window = _PROMPT.search(failure.detail), told_window(failure.detail)
+    """A shorter answer with which the request `sent` fits after all, where the provider told prompt and window, or allowance and sum, and there is room; None where not."""
     name = next((name for name in sorted(_TWINS[0]) if isinstance(sent.get(name), int)), "")
-    if failure.reason != "context_overflow" or prompt is None or window is None or not name:
+    prompt, window = _PROMPT.search(failure.detail), told_window(failure.detail)
+    allowance = _LIMIT_REQUESTED.search(failure.detail)
+    if failure.reason == "context_overflow" and name and prompt is not None and window is not None:
+        room = window - int(next(group for group in prompt.groups() if group).replace(",", ""))
+    elif failure.reason == "request_over_tpm" and name and allowance is not None:
+        room = int(allowance[1]) - (int(allowance[2]) - sent[name]) if int(allowance[2]) > sent[name] else 0
+    else:
         return None
-    room = window - int(next(group for group in prompt.groups() if group).replace(",", ""))
-    return Repair(name, "most", room) if _LEAST_ROOM <= room < sent[name] else None
+    return Repair(name, "most", room) if LEAST_ANSWER <= room < sent[name] else None
 
 
 def shorten(room: int) -> tuple[Repair, ...]:
     """Edits that let an answer be no longer than `room` tokens, whatever its provider calls that."""
-    return tuple(Repair(name, "most", max(room, _LEAST_ROOM)) for name in sorted(_TWINS[0]))
+    return tuple(Repair(name, "most", max(room, LEAST_ANSWER)) for name in sorted(_TWINS[0]))
 
 
 # When it ends --------------------------------------------------------------------------------------------------------
@@ -3169,11 +3173,14 @@ _LIMIT_FIELDS = (("rpm", "requests", 60.0), ("rpd", "requests", 86_400.0), ("tpm
 _TRAVEL_S = 0.5             #: what counts at a provider counts there this much later than here, at most
 _GRAINS = 128               #: a rolling window keeps no more entries than this, each of a span/128
 _FREE_SLACK = 2.1           #: a key that was served more than this much of a free plan's figure is on another plan; two fixed windows meet in any rolling one
-_FIRST_ASKED = 8            #: so many requests may be unanswered at a provider of unknown limits while others are full, or twice what it served in the last minute
+_FIRST_ASKED = 4            #: so many requests may be unanswered at a provider of unknown limits while others have room or wait in line, or half as many as it served in the last minute
 _WRONG_MAX = 3
+_RIGHT_AGAIN = 12           #: signs that a window refills after all, net of those that it does not: half way through a fixed one there are some
 _SLID_MAX = 2
+_ENDS_S = 5.0               #: when to look again whether answers have ended; who waits in a line is woken when one does
 _ASKED_S = 0.5              #: when to look again while somebody else is asking
 _MAX_WINDOWS = 16           #: of one bucket; providers have six at most
+_MODEST_ANSWER = 4096       #: tokens, at providers that count from its arrival what an answer may become: more only where a quarter of every window is, twice as many where none is known
 _MAX_LIMIT = 10.0 ** 12
 _PATIENCE_SPANS = (3.0, 2.0)       #: spans until a learned limit grows: of windows under an hour, of longer ones; doubled by each refusal
 _MAX_PATIENCE_S = 16 * 86_400.0
@@ -3199,6 +3206,7 @@ class Window:
     known_utc: float = 0.0
     used: float = 0.0
     held: float = 0.0               #: answers under way: tokens they may still bring
+    lent: float = 0.0               #: answers under way: tokens that count already, and of which those come back that they have not when they end
     at: float = 0.0                 #: refill: when `used` was right
     resets_at: float = _NEVER       #: fixed: the end; rolling: what a header said last, where that is sooner than the oldest entry ends
     grows_at: float = _NEVER        #: learned: when it may be tried whether there is more
@@ -3219,9 +3227,13 @@ class Bucket:
     key: str                        #: one of Route.keys
     windows: list[Window] = field(default_factory=list)
     limited: tuple[Window, ...] = ()
+    ratio: float = 1.0              #: a prompt's tokens as its provider counts them, to what they are estimated
+    counts_caps: bool = False       #: requests count from their arrival with what they name as the most tokens of an answer
+    n_tests: float = 1.0            #: requests that may be sent though a learned limit leaves no room, where their clients would be refused
     n_open: int = 0
-    n_unseen: int = 0               #: of these, those of which nothing is known yet, and their input: they may be refused
+    n_unseen: int = 0               #: of these, those of which nothing is known yet, their input and what is lent to them: they may be refused
     unseen_input: int = 0
+    unseen_lent: int = 0
     max_open: float = _NEVER        #: configured
     learned_open: float = _NEVER    #: by a refusal at `learned_open_at`, one more with every minute since
     learned_open_at: float = 0.0
@@ -3241,7 +3253,9 @@ class Hold:
     buckets: tuple[Bucket, ...]
     at: float
     n_input: int
-    n_output: int
+    n_output: int                   #: what its answer may bring
+    n_cap: int = 0                  #: what the request names as the most tokens of its answer, 0 where it names nothing
+    is_lent: bool = False           #: whether n_output counts at the provider from the beginning
     done: bool = False
     seen: bool = False              #: the provider has answered
 
@@ -3272,6 +3286,12 @@ _SCOPE_OF_BUCKET: Mapping[str, str] = MappingProxyType({"account": "credential",
 _CLOCKS: Mapping[str, str] = MappingProxyType({"gemini": "pacific", "openrouter": "utc", "cloudflare": "utc"})
 #: Presets whose windows fill up all the time, a bit each second, rather than at once.
 _REFILLS = frozenset({"groq", "openai", "anthropic"})
+#: Presets that count what an answer may become (max_tokens) from the moment its request arrives, and put it right when it has ended. Of others a refusal tells.
+_COUNT_CAPS = frozenset({"groq", "cerebras"})
+_RATIO_LEARNS, _RATIO_MAX = 0.05, 4.0
+_ESTIMATE_OFF = 0.1
+_LARGE_SHARE = 0.25
+_TESTS_PER_SERVED = 0.04    #: so that no more than so many of a provider's answers are refusals for that
 
 
 def prepare_ledger(ledger: Ledger, providers: Iterable[Provider], *, utc_less_now: float) -> None:
@@ -3280,7 +3300,7 @@ def prepare_ledger(ledger: Ledger, providers: Iterable[Provider], *, utc_less_no
 
     def bucket(key: str, preset: Preset) -> Bucket:
         if key not in ledger.buckets:
-            ledger.buckets[key] = made = before.get(key) or Bucket(key)
+            ledger.buckets[key] = made = before.get(key) or Bucket(key, counts_caps=preset.name in _COUNT_CAPS)
             made.max_open = _NEVER
             for window in made.windows:
                 window.configured = _NEVER
@@ -3431,20 +3451,27 @@ def _cut(window: Window, used: float) -> None:
 def _room_at(window: Window, amount: float, now: float) -> float:
     """When `amount` more fits: `now` or later, infinite for never. The window is up to date."""
     limit = window.limit
-    short = window.used + window.held + amount - limit
+    short = window.used + window.held + window.lent + amount - limit
     if short <= 0.0:
         return now
     if amount > limit:
         return _NEVER
+    soon_at = now + min(window.span_s, _ENDS_S)         # what is under way takes it: somebody who waits is woken when it ends
+    comes_back = short <= window.lent + window.held / 2.0
+    if not comes_back:
+        short -= window.lent
     if window.kind == "fixed":
-        return window.resets_at + _TRAVEL_S
-    if window.kind == "refill":
-        return now + min(short / limit, 1.0) * window.span_s + _TRAVEL_S
-    for at, part in window.entries:
-        short -= part
-        if short <= 0.0:
-            return at + window.span_s + _TRAVEL_S
-    return now + min(window.span_s, 5.0)        # what is under way takes it all: somebody who waits is woken when it ends
+        at = window.resets_at + _TRAVEL_S
+    elif window.kind == "refill":
+        at = now + min(short / limit, 1.0) * window.span_s + _TRAVEL_S
+    else:
+        at = soon_at
+        for began_at, part in window.entries:
+            short -= part
+            if short <= 0.0:
+                at = began_at + window.span_s + _TRAVEL_S
+                break
+    return min(at, soon_at) if comes_back else at
 
 
 def _amounts(window: Window, n_input: int, n_output: int) -> tuple[float, float]:
@@ -3461,20 +3488,42 @@ def find_buckets(ledger: Ledger, route: Route) -> tuple[Bucket, ...]:
     return ledger.by_id.get(route.id) or ledger.by_id.get(route.credential.id, ())
 
 
-def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float) -> Shortage | None:
-    """What keeps a request of this size out for longest; None when there is room."""
+def cap_answer(ledger: Ledger, route: Route, n_input: int, n_cap: int) -> int:
+    """The most tokens that a request may name for its answer on a route whose provider counts them from its arrival: a minute must not go to one request, nor one ask for more than a minute has.
+
+    n_cap: what the client named. No less than LEAST_ANSWER, unless that is less; as named where they are counted when they are there.
+    """
+    for bucket in find_buckets(ledger, route)[:1]:
+        if not bucket.counts_caps:
+            return n_cap
+        mosts = [max(window.limit / 4, _MODEST_ANSWER) if window.measure == "output" else min(max(window.limit / 4, _MODEST_ANSWER), window.limit - n_input)
+                 for window in bucket.limited if window.measure in ("tokens", "output")]
+        n_cap = min(n_cap, max(int(min(mosts, default=2 * _MODEST_ANSWER)), LEAST_ANSWER))
+    return n_cap
+
+
+def find_shortage(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float, n_cap: int = 0) -> Shortage | None:
+    """What keeps a request of this size out for longest; None when there is room.
+
+    n_output: tokens that its answer may be expected to have.  n_cap: those that it names as the most, 0 where it names nothing.
+    """
     worst: Shortage | None = None
-    for bucket in ledger.by_id.get(route.id) or find_buckets(ledger, route):
+    buckets = ledger.by_id.get(route.id) or find_buckets(ledger, route)
+    if buckets:
+        n_input = round(n_input * buckets[0].ratio)
+        if buckets[0].counts_caps:              # where no cap is named nothing counts until the answer is there; a sixth more, as the prompt is an estimate
+            n_output = (cap_answer(ledger, route, n_input, n_cap) if n_cap else 0) + n_input // 6
+    for bucket in buckets:
         if bucket.n_open >= bucket.max_open or (bucket.learned_open != _NEVER and bucket.n_open >= _learned_slots(bucket, now)):
             worst = _worse(worst, Shortage(bucket, None, now + 1.0, False, False))
         for window in bucket.limited:
             limit = window.limit
-            if window.used + window.held + (n_input + n_output if window.measure != "requests" else 1) <= limit:
+            if window.used + window.held + window.lent + (n_input + n_output if window.measure != "requests" else 1) <= limit:
                 continue                # even with what counts no longer
             _expire(window, now, ledger.utc_less_now)
             out, later = _amounts(window, n_input, n_output)
-            amount = out + later if out + later <= limit else max(out, limit)       # an answer's length is a guess: it alone rules nothing out
-            if window.used + window.held + amount <= limit or (window.source == "learned" and window.configured > window.known and now >= window.grows_at):
+            amount = out + later if out + later <= limit else max(out, limit)     # an answer's length is a guess: it alone rules nothing out
+            if window.used + window.held + window.lent + amount <= limit or (window.source == "learned" and window.configured > window.known and now >= window.grows_at):
                 continue
             if window.source == "refusal" and now + ledger.utc_less_now - window.known_utc > _TRUSTED_S and window.configured == _NEVER:
                 continue
@@ -3520,7 +3569,7 @@ def describe_ledger(ledger: Ledger, now: float) -> list[Json]:
     for bucket in ledger.buckets.values():
         for window in bucket.windows:
             _expire(window, now, ledger.utc_less_now)
-            used, limit = window.used + window.held, None if window.limit == _NEVER else window.limit
+            used, limit = window.used + window.held + window.lent, None if window.limit == _NEVER else window.limit
             if limit is None and used <= 0.0:
                 continue
             left = None if limit is None else max(limit - used, 0.0)
@@ -3557,17 +3606,24 @@ def share_left(ledger: Ledger, route: Route, now: float) -> float:
     for bucket in find_buckets(ledger, route):
         for window in bucket.limited:
             _expire(window, now, ledger.utc_less_now)
-            least = min(least, 1.0 - (window.used + window.held) / window.limit)
+            least = min(least, 1.0 - (window.used + window.held + window.lent) / window.limit)
     return max(least, 0.0)
 
 
-def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float) -> Hold:
-    """Count a request that is about to go out on `route`."""
-    hold = Hold(find_buckets(ledger, route), now, n_input, n_output)
-    for bucket in hold.buckets:
+def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: float, n_cap: int = 0) -> Hold:
+    """Count a request that is about to go out on `route`; sizes as find_shortage() has them."""
+    buckets = find_buckets(ledger, route)
+    is_lent = n_cap > 0 and bool(buckets) and buckets[0].counts_caps
+    if buckets:
+        n_input = round(n_input * buckets[0].ratio)
+    if is_lent:
+        n_cap = n_output = cap_answer(ledger, route, n_input, n_cap)
+    hold = Hold(buckets, now, n_input, n_output, n_cap, is_lent)
+    for bucket in buckets:
         bucket.n_open += 1
         bucket.n_unseen += 1
         bucket.unseen_input += n_input
+        bucket.unseen_lent += n_output if is_lent else 0
         for window in bucket.windows:
             if window.kind != "rolling" or len(window.entries) >= _GRAINS:
                 _expire(window, now, ledger.utc_less_now)
@@ -3577,9 +3633,15 @@ def reserve(ledger: Ledger, route: Route, n_input: int, n_output: int, now: floa
                 if n_input and window.measure != "output":
                     _add(window, now, float(n_input))
                 if window.measure != "input":
-                    window.held += n_output
-            if window.grows_at <= now and window.used + window.held > window.known:
-                _grow(window, now)
+                    if is_lent:
+                        window.lent += n_output
+                    else:
+                        window.held += n_output
+            if window.source == "learned" and window.used + window.held > window.known:
+                if window.grows_at <= now:
+                    _grow(window, now)
+                else:
+                    bucket.n_tests = 0.0
     return hold
 
 
@@ -3589,7 +3651,10 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
         return
     hold.done = True
     if not hold.seen:
-        _note_seen(hold)
+        _note_seen(hold, True)
+    if n_input > 0 and hold.n_input > 0 and hold.buckets:
+        ratio = hold.buckets[0].ratio * (1.0 + _RATIO_LEARNS * (min(n_input / hold.n_input, _RATIO_MAX) - 1.0))
+        hold.buckets[0].ratio = min(max(ratio, 1.0 / _RATIO_MAX), _RATIO_MAX)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
@@ -3599,27 +3664,48 @@ def settle(ledger: Ledger, hold: Hold, n_input: int, n_output: int, now: float) 
                 later = 0.0
                 if window.measure != "input":
                     later = float(n_output)
-                    window.held = window.held - hold.n_output if window.held > hold.n_output else 0.0
+                    _give_back(window, hold)
                 if window.measure != "output":
                     if n_input < hold.n_input:
                         _take_back(window, hold.at, float(hold.n_input - n_input))
                     else:
                         later += n_input - hold.n_input
                 if later:
-                    _add(window, now, later)
+                    _add(window, hold.at if hold.is_lent else now, later)
             if window.source == "preset" and _confirmed(bucket, window) > _FREE_SLACK * window.known:
                 _forget_free_plan(bucket)
 
 
-def _note_seen(hold: Hold) -> None:
+def _give_back(window: Window, hold: Hold) -> None:
+    """The answer has ended, and with it what was kept for it."""
+    if hold.is_lent:
+        window.lent = window.lent - hold.n_output if window.lent > hold.n_output else 0.0
+    else:
+        window.held = window.held - hold.n_output if window.held > hold.n_output else 0.0
+
+
+def _note_seen(hold: Hold, served: bool) -> None:
     """The provider has taken the request in, or it is over: it is no longer unknown what becomes of it."""
     hold.seen = True
     for bucket in hold.buckets:
         bucket.n_unseen -= 1
         bucket.unseen_input -= hold.n_input
+        bucket.unseen_lent -= hold.n_output if hold.is_lent else 0
         for window in bucket.limited:
-            if window.source == "learned" and (served := _confirmed(bucket, window)) > window.known:
-                window.known, window.limit = served, min(window.configured, served)
+            if served and window.source == "learned" and (n_served := _confirmed(bucket, window)) > window.known:
+                ending = sum(amount for at, amount in window.entries if at < hold.at + _ENDS_S - window.span_s)
+                if window.kind == "rolling" and window.span_s < 86_400.0 and window.n_slid < _SLID_MAX and n_served - ending > window.known:
+                    window.kind, window.used, window.resets_at = "fixed", sum(amount for at, amount in window.entries if at >= hold.at), hold.at + window.span_s
+                else:
+                    window.known, window.limit = n_served, min(window.configured, n_served)
+        if served and bucket.n_tests < 1.0:
+            bucket.n_tests = min(bucket.n_tests + _TESTS_PER_SERVED, 1.0)
+
+
+def may_test(shortage: Shortage) -> bool:
+    """Whether a request may find out if a learned limit still holds, rather than be refused for it."""
+    bucket, window = shortage.bucket, shortage.window
+    return window is not None and window.source == "learned" and window.configured > window.known and bucket.n_tests >= 1.0 and not bucket.n_unseen
 
 
 def _confirmed(bucket: Bucket, window: Window) -> float:
@@ -3632,7 +3718,7 @@ def is_unknown(ledger: Ledger, route: Route) -> bool:
     for bucket in find_buckets(ledger, route)[:1]:
         if not bucket.limited and bucket.n_unseen >= _FIRST_ASKED:
             served = next((_confirmed(bucket, window) for window in bucket.windows if window.measure == "requests" and window.span_s == 60.0), 0.0)
-            return bucket.n_unseen >= 2.0 * served
+            return bucket.n_unseen >= served / 2.0
     return False
 
 
@@ -3650,13 +3736,14 @@ def release(ledger: Ledger, hold: Hold, now: float) -> None:
         return
     hold.done = True
     if not hold.seen:
-        _note_seen(hold)
+        _note_seen(hold, False)
     for bucket in hold.buckets:
         bucket.n_open -= 1
         for window in bucket.windows:
             _expire(window, now, ledger.utc_less_now)
             reserved, promised = _amounts(window, hold.n_input, hold.n_output)
-            window.held = max(window.held - promised, 0.0)
+            if promised:
+                _give_back(window, hold)
             _take_back(window, hold.at, reserved)
 
 
@@ -3729,10 +3816,10 @@ def _guess_span(preset_name: str, limit: float | None, left: float | None, reset
     return next((span for span in ((1.0, 10.0) if bare else ()) + (60.0, 3600.0) if reset_s <= span * 1.05), 86_400.0)
 
 
-def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None) -> None:
-    """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered."""
+def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: float, hold: Hold | None = None, *, refused: bool = False) -> None:
+    """Believe what an answer's headers say of the route's own bucket. `hold` is the request that was answered; refused for a limit it is in no count of its provider's."""
     if hold is not None and not hold.seen:
-        _note_seen(hold)
+        _note_seen(hold, not refused)
     buckets = find_buckets(ledger, route)
     told = read_limits(route.provider.preset.name, headers, now + ledger.utc_less_now) if buckets else ()
     for one in told:
@@ -3740,12 +3827,12 @@ def feed(ledger: Ledger, route: Route, headers: Iterable[tuple[str, str]], now: 
         if window.source == "preset" and one.limit is not None and one.limit > window.known:
             _forget_free_plan(buckets[0])
         _expire(window, now, ledger.utc_less_now)
-        _correct(window, one, now, now + ledger.utc_less_now, hold)
+        _correct(buckets[0], window, one, now, now + ledger.utc_less_now, hold, refused)
     if told:
         _sort_out(buckets[0])
 
 
-def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | None) -> None:
+def _correct(bucket: Bucket, window: Window, told: Told, now: float, utc: float, hold: Hold | None, refused: bool) -> None:
     """Bring a window in line with what its provider says of it.
 
     The provider has counted what arrived before its answer: of what went out since, it may or may not know.
@@ -3754,45 +3841,56 @@ def _correct(window: Window, told: Told, now: float, utc: float, hold: Hold | No
         window.known, window.source, window.known_utc, window.grows_at = told.limit, "header", utc, _NEVER
     if told.left is None or window.known == _NEVER:
         return
-    truly_used = max(window.known - told.left, 0.0)
-    since = _unseen(window, hold) if hold is not None else 0.0
-    missing, excess = truly_used - window.used - window.held, window.used - truly_used - since
-    if told.kind == "refill" and told.reset_s is not None:
-        _check_refill(window, truly_used, told.reset_s, now)
+    truly_used, own = max(window.known - told.left, 0.0), 0.0
+    if refused and hold is not None:
+        own, later = _amounts(window, hold.n_input, hold.n_output)
+        own += later if hold.is_lent else 0.0
+    since = (_unseen(bucket, window, hold) if hold is not None else 0.0) + own
+    lent = min(bucket.unseen_lent, window.lent) if window.lent else 0.0         # on its way: it may count or not
+    missing, excess = truly_used - window.used - window.lent + own, window.used + window.lent - lent - truly_used - since
+    ebbs = told.kind == "refill" and told.reset_s is not None and _check_refill(window, truly_used, told.reset_s, now)
     began_at = now if told.reset_s is None or told.reset_s > window.span_s else now + told.reset_s - window.span_s
     stale = _stale(window, now) if told.reset_s is not None else 0.0
     if stale > 0.0 and stale > excess:
-        window.n_slid += 1
+        window.n_slid = max(window.n_slid, 0) + 1
     if missing > 0.0:
-        _add(window, began_at, missing)
+        _add(window, began_at if missing > _ESTIMATE_OFF * window.used else now, missing)      # what others used; a little is what was estimated too low
     elif excess > 0.0:
-        if 0.0 < stale <= window.used - truly_used:
-            window.kind = "fixed"
-        _cut(window, truly_used + since)
+        if 0.0 < stale <= excess + since and truly_used - window.lent + lent <= sum(amount for at, amount in window.entries if at > window.resets_at - _TRAVEL_S):
+            window.n_slid = min(window.n_slid, 0) - 1
+            if window.n_slid <= -_SLID_MAX:
+                window.kind = "fixed"
+        _cut(window, max(window.used - excess, 0.0))
     if told.reset_s is None or window.kind == "refill" or (window.clock and window.kind == "fixed"):
         return
-    early = bool(window.entries) and window.n_slid < _SLID_MAX and now + told.reset_s < window.entries[0][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
+    while window.kind == "rolling" and not ebbs and len(window.entries) > 1 and window.entries[0][0] < began_at - 2.0 * _TRAVEL_S:
+        window.entries[1][1] += window.entries.pop(0)[1]        # older than all that the provider counts: an estimate's rest
+    early = bool(window.entries) and window.n_slid < _SLID_MAX and now + told.reset_s < window.entries[-1][0] + window.span_s * (1.0 - 1.0 / _GRAINS) - 2.0 * _TRAVEL_S
     window.resets_at = now + told.reset_s if early or window.kind == "fixed" else _NEVER
 
 
-def _check_refill(window: Window, truly_used: float, reset_s: float, now: float) -> None:
-    """Does a window fill up all the time, as its preset's do? Then its reset is when all of it is back. Three times not so, and it rolls until it is."""
+def _check_refill(window: Window, truly_used: float, reset_s: float, now: float) -> bool:
+    """Whether a window seems to fill up all the time, as its preset's do: then its reset is when all of it is back. Three times not so, and it rolls until it surely is."""
     full_s = truly_used / window.known * window.span_s
     if full_s < 0.1 * window.span_s:
-        return                      # too little to tell: Anthropic rounds to thousands of tokens and whole seconds
-    if abs(reset_s - full_s) <= max(0.25 * full_s, 0.05 * window.span_s):
+        return False                # too little to tell: Anthropic rounds to thousands of tokens and whole seconds
+    close_s = max(0.25 * full_s, 0.05 * window.span_s)
+    if abs(reset_s - full_s) > close_s:
+        window.n_wrong = min(window.n_wrong + 1, _RIGHT_AGAIN)
+        if window.kind == "refill" and window.n_wrong >= _WRONG_MAX:
+            _make_rolling(window, now)
+        return False
+    oldest_s = next((at + window.span_s - now for at, _ in window.entries if at > now - window.span_s), _NEVER)
+    if abs(reset_s - oldest_s) > close_s:       # else after a burst both kinds say the same
         window.n_wrong = max(window.n_wrong - 1, 0) if window.kind == "rolling" else 0
         if window.kind == "rolling" and not window.n_wrong:
             window.kind, window.at = "refill", now
-    else:
-        window.n_wrong = min(window.n_wrong + 1, _WRONG_MAX)
-        if window.kind == "refill" and window.n_wrong == _WRONG_MAX:
-            _make_rolling(window, now)
+    return True
 
 
 def _make_rolling(window: Window, now: float) -> None:
     """From now on what counts ends a span after it went out."""
-    window.kind, window.n_wrong, window.entries = "rolling", _WRONG_MAX, [entry for entry in window.entries if entry[0] > now - window.span_s]
+    window.kind, window.n_wrong, window.entries = "rolling", _RIGHT_AGAIN, [entry for entry in window.entries if entry[0] > now - window.span_s]
     counted = sum(amount for _, amount in window.entries)
     if counted < window.used:
         window.entries.append([max(now, window.entries[-1][0]) if window.entries else now, window.used - counted])
@@ -3807,10 +3905,10 @@ def _stale(window: Window, now: float) -> float:
     return sum(amount for at, amount in window.entries if now - window.span_s + 2.0 * _TRAVEL_S < at < window.resets_at - 2.0 * _TRAVEL_S)
 
 
-def _unseen(window: Window, hold: Hold) -> float:
-    """What was counted, besides the request that was answered, since about the time it went out."""
-    counted = sum(amount for at, amount in window.entries if at >= hold.at - _TRAVEL_S)
-    return max(counted - _amounts(window, hold.n_input, hold.n_output)[0], 0.0)
+def _unseen(bucket: Bucket, window: Window, hold: Hold) -> float:
+    """What was counted, besides the request that was answered, since about the time it went out, and may have been on its way when the provider counted."""
+    counted = sum(amount for at, amount in window.entries if at >= hold.at - _TRAVEL_S) - _amounts(window, hold.n_input, hold.n_output)[0]
+    return max(min(counted, bucket.n_unseen) if window.measure == "requests" else counted, 0.0)
 
 
 # What refusals say ---------------------------------------------------------------------------------------------------
@@ -3819,6 +3917,7 @@ _QUOTA_ID = re.compile(r'"quotaId":\s?"(\w{0,60}?)Per(Day|Minute|Hour)\w{0,60}(?
 _SAID_LIMIT = re.compile(r"(?:(\d{1,12}) )?\b(requests?|queries|(?:input |output )?tokens|free-models)[ _-]per[ _-](sec|min|hour|day)\w{0,4}"
                          r"(?: \([A-Z]{2,6}\))?(?::? limit:? (\d{1,12}))?", re.I)
 _SAID_LETTERS = re.compile(r"\b([RT])P([MDH])\b")
+_REQUESTED = re.compile(r"\brequested:? (\d{1,9})\b", re.I)
 _CONCURRENCY = re.compile(r"concurren\w{1,4}(?:[^\d\n]{0,20}?: ?(\d{1,4}))?", re.I)
 _UNITS_S: Mapping[str, float] = MappingProxyType({"sec": 1.0, "min": 60.0, "hour": 3600.0, "day": 86_400.0, "m": 60.0, "h": 3600.0, "d": 86_400.0})
 
@@ -3847,42 +3946,68 @@ def _named_windows(text: str) -> list[tuple[str, float, float | None]]:
     return [(measure, span_s, limit) for (measure, span_s), limit in found.items()]
 
 
-def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float, hold: Hold | None = None) -> None:
+def learn_refusal(ledger: Ledger, route: Route, failure: UpstreamFailure, text: str, now: float, hold: Hold | None = None) -> bool:
     """A provider refused for its limits: what it named is believed, else a limit that is known to be used up, else the count so far must have been one.
 
     Call after release().  text: the body of the refusal.  hold: the request that was refused.
+    Returns whether the size of the request is the reason: smaller ones may be served, and nothing need cool.
     """
     buckets = find_buckets(ledger, route)
     if not buckets or failure.reason not in ("rate_minute", "rate_day", "request_over_tpm"):
-        return
+        return False
     text = text[:16_384]
+    _note_caps(buckets, text, hold)
     concurrency = _CONCURRENCY.search(text)
     if concurrency:
         buckets[0].learned_open, buckets[0].learned_open_at = float(concurrency[1] or max(buckets[0].n_open, 1)), now
-        return
-    if hold is not None and not _named_windows(text) and any(_explains(window, hold, now, ledger.utc_less_now) for window in buckets[0].limited):
-        return
+        return False
+    if hold is not None and not _named_windows(text) and (causes := [window for window in buckets[0].limited if _explains(window, hold, now, ledger.utc_less_now)]):
+        return all(_is_large(window, hold) for window in causes)
+    named = []
     for measure, span_s, limit in read_refusal(text, failure.reason):
         window = _window(buckets[0], measure, span_s, route.provider.preset.name)
-        size = sum(_amounts(window, hold.n_input, hold.n_output)) if hold is not None else 1.0
         _expire(window, now, ledger.utc_less_now)
         if limit:
             window.known, window.source, window.known_utc, window.grows_at = min(limit, _MAX_LIMIT), "refusal", now + ledger.utc_less_now, _NEVER
-        if failure.reason == "request_over_tpm":
-            continue
-        if window.kind == "refill" and window.used + window.held < window.known:
-            window.n_wrong += 1
-            if window.n_wrong >= _WRONG_MAX:
-                _make_rolling(window, now)
-        if span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
-            window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
-        if window.known != _NEVER and window.source in ("header", "refusal"):
-            missing = window.known - window.used - max(size - 1.0, 0.0)     # there was less left than it asked for
-            if missing > 0.0:
-                _add(window, now, missing)
-        elif window.used + window.held >= 1.0:
-            _lower(window, _confirmed(buckets[0], window), hold.at if hold is not None else now, now, now + ledger.utc_less_now)
+        if failure.reason != "request_over_tpm":
+            _learn_window(buckets[0], window, failure, now, ledger.utc_less_now, hold)
+        named.append(window)
     _sort_out(buckets[0])
+    return hold is not None and all(_is_large(window, hold) for window in named)
+
+
+def _learn_window(bucket: Bucket, window: Window, failure: UpstreamFailure, now: float, shift: float, hold: Hold | None) -> None:
+    """A window refused `hold`: what counts in it must be more than was known, or its limit less, or it ends otherwise."""
+    size = sum(_amounts(window, hold.n_input, hold.n_output)) if hold is not None else 1.0
+    if window.kind == "refill" and window.used + window.held < window.known:
+        window.n_wrong += 1
+        if window.n_wrong >= _WRONG_MAX:
+            _make_rolling(window, now)
+    if window.span_s >= 86_400.0 and failure.proven and failure.cool_s is not None and not window.clock:
+        window.kind, window.entries, window.resets_at = "fixed", [], now + failure.cool_s
+    if window.known != _NEVER and window.source in ("header", "refusal"):
+        missing = window.known - window.used - window.lent - max(size - 1.0, 0.0)       # there was less left than it asked for
+        if missing > 0.0:
+            _add(window, now, missing)
+    elif window.kind == "fixed" and window.span_s < 86_400.0:       # it was taken for one that ends all at once, and is none or begins at another time
+        window.kind, window.n_slid, window.resets_at = "rolling", _SLID_MAX, _NEVER
+        window.entries = [entry for entry in window.entries if entry[0] > now - window.span_s]
+        window.used = sum(amount for _, amount in window.entries)
+    elif window.used + window.held >= 1.0:
+        _lower(window, _confirmed(bucket, window), hold.at if hold is not None else now, now, now + shift)
+
+
+def _is_large(window: Window, hold: Hold) -> bool:
+    """Does a request ask for so much of a window that smaller ones may fit where it did not?"""
+    return window.source in ("header", "refusal") and sum(_amounts(window, hold.n_input, hold.n_output)) > _LARGE_SHARE * window.known
+
+
+def _note_caps(buckets: tuple[Bucket, ...], text: str, hold: Hold | None) -> None:
+    """Was the request counted as so large that the most its answer may be is part of it?"""
+    said = _REQUESTED.search(text)
+    if said and hold is not None and hold.n_cap >= hold.n_input and float(said[1]) > hold.n_input + hold.n_cap / 2:     # the prompt is estimated: a small cap proves nothing
+        for bucket in buckets:
+            bucket.counts_caps = True
 
 
 def _explains(window: Window, hold: Hold, now: float, shift: float) -> bool:
@@ -3915,7 +4040,7 @@ def ledger_rows(ledger: Ledger, now: float) -> dict[str, Json]:
     for bucket in ledger.buckets.values():
         windows = [_window_row(window, ledger.utc_less_now) for window in bucket.windows if _keeps(window, now, ledger.utc_less_now)]
         if windows:
-            rows[bucket.key] = {"windows": windows}
+            rows[bucket.key] = {"windows": windows, "counts_caps": bucket.counts_caps}
     return rows
 
 
@@ -3941,6 +4066,7 @@ def load_ledger(ledger: Ledger, rows: Mapping[str, Json], now: float) -> None:
             with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
                 _load_window(bucket, saved, ledger.utc_less_now, now)
         if bucket is not None:
+            bucket.counts_caps = bucket.counts_caps or row.get("counts_caps") is True
             _sort_out(bucket)
 
 
@@ -4020,6 +4146,7 @@ class Facts(NamedTuple):
     n_output: int = 0
     session: str = ""               #: "" for none
     sticks: bool = False            #: whether it should go where the conversation went before
+    n_cap: int = 0                  #: the most tokens of an answer that the request names, 0 for none
 
 
 NO_FACTS = Facts()
@@ -4384,13 +4511,13 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
                     probes.append((cooldown.until_at, route))
             elif cooldown.kind == "rate" and now < give_up_at and cooldown.until_at <= give_up_at:
                 waits.append(Wait(max(cooldown.until_at, now + _PROBE_S), False, route))     # its probe will have told by then
-            elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now)) is not None and not shortage.soft:
+            elif cooldown.kind == "rate" and (shortage := find_shortage(ledger, route, facts.n_input, facts.n_output, now, facts.n_cap)) is not None and not shortage.soft:
                 if shortage.at != _ENDLESS:         # refused, and counted full: asking now is in vain
                     waits.append(Wait(max(cooldown.until_at, shortage.at), False, route))
             else:
                 late.append((cooldown.until_at, route))
             continue
-        shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now) if ledger.by_id else None
+        shortage = find_shortage(ledger, route, facts.n_input, facts.n_output, now, facts.n_cap) if ledger.by_id else None
         if shortage is None:
             ready.append(route)
             if metric:
@@ -4402,6 +4529,8 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
             skipped.append((route, f"quota: {tell_shortage(shortage, now)}"))
             if shortage.at != _ENDLESS:
                 waits.append(Wait(shortage.at, shortage.proven, route))
+            if may_test(shortage):
+                late.append((shortage.at, route))
     if n_full and now + _PROBE_S <= give_up_at:      # a line that could go nowhere else is not let loose on one of unknown limits
         paced = [route for route in ready if is_unknown(ledger, route)]
         skipped += [(route, "quota: unknown, others are being answered") for route in paced]
@@ -4409,6 +4538,8 @@ def _survey(candidates: Iterable[tuple[float, bool, Route]], state: RoutingState
         ready = [route for route in ready if not is_unknown(ledger, route)] if paced else ready
     if metric:
         ready.sort(key=lambda route: measured[route.id])
+    if n_full and len(ready) > 1:       # where it becomes tight, a few requests find out the limits of one while others are known to have room
+        ready.sort(key=lambda route: is_unknown(ledger, route))
     soft.sort(key=_end_of)
     late.sort(key=_end_of)
     found.routes = ready
@@ -15952,6 +16083,7 @@ _RETRY_PAUSE_S = 0.2
 _SWEEP_S = 1.0                  #: how often requests whose time is over are looked for
 _COUNT_S = 5.0                  #: how long a provider may take to count tokens before they are estimated
 _BYTES_PER_TOKEN = 4
+_MOST_CAP = 10 ** 9             #: tokens; whoever allows an answer more allows it this
 _MAX_TARGETS = 4096
 _MAX_KEPT_NAME = 200            #: characters of a model's name whose choice is kept
 MODELS_FRESH_S = 300.0
@@ -16578,9 +16710,9 @@ class _Run:
         if len(job.raw) > _LONG_BYTES and b"base64" in job.raw:
             n_input = self._needs.n_tokens("*") or n_input
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
-        usual = round(self._relay.usual_output)
+        n_cap, usual = min(asked, _MOST_CAP) if type(asked) is int and asked > 0 else 0, round(self._relay.usual_output)
         session, sticks = find_session(body, job.session, job.key_id, self._config.carousel.affinity)
-        return Facts(n_input, min(asked, usual) if type(asked) is int and asked > 0 else usual, session, sticks)
+        return Facts(n_input, min(n_cap, usual) if n_cap else usual, session, sticks, n_cap)
 
     async def _plan(self) -> Plan:
         """The plan; when nothing is free now but something soon, after a wait in line. Raises GatewayError when there is nothing to wait for."""
@@ -16688,7 +16820,7 @@ class _Run:
         """Has this route no room any more, since the plan was made?"""
         if not self._attempts:
             return False
-        shortage = find_shortage(self._relay.state.ledger, route, self._facts.n_input, self._facts.n_output, self._relay.world.clock())
+        shortage = find_shortage(self._relay.state.ledger, route, self._facts.n_input, self._facts.n_output, self._relay.world.clock(), self._facts.n_cap)
         return shortage is not None and not shortage.soft
 
     def _may_fall_back(self) -> bool:
@@ -16702,7 +16834,7 @@ class _Run:
         attempt = Attempt(route, relay.world.clock())
         self._attempts.append(attempt)
         begin_attempt(state, self._choice, route)
-        self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at)
+        self._hold = reserve(state.ledger, route, self._facts.n_input, self._facts.n_output, attempt.started_at, self._facts.n_cap)
         answer: Answer | FaultyAnswer | None = None
         body, self._repaired = b"", False
         self._fault = self._job.faults[self._n_asked] if self._n_asked < len(self._job.faults) else None
@@ -16718,7 +16850,7 @@ class _Run:
             else:
                 answer = await relay.transport.request_with(self._fault, origin, message, route.provider.timeouts)
             attempt.status = answer.status
-            feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold)
+            feed(state.ledger, route, answer.headers, relay.world.clock(), self._hold, refused=answer.status in (413, 429))
             if answer.status != 200:
                 raise await self._read_failure(answer, route)
             await (self._relay_stream if self._job.stream else self._relay_whole)(answer, attempt)
@@ -16833,6 +16965,8 @@ class _Run:
         """What configuration, earlier refusals and the client's own wish change in requests to a route."""
         provider, wish, state = route.provider, self._job.wish, self._relay.state
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
+        if (n_cap := self._facts.n_cap) and (n_most := cap_answer(state.ledger, route, self._facts.n_input, n_cap)) < n_cap:
+            repairs += shorten(n_most)
         if self._shrink is not None and self._shrink[0].id == route.id:
             repairs += self._shrink[1],
         elif state.windows and (room := self._needs.room(route)) is not None:
@@ -16847,7 +16981,10 @@ class _Run:
     def _learn(self, route: Route, failure: UpstreamFailure, sent: bytes) -> None:
         """Take from a refusal what it teaches of the model: how to ask it again, how much it holds."""
         relay, key = self._relay, route.keys[2]
-        if failure.reason == "context_overflow":
+        if failure.reason == "request_over_tpm":
+            shorter = find_shrink(failure, json.loads(sent)) if sent else None
+            self._shrink = (route, shorter) if shorter is not None and self._shrink is None else self._shrink
+        elif failure.reason == "context_overflow":
             shorter = find_shrink(failure, json.loads(sent)) if sent else None
             if learn_window(relay.state, route, failure, relay.world.utc(), shared=shorter is not None) is not None:
                 relay.has_news = True
@@ -16886,8 +17023,7 @@ class _Run:
         """Write a failed attempt down and cool what it proves to be out."""
         relay, route = self._relay, attempt.route
         self._settle_hold(failure)
-        if self._fault is None:
-            learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
+        was_large = self._fault is None and learn_refusal(relay.state.ledger, route, failure, self._refusal or failure.detail, relay.world.clock(), self._hold)
         self._refusal = ""
         failure.detail = redact(failure.detail, self._config.secrets)
         if failure.reason == "model_gone" and (other := still_listed(route)):
@@ -16897,7 +17033,7 @@ class _Run:
         attempt.ms = self._ms_since(attempt.started_at)
         lacks_endpoint = self._client.write_request is None and failure.status in (404, 405, 501)     # says nothing of what the route is for
         cooldown = None
-        if lacks_endpoint or self._fault is not None:
+        if lacks_endpoint or was_large or self._fault is not None:
             end_probe(relay.state, route)
         elif not self._repaired:
             cooldown = cool(relay.state, route, failure, relay.world.clock(), jitter=relay.world.random())

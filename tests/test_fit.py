@@ -429,6 +429,27 @@ def test_an_answer_is_made_shorter_where_nothing_larger_is_left(build: Build, pr
     assert len(provider.calls("a")) == 4
 
 
+LARGE = "Request too large for model `m` in organization `org_1` on tokens per minute (TPM): Limit 8000, Requested {}, please reduce your message size and try again."
+
+
+@pytest.mark.parametrize("client", ["chat", "messages"])
+def test_a_minute_is_not_asked_for_by_one_request_where_its_cap_counts(build: Build, provider: Provider, client: str) -> None:
+    """Groq counts what a request names for its answer. Claude Code's 32,000 would fit no minute of a free plan: a modest part of it is asked for, and told."""
+    house = build(a=healthy(), entries={"a": {"preset": "groq"}})
+    for wanted, asked in ((32_000, 4096), (300, 300)):
+        reply = house.post(PATHS[client], {**ask(client, "a/m"), "max_tokens": wanted})
+        sent = provider.calls("a")[-1].json
+        assert reply.status == 200 and sent.get("max_completion_tokens", sent.get("max_tokens")) == asked
+        assert any("tokens=4096" in part for part in dropped(reply)) == (wanted > asked)
+
+
+def test_that_caps_count_is_learned_and_the_next_request_asks_for_less_at_once(build: Build, provider: Provider) -> None:
+    house = build(a=in_turn(refusal(LARGE.format(32_040), status=413), healthy(), healthy()))
+    for _ in range(2):
+        assert house.chat("a/m", max_tokens=32_000).text == TEXT and provider.calls("a")[-1].json["max_tokens"] == 4096
+    assert len(provider.calls("a")) == 3 and not house.gateway.relay.state.cooling
+
+
 def test_an_answer_made_shorter_in_vain_ends_in_the_overflow(build: Build, provider: Provider) -> None:
     words = "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (1000 in the messages, 8000 in the completion)."
     house = build(a=refusal(words, "messages", "context_length_exceeded"))

@@ -291,13 +291,13 @@ class Enforced:
         with self._lock:
             now, provider = self.now(), self.provider
             self.n_attempts += 1
-            if (window := provider.short(now, n_input)) is not None:
+            if (window := provider.short(now, n_input, 0)) is not None:
                 self.n_refused += 1
-                headers, body = provider.refusal(window, now, n_input)
+                headers, body = provider.refusal(window, now, n_input, 0)
                 return answer(body, 429, [*headers.items(), ("content-type", "application/json")])
-            provider.take(now, n_input)
+            provider.take(now, n_input, 0)
             headers = provider.headers(now)
-            provider.finish(now, 200)
+            provider.finish(now, 200, now, 0)
         return answer(chat_answer(usage={"prompt_tokens": n_input, "completion_tokens": 200, "total_tokens": n_input + 200}), headers=headers)
 
 

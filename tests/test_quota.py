@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import aicarousel
-from aicarousel import (Bucket, Facts, Ledger, Plan, Route, RoutingState, Window, begin_attempt, build_catalogue, classify, clear, cool, cooldown_rows, feed, find_buckets, find_shortage,
-                        learn_refusal, ledger_rows, load_config, load_cooldowns, load_ledger, note_served, plan, prepare_ledger, read_limits, read_refusal, release, reserve, resolve,
+from aicarousel import (Bucket, Facts, Ledger, Plan, Route, RoutingState, Window, begin_attempt, build_catalogue, cap_answer, classify, clear, cool, cooldown_rows, feed, find_buckets,
+                        find_shortage, learn_refusal, ledger_rows, load_config, load_cooldowns, load_ledger, note_served, plan, prepare_ledger, read_limits, read_refusal, release, reserve, resolve,
                         settle, share_left, tell_shortage)
 
 Json = dict[str, Any]
@@ -407,7 +407,7 @@ def test_tokens_are_reserved_and_settled_with_what_was_used() -> None:
     assert share_left(pool.ledger, route, 6.0) == pytest.approx(0.65)
     settle(pool.ledger, reserve(pool.ledger, route, 100, 0, 6.0), 400, 0, 6.0)
     assert window.used == 750.0, "more than was estimated"
-    assert find_shortage(pool.ledger, route, 900, 9000, 6.0).at < INF, "the length of an answer is a guess and rules nothing out"      # type: ignore[union-attr]
+    assert find_shortage(pool.ledger, route, 800, 9000, 6.0).at < INF, "the length of an answer is a guess and rules nothing out"      # type: ignore[union-attr]
     assert find_shortage(pool.ledger, route, 1001, 0, 6.0).at == INF        # type: ignore[union-attr]
 
 
@@ -483,7 +483,7 @@ def test_a_window_that_refills_has_room_again_bit_by_bit() -> None:
     pool, route, _ = pool_of("groq", limits={"tpm": 6000})
     settle(pool.ledger, reserve(pool.ledger, route, 6000, 0, 0.0), 6000, 0, 0.0)
     short = find_shortage(pool.ledger, route, 1000, 0, 0.0)
-    assert short is not None and short.at == pytest.approx(10.5) and find_shortage(pool.ledger, route, 1000, 0, 10.0) is None
+    assert short is not None and short.at == pytest.approx(12.16) and find_shortage(pool.ledger, route, 1000, 0, 11.67) is None, "a sixth more than is estimated"
 
 
 def test_a_fixed_window_is_found_out_by_its_reset() -> None:
@@ -501,7 +501,12 @@ def test_a_fixed_window_is_found_out_by_its_reset() -> None:
     assert find_shortage(pool.ledger, route, 1, 1, 22.0) is not None, "one finds out"
     feed(pool.ledger, route, told(4, 58.0), 22.5, hold)
     window = window_of(bucket, "requests", 60.0)
-    assert (window.kind, window.used) == ("fixed", 1.0) and find_shortage(pool.ledger, route, 1, 1, 22.6) is None
+    assert (window.kind, window.used) == ("rolling", 1.0) and find_shortage(pool.ledger, route, 1, 1, 22.6) is None, "a sliding one may seem so once"
+    settle(pool.ledger, hold, 1, 1, 22.7)
+    settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 70.0), 1, 1, 70.0)
+    feed(pool.ledger, route, told(3, 10.0), 71.0)
+    feed(pool.ledger, route, told(4, 55.0), 85.5, reserve(pool.ledger, route, 1, 1, 85.0))
+    assert (window.kind, window.used, window.resets_at) == ("fixed", 1.0, 140.5)
 
 
 def test_what_others_use_of_an_account_counts_too() -> None:
@@ -592,19 +597,23 @@ def told(limit: int, left: int, reset: str, measure: str = "tokens") -> list[tup
 
 
 def test_a_reset_tells_whether_a_window_refills_as_its_preset_says() -> None:
-    """Of a window that fills up all the time it is when all is back; three others in a row and the window rolls, until three say otherwise."""
+    """Of a window that fills up all the time it is when all is back; three others in a row and the window rolls, until twelve more say otherwise than do not."""
     pool, route, bucket = pool_of("groq")
     window = window_of(bucket, "tokens", 60.0)
-    for number, (left, reset, kind) in enumerate([(7900, "50s", "refill"), (4000, "30.5s", "refill"), (4000, "5s", "refill"), (3000, "37s", "refill"), (4000, "5s", "refill"), (2000, "4s", "refill"),
-                                                  (1000, "3s", "rolling"), (4000, "30s", "rolling"), (2000, "4s", "rolling"), (4000, "30s", "rolling"), (4000, "30s", "rolling"), (2000, "45s", "refill")]):
-        feed(pool.ledger, route, told(8000, left, reset), number * 0.1)
+    for number, (left, reset, kind) in enumerate([
+            (7900, "50s", "refill"), (4000, "30.5s", "refill"), (4000, "5s", "refill"), (2000, "46s", "refill"), (4000, "5s", "refill"), (2000, "4s", "refill"), (1000, "3s", "rolling"),
+            *[(4000, "30s", "rolling")] * 20,           # the end of what was counted first as well
+            (2000, "4s", "rolling"), *[(2000, "45s", "rolling")] * 11, (2000, "45s", "refill")]):
+        feed(pool.ledger, route, told(8000, left, reset), number * 0.01)
         assert (window.kind, round(window.used)) == (kind, 8000 - left), number
     window.kind = "refill"
     settle(pool.ledger, reserve(pool.ledger, route, 3000, 0, 2.0), 3000, 0, 2.0)
     for number in range(3):
         feed(pool.ledger, route, told(8000, 0, "2s"), 3.0 + number)
     assert window.kind == "rolling" and window.used == pytest.approx(sum(amount for _, amount in window.entries)) == pytest.approx(8000.0)
-    assert find_shortage(pool.ledger, route, 500, 0, 8.0).at > 30.0, "not bit by bit: four seconds"     # type: ignore[union-attr]
+    assert find_shortage(pool.ledger, route, 500, 0, 5.1).at == pytest.approx(7.5), "not bit by bit: four seconds"      # type: ignore[union-attr]
+    reserve(pool.ledger, route, 100, 0, 7.6)
+    assert find_shortage(pool.ledger, route, 500, 0, 7.6) is not None, "one asks whether all of it ended at the reset that was named"
 
 
 def test_a_window_that_has_slid_twice_is_not_asked_at_the_reset_it_names() -> None:
@@ -659,12 +668,94 @@ def test_a_refusal_leaves_room_for_what_is_smaller() -> None:
     assert find_shortage(pool.ledger, route, 3000, 0, 0.2) is not None and find_shortage(pool.ledger, route, 2000, 0, 0.2) is None
 
 
+def test_what_an_answer_may_become_counts_from_the_start_where_its_provider_counts_so() -> None:
+    """Groq reserves what a request names as the most tokens of its answer: a modest part of a minute is named, is lent until the answer ends, and comes back."""
+    pool, route, bucket = pool_of("groq")
+    feed(pool.ledger, route, told(8000, 8000, "0s"), 0.0)
+    window = window_of(bucket, "tokens", 60.0)
+    assert [cap_answer(pool.ledger, route, n_input, n_cap) for n_input, n_cap in ((1000, 32_000), (6000, 32_000), (7900, 32_000), (1000, 500))] == [4096, 2000, 256, 500]
+    hold = reserve(pool.ledger, route, 1000, 300, 0.0, 32_000)
+    assert (hold.n_output, window.used, window.held, window.lent) == (4096, 1000.0, 0.0, 4096.0)
+    assert find_shortage(pool.ledger, route, 2000, 300, 0.0, 32_000).at == pytest.approx(5.0), "soon: most of what is lent comes back"     # type: ignore[union-attr]
+    assert find_shortage(pool.ledger, route, 2000, 300, 0.0) is None, "who names nothing counts his prompt alone"
+    feed(pool.ledger, route, told(8000, 2931, "38.02s"), 0.2, hold)
+    assert (round(window.used), window.lent, window.kind) == (1000 - 27, 4096.0, "refill"), "what is lent is no use by others"
+    settle(pool.ledger, hold, 1000, 200, 0.2)
+    assert (round(window.used), window.lent) == (1200 - 27, 0.0) and find_shortage(pool.ledger, route, 2000, 300, 0.2, 32_000) is None
+    hold = reserve(pool.ledger, route, 1000, 300, 0.2, 4096)
+    release(pool.ledger, hold, 0.2)
+    assert (round(window.used), window.lent, bucket.unseen_lent) == (1200 - 27, 0.0, 0)
+    other, route, bucket = pool_of("together")
+    assert cap_answer(other.ledger, route, 1000, 32_000) == 32_000
+    bucket.counts_caps = True
+    assert cap_answer(other.ledger, route, 1000, 32_000) == 8192 and cap_answer(other.ledger, route, 1000, 100) == 100, "modest, while no limit is known"
+
+
+def test_that_an_answers_cap_counts_is_learned_from_a_refusal_and_survives_a_restart() -> None:
+    pool, route, bucket = pool_of("together")
+    for asks, counts in ((3000, False), (35_000, True)):
+        body = json.dumps(said(f"Rate limit reached on tokens per minute (TPM): Limit 60000, Used 50000, Requested {asks}."))
+        hold = reserve(pool.ledger, route, 3000, 300, 0.0, 32_000)
+        release(pool.ledger, hold, 0.1)
+        learn_refusal(pool.ledger, route, classify("together", "account", 429, {}, body.encode(), utc=UTC), body, 0.1, hold)
+        assert bucket.counts_caps is counts
+    again, route, bucket = pool_of("together")
+    load_ledger(again.ledger, json.loads(json.dumps(ledger_rows(pool.ledger, 0.2))), 0.0)
+    assert bucket.counts_caps and cap_answer(again.ledger, route, 3000, 32_000) == 15_000, "a quarter of a minute"
+
+
+def test_a_prompts_estimate_is_corrected_by_what_its_provider_counts() -> None:
+    pool, route, bucket = pool_of("", limits={"tpm": 1000})
+    for number in range(100):
+        settle(pool.ledger, reserve(pool.ledger, route, 100, 0, 61.0 * number), 80, 0, 61.0 * number)
+    assert bucket.ratio == pytest.approx(0.8, abs=0.01) and find_shortage(pool.ledger, route, 1200, 0, 6200.0) is None
+    for n_input in (10 ** 9, 1):
+        for number in range(1000):
+            settle(pool.ledger, reserve(pool.ledger, route, 100, 0, 0.0), n_input, 0, 0.0)
+        assert bucket.ratio == (4.0 if n_input > 1 else 0.25), "within bounds"
+
+
+def test_who_would_be_refused_for_a_learned_limit_may_ask_whether_it_holds() -> None:
+    """Once in 25 served: a success that does not fit the window as it is thought to be shows that it ends all at once, a refusal of that that it does not."""
+    pool, route, bucket = pool_of("")
+    for number in range(5):
+        settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 10.0 * number), 1, 1, 10.0 * number)
+    refuse(pool, route, 41.0)
+    window = window_of(bucket, "requests", 60.0)
+    assert (window.known, window.source, window.kind, bucket.n_tests) == (5.0, "learned", "rolling", 1.0)
+    found = pool.plan(42.0)
+    assert found.routes == (route,) and found.free_at == pytest.approx(60.5)
+    assert pool.plan(42.0, give_up_at=70.0).routes == (), "who can wait for room waits"
+    hold = reserve(pool.ledger, route, 1, 1, 42.0)
+    assert bucket.n_tests == 0.0 and pool.plan(42.0).routes == (), "one at a time"
+    feed(pool.ledger, route, [], 42.1, hold)
+    assert (window.kind, window.used, window.known, window.resets_at) == ("fixed", 1.0, 5.0, 102.0) and pool.plan(42.2).routes == (route,)
+    refuse(pool, route, 43.0)
+    assert (window.kind, window.used, window.known, window.n_slid) == ("rolling", 6.0, 5.0, 2), "it is none, and is taken for none again"
+    for number in range(26):
+        settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 200.0 + 61 * number), 1, 1, 200.0 + 61 * number)
+    assert bucket.n_tests == 1.0
+
+
+def test_a_request_that_asks_for_much_of_a_window_says_nothing_of_smaller_ones() -> None:
+    pool, route, bucket = pool_of("groq")
+    feed(pool.ledger, route, told(8000, 4000, "30s"), 0.0)
+    for n_cap, large in ((32_000, True), (0, False)):
+        hold = reserve(pool.ledger, route, 500, 300, 0.1, n_cap)
+        release(pool.ledger, hold, 0.2)
+        asked = 500 + (hold.n_output if n_cap else 0)
+        for body in (json.dumps(said(f"Rate limit reached on tokens per minute (TPM): Limit 8000, Used 7900, Requested {asked}. Please try again in 40s.")), ""):
+            window_of(bucket, "tokens", 60.0).used = 7900.0
+            failure = classify("groq", "model", 429, {}, body.encode(), utc=UTC)
+            assert learn_refusal(pool.ledger, route, failure, body, 0.2, hold) is large, (n_cap, body)
+
+
 def test_a_line_is_not_let_loose_on_a_provider_of_unknown_limits() -> None:
-    """While others are full, and somebody waits: eight unanswered, then twice what is served a minute. Without pressure, or without time, all of it goes."""
+    """While others are full, and somebody waits: four unanswered, then half as many as are served a minute. Without pressure, or without time, all of it goes."""
     pool = Pool({"a": entry("m", limits={"rpm": 1}), "b": entry("m")})
     unknown = pool.routes()[1]
     assert [len(pool.plan(0.0, give_up_at=30.0).routes), pool.go(0.0)] == [2, "a/1"]
-    holds = [reserve(pool.ledger, unknown, 1, 1, 1.0) for _ in range(7)]
+    holds = [reserve(pool.ledger, unknown, 1, 1, 1.0) for _ in range(3)]
     assert pool.plan(1.0, give_up_at=30.0).routes == (unknown,)
     holds.append(reserve(pool.ledger, unknown, 1, 1, 1.0))
     found = pool.plan(1.0, give_up_at=30.0)
@@ -672,7 +763,9 @@ def test_a_line_is_not_let_loose_on_a_provider_of_unknown_limits() -> None:
     assert pool.plan(1.0).routes == pool.plan(1.0, give_up_at=1.4).routes == (unknown,), "who cannot wait is not held up"
     for hold in holds:
         feed(pool.ledger, unknown, [], 1.1, hold)
-    for number in range(16):
+    for hold in [reserve(pool.ledger, unknown, 1, 1, 1.1) for _ in range(8)]:
+        feed(pool.ledger, unknown, [], 1.15, hold)
+    for number in range(6):
         assert pool.plan(1.2, give_up_at=30.0).routes == (unknown,), number
         reserve(pool.ledger, unknown, 1, 1, 1.2)
     assert pool.plan(1.2, give_up_at=30.0).routes == () and len(pool.plan(61.0, give_up_at=90.0).routes) == 2, "no pressure any more"
