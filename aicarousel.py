@@ -13109,110 +13109,107 @@ _READ_BYTES_AT_FIRST = 64 * 1024
 _READ_BYTES_OF_MUCH = 256 * 1024
 
 
-class Inbox(asyncio.Protocol):
-    """One connection: what has come over it, for the one task that reads, and its transport to write to.
+class Inbox(asyncio.StreamReader):
+    """One connection: what has come over it, for the one task that reads, and the transport to write to.
 
-    asyncio's streams do the same for whoever comes; here it is 4 us less per request, and 2 us per read of a stream.
+    A StreamReader that keeps what comes as it came and gives it so: to copy all into one buffer and out again costs 4 us per request, and 2 us per read of a stream.
     """
 
-    __slots__ = ("transport", "on_gone", "lost", "parked", "spoiled", "_loop", "_begin", "_task", "_pieces", "_n_bytes", "_most_bytes", "_paused", "_reader", "_ended", "_error",
-                 "_is_full", "_drainer")
-
-    def __init__(self, most_bytes: int, begin: Callable[[Inbox], Any] | None = None) -> None:
-        """most_bytes: may wait to be read before no more is taken.  begin: gives the coroutine of the task that works for this connection, once it stands."""
+    def __init__(self, most_bytes: int) -> None:
+        """most_bytes: may wait to be read before no more is taken."""
+        loop = asyncio.get_running_loop()
+        super().__init__(limit=most_bytes, loop=loop)
         self.transport: Any = None
+        self.writer: asyncio.StreamWriter | None = None
         self.on_gone: Callable[[], object] | None = None    #: told at once when the other side has gone
         self.lost = False                   #: the connection itself is gone, both ways: aborting it after that fails inside asyncio
         self.parked = self.spoiled = False  #: nothing is expected; and something came all the same
-        self._loop, self._begin = asyncio.get_running_loop(), begin
-        self._task: asyncio.Task[None] | None = None
+        self._running_loop = loop
         self._pieces: list[bytes] = []
-        self._n_bytes, self._most_bytes, self._paused = 0, most_bytes, False
-        self._reader: asyncio.Future[None] | None = None
+        self._n_bytes, self._most_bytes, self._is_full = 0, most_bytes, False
+        self._taker: asyncio.Future[None] | None = None
         self._ended = False
         self._error: Exception | None = None
-        self._is_full = False               # of what is written and has not gone out
-        self._drainer: asyncio.Future[None] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def set_transport(self, transport: asyncio.BaseTransport) -> None:
+        super().set_transport(transport)
         self.transport = transport
         self.transport.max_size = _READ_BYTES_AT_FIRST
-        if self._begin is not None:
-            self._task = self._loop.create_task(self._begin(self))
 
-    def data_received(self, data: bytes) -> None:
+    def feed_data(self, data: Any) -> None:
         self._pieces.append(data)
         self._n_bytes += len(data)
         if len(data) == _READ_BYTES_AT_FIRST:
             self.transport.max_size = _READ_BYTES_OF_MUCH
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
         elif self.parked:
             self.spoiled = True
-        if self._n_bytes > self._most_bytes and not self._paused:
-            self._paused = True
+        if self._n_bytes > self._most_bytes and not self._is_full:
+            self._is_full = True
             self.transport.pause_reading()
 
-    def eof_received(self) -> bool:
+    def feed_eof(self) -> None:
         self._end(None)
-        return self.transport.get_extra_info("sslcontext") is None      # over a plain connection an answer still goes out
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
+    def set_exception(self, exc: Exception) -> None:
         self._end(exc)
-        self.resume_writing()
 
-    def pause_writing(self) -> None:
-        self._is_full = True
+    def exception(self) -> Exception | None:
+        return self._error
 
-    def resume_writing(self) -> None:
-        self._is_full = False
-        if self._drainer is not None and not self._drainer.done():
-            self._drainer.set_result(None)
+    def at_eof(self) -> bool:
+        return self._ended and not self._pieces
 
     def _end(self, error: Exception | None) -> None:
         self._ended, self._error = True, error or self._error
         self.spoiled = self.spoiled or self.parked
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
         if self.on_gone is not None:
             self.on_gone()
 
-    @property
-    def at_end(self) -> bool:
-        """Whether there is nothing more to read."""
-        return self._ended and not self._pieces
-
-    async def read(self) -> bytes:
+    async def take(self) -> bytes:
         """All that has come, once something has; b"" at the end. Raises what broke the connection."""
         if not self._pieces and not self._ended:
-            self._reader = self._loop.create_future()
+            self._taker = self._running_loop.create_future()
             try:
-                await self._reader
+                await self._taker
             finally:
-                self._reader = None
+                self._taker = None
         if self._error is not None:
             raise self._error
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._n_bytes = 0
-        if self._paused:
-            self._paused = False
+        if self._is_full:
+            self._is_full = False
             self.transport.resume_reading()
         return data
 
     async def drain(self) -> None:
         """Wait until what was written has gone out, all but a little. Raises OSError where it cannot any more."""
-        if self.transport.is_closing():
-            await asyncio.sleep(0)          # so that the end of the connection is noticed
-        while self._is_full and not self.lost:
-            self._drainer = self._loop.create_future()
-            try:
-                await self._drainer
-            finally:
-                self._drainer = None
-        if self.lost:
-            raise self._error or ConnectionResetError("the connection is lost")
+        assert self.writer is not None
+        await self.writer.drain()
+
+
+class InboxProtocol(asyncio.StreamReaderProtocol):
+    """What asyncio tells of a connection, for its Inbox."""
+
+    def __init__(self, inbox: Inbox, begin: Callable[[Inbox, asyncio.StreamWriter], Any] | None = None) -> None:
+        """begin: gives the coroutine of the task that works for this connection, once it stands."""
+        super().__init__(inbox, begin, loop=asyncio.get_running_loop())     # type: ignore[arg-type]
+        self._inbox: Inbox | None = inbox
+
+    def data_received(self, data: bytes) -> None:
+        if self._inbox is not None:
+            self._inbox.feed_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._inbox is not None:
+            self._inbox.lost = True
+        super().connection_lost(exc)
+        self._inbox = None                  # they would keep each other until a garbage collection
 
 
 ##############################################################################
@@ -15163,7 +15160,7 @@ class _Line:
     async def read(self) -> bytes:
         """Some bytes, b"" at the end. Raises UpstreamFailure for a timeout or a broken connection."""
         try:
-            data = await self.inbox.read()
+            data = await self.inbox.take()
         except ssl.SSLError as error:
             raise transport_failure("tls", self.phase, error.reason or "TLS error") from error
         except OSError as error:
@@ -15503,9 +15500,11 @@ class Transport:
 
     async def _open(self, origin: Origin, host: str, port: int, tls: bool) -> _Line:
         inbox = Inbox(_READ_BYTES)
+        protocol = InboxProtocol(inbox)
         secure = {"ssl": self._tls_context(), "server_hostname": host} if tls else {}
-        transport, _ = await self._world.dial(lambda: inbox, host, port, happy_eyeballs_delay=0.25, **secure)
+        transport, _ = await self._world.dial(lambda: protocol, host, port, happy_eyeballs_delay=0.25, **secure)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        inbox.writer = asyncio.StreamWriter(transport, protocol, inbox, asyncio.get_running_loop())
         return _Line(origin, inbox)
 
     async def _open_by_proxy(self, origin: Origin) -> _Line:
@@ -15531,7 +15530,9 @@ class Transport:
             if not 200 <= status < 300 or buffer[end:]:
                 raise transport_failure("proxy", "connect", f"the proxy answered {status}")
             if origin.scheme == "https":
-                line.inbox.transport = await asyncio.get_running_loop().start_tls(line.inbox.transport, line.inbox, self._tls_context(), server_hostname=origin.host)
+                assert line.inbox.writer is not None
+                await line.inbox.writer.start_tls(self._tls_context(), server_hostname=origin.host)
+                line.inbox.transport = line.inbox.writer.transport
         except BadHttp as error:
             line.close()
             raise transport_failure("protocol", "connect", f"the proxy: {error}") from error
@@ -15777,7 +15778,7 @@ class _Link:
         self.alarm.set(bounds.client_head_s if self._buffer else bounds.client_idle_s)
         end = find_head_end(self._buffer) if self._buffer else 0
         while not end:
-            data = await self.inbox.read()
+            data = await self.inbox.take()
             if not data:
                 return None
             begins = not self._buffer
@@ -15813,7 +15814,7 @@ class _Link:
             self.alarm.set(self.server.application.bounds.client_body_s)
         pieces, n_bytes, max_bytes = [], 0, self.server.application.bounds.body_bytes
         while not reader.done:
-            data, self._buffer = self._buffer or await self.inbox.read(), b""
+            data, self._buffer = self._buffer or await self.inbox.take(), b""
             if not data:
                 raise ConnectionResetError("the client left inside its request")
             piece = reader.feed(data)
@@ -15860,7 +15861,7 @@ class _Link:
         self._write_alarm.set(self.server.application.bounds.client_stall_s)
         await self.inbox.drain()
         self._write_alarm.rest()
-        if self.inbox.at_end:
+        if self.inbox.at_eof():
             return
         if self.inbox.transport.can_write_eof():
             try:
@@ -15869,7 +15870,7 @@ class _Link:
                 return
         self.alarm.set(_LINGER_S)
         for _ in range(256):
-            if not await self.inbox.read():
+            if not await self.inbox.take():
                 return
 
     def _ring(self) -> None:
@@ -15987,9 +15988,9 @@ class Server:
     async def _welcome(self, peer: socket.socket) -> None:
         """Give an accepted connection its transport; a TLS handshake that fails or takes too long is the end of it."""
         loop = asyncio.get_running_loop()
-        inbox = Inbox(_READ_BYTES_CLIENT, self._begin)
+        protocol = InboxProtocol(Inbox(_READ_BYTES_CLIENT), self._begin)
         with contextlib.suppress(OSError):
-            await loop.connect_accepted_socket(lambda: inbox, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
+            await loop.connect_accepted_socket(lambda: protocol, peer, ssl=self._context, ssl_handshake_timeout=self.application.bounds.client_head_s if self._context else None)
 
     def date_line(self) -> str:
         """The Date header, written anew once a second."""
@@ -16033,8 +16034,9 @@ class Server:
             except TimeoutError:
                 return
 
-    async def _begin(self, inbox: Inbox) -> None:
+    async def _begin(self, inbox: Inbox, writer: asyncio.StreamWriter) -> None:
         """The life of one connection; the only place that catches what nobody expected."""
+        inbox.writer = writer
         n_over = len(self._links) - self.max_connections
         if n_over >= 0:                 # of a burst, who made room may not be gone yet
             n_over = sum(not link.inbox.transport.is_closing() for link in self._links) - self.max_connections

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import aicarousel
-from aicarousel import (Answer, Inbox, Job, Origin, Relay, Timeouts, Transport, UpstreamFailure, World, build_catalogue, load_config, make_client_context, no_proxy_covers, real_world, resolve,
+from aicarousel import (Answer, Inbox, InboxProtocol, Job, Origin, Relay, Timeouts, Transport, UpstreamFailure, World, build_catalogue, load_config, make_client_context, no_proxy_covers, real_world, resolve,
                         split_url)
 from fakes import TLS, ShiftedLoop
 
@@ -280,15 +280,15 @@ def test_no_more_is_taken_in_than_is_read(run: Any) -> None:
 
         async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
             inbox = Inbox(100_000)
-            await asyncio.get_running_loop().create_connection(lambda: inbox, *server.sockets[0].getsockname())
+            await asyncio.get_running_loop().create_connection(lambda: InboxProtocol(inbox), *server.sockets[0].getsockname())
             async with asyncio.timeout(10):
                 while inbox.transport.is_reading():
                     await asyncio.sleep(0.005)
-                n_bytes = len(await inbox.read())
+                n_bytes = len(await inbox.take())
                 assert 100_000 < n_bytes < 400_000 and inbox.transport.is_reading()
-                while piece := await inbox.read():
+                while piece := await inbox.take():
                     n_bytes += len(piece)
-            assert n_bytes == 9_000_000 and inbox.at_end
+            assert n_bytes == 9_000_000 and inbox.at_eof()
             inbox.transport.abort()
     run(main())
 
