@@ -16967,8 +16967,8 @@ class _Run:
         """What configuration, earlier refusals and the client's own wish change in requests to a route."""
         provider, wish, state = route.provider, self._job.wish, self._relay.state
         repairs = repairs_of(state, route, self._relay.world.utc()) if state.repairs else ()
-        if (n_cap := self._facts.n_cap) and (n_most := cap_answer(state.ledger, route, self._facts.n_input, n_cap)) < n_cap:
-            repairs += shorten(n_most)
+        if self._hold is not None and self._hold.n_cap < self._facts.n_cap:
+            repairs += shorten(self._hold.n_cap)
         if self._shrink is not None and self._shrink[0].id == route.id:
             repairs += self._shrink[1],
         elif state.windows and (room := self._needs.room(route)) is not None:
