@@ -1,8 +1,9 @@
 """The carousel's mind at work on a virtual clock: thousands of requests, the real policy functions, providers that enforce their published limits.
 
 Every pool is offered the same load three times: to the policy of sections 7 and 8, to a scheduler that sees the providers' own counts, and to naive round
-robin that tries one provider after the other. Some clients name the most tokens that an answer may have; Groq and Cerebras count them until it has ended. The scheduler is greedy, so what no scheduler could serve more than is worked out beside it. Every load is
-drawn three times; the figures are those of the table it prints. `python tests/test_simulator.py 10` draws ten times.
+robin that tries one provider after the other. The scheduler is greedy, so what no scheduler could serve more than is worked out beside it. Some clients
+name the most tokens that an answer may have; Groq and Cerebras count these until it has ended. Every load is drawn three times, a small one up to twelve;
+the figures are those of the table it prints. `python tests/test_simulator.py 10` draws ten times.
 """
 from __future__ import annotations
 
@@ -531,13 +532,11 @@ CASES = [(pool, times, burst, out, False) for pool, times, burst, out in (
 #: Clients that name how long an answer may be, where that counts: a burst then stands in line for half of a minute's tokens at a time.
 CASES += [(pool, times, burst, False, True) for pool, times, burst in (
     ("2 announced", 2.0, 1), ("2 announced", 1.0, 50), ("3 sliding", 1.0, 1), ("3 that slide", 1.0, 1), ("3 that slide", 2.0, 50), ("3 that are fixed", 2.0, 1), ("6 mixed", 3.0, 1), ("8 free tiers", 1.5, 1))]
-#: Of two buckets the scheduler sees which has more room for a large request; round robin does not look, by its name.
-FLOORS = {("2 announced", 1.0, 50, False, True): 0.93}
 SPAN_S = 1200.0
 SEEDS = 3
 ENOUGH = 3000                   # requests that the scheduler serves in all draws: of a burst of 50 some 10 are served, of which one more or less says nothing
 #: Of requests that got a 429 while a bucket that tells what is left had room: what kind of window theirs is takes these some answers to see, and a while nobody can know it.
-UNJUST = {"2 announced": 0.005, "3 sliding": 0.005, "3 that slide": 0.005, "3 that are fixed": 0.005}
+UNJUST = {"3 sliding": 0.001, "3 that slide": 0.003, "3 that are fixed": 0.003}
 MANY = 400                      # of one draw, so that its own share says something
 
 
@@ -614,7 +613,7 @@ def test_the_pool_gives_nearly_all_it_can(case: Case, capsys: pytest.CaptureFixt
     row, sums = show(drawn), add_up(drawn)
     with capsys.disabled():
         print(f"\n{HEAD}\n{row}" if case is CASES[0] else f"\n{row}", end="")
-    assert sums.share >= FLOORS.get(case, 0.97) and all(one.share >= 0.94 for one in drawn if one.omniscient >= MANY), row
+    assert sums.share >= 0.97 and all(one.share >= 0.94 for one in drawn if one.omniscient >= MANY), row
     assert sums.refused_share(True) <= 0.01 and sums.refused_share(False) <= 0.05, row
     assert sums.n_unjust <= UNJUST.get(case[0], 0) * sums.n_asked, row
     assert sums.bound >= sums.omniscient, row
