@@ -737,6 +737,53 @@ def test_who_would_be_refused_for_a_learned_limit_may_ask_whether_it_holds() -> 
     assert bucket.n_tests == 1.0
 
 
+def test_what_was_refused_is_in_no_count_of_its_providers() -> None:
+    """The headers of a refusal tell what others use: the request that was refused is taken back once, not twice."""
+    pool, route, bucket = pool_of("", limits={"tpm": 100_000})
+    window = window_of(bucket, "tokens", 60.0)
+    settle(pool.ledger, reserve(pool.ledger, route, 5000, 0, 0.0), 5000, 0, 0.0)
+    hold = reserve(pool.ledger, route, 3000, 0, 10.0)
+    feed(pool.ledger, route, told(7000, 2000, "50s"), 10.1, hold, refused=True)
+    assert window.used == 8000.0
+    release(pool.ledger, hold, 10.1)
+    assert window.used == 5000.0
+    feed(pool.ledger, route, told(7000, 1500, "49s"), 11.0)
+    assert window.used == 5500.0, "and what others use is noticed behind what is under way"
+
+
+def test_a_burst_over_a_reset_counts_in_the_window_where_it_arrived() -> None:
+    """Five go out together, three arrive before the reset: once all have answered, only what is still on its way may be unknown to the provider."""
+    pool, route, bucket = pool_of("")
+    window = window_of(bucket, "requests", 60.0)
+    holds = [reserve(pool.ledger, route, 1, 1, 0.0) for _ in range(5)]
+    for left, reset, hold in zip((2, 1, 0, 4, 3), ("0.1s", "0.1s", "0.1s", "60s", "60s"), holds, strict=True):
+        feed(pool.ledger, route, told(5, left, reset, "requests"), 0.2, hold)
+    assert window.used == 2.0 and find_shortage(pool.ledger, route, 1, 1, 0.3) is None
+
+
+def test_what_a_header_rules_out_is_no_older_use() -> None:
+    """Its reset says since when the provider counts: a rest of an estimate from before must not hide that the window may be a fixed one."""
+    pool, route, bucket = pool_of("")
+    window = window_of(bucket, "tokens", 60.0)
+    for at, n_input in ((0.0, 4000), (50.0, 1000)):
+        settle(pool.ledger, reserve(pool.ledger, route, n_input, 0, at), n_input, 0, at)
+    feed(pool.ledger, route, told(8000, 6900, "55s"), 50.0)
+    assert (window.used, [at for at, _ in window.entries], window.resets_at) == (1100.0, [50.0], 105.0)
+    feed(pool.ledger, route, told(8000, 6850, "54s"), 51.0)
+    assert window.entries == [[50.0, 1100.0], [51.0, 50.0]], "a little more than was counted is what was estimated too low"
+    feed(pool.ledger, route, told(8000, 4000, "53s"), 52.0)
+    assert window.entries[0][0] == 45.0, "much more is what others used, from the beginning of the window on"
+
+
+def test_room_that_answers_under_way_may_leave_is_waited_for() -> None:
+    pool, route, _ = pool_of("", limits={"tpm": 1000})
+    settle(pool.ledger, reserve(pool.ledger, route, 300, 0, 0.0), 300, 0, 0.0)
+    hold = reserve(pool.ledger, route, 100, 400, 0.0)
+    assert [find_shortage(pool.ledger, route, n_input, 0, 0.0).at for n_input in (400, 401)] == [5.0, 60.5]      # type: ignore[union-attr]
+    settle(pool.ledger, hold, 100, 200, 4.0)
+    assert find_shortage(pool.ledger, route, 400, 0, 4.0) is None
+
+
 def test_a_request_that_asks_for_much_of_a_window_says_nothing_of_smaller_ones() -> None:
     pool, route, bucket = pool_of("groq")
     feed(pool.ledger, route, told(8000, 4000, "30s"), 0.0)
