@@ -729,7 +729,7 @@ _ROWS: Mapping[str, Preset] = {
         "DeepSeek", "https://api.deepseek.com/v1", ("DEEPSEEK_API_KEY",), "https://platform.deepseek.com/api_keys",
         default="deepseek-flash", first_byte_s=180.0, check=("GET", "https://api.deepseek.com/user/balance"),
         continue_url="https://api.deepseek.com/beta",
-        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json", "images": False,
+        takes={**_PLAIN_CHAT, "replay": "reasoning_content", "must_replay": True, "switch": "thinking", "effort": ("high", "max"), "schema": "json",
                "continues": "prefix"},
         other_urls={"messages": "https://api.deepseek.com/anthropic/v1"},
         models=(

@@ -124,3 +124,11 @@ def test_firm_quirks_are_in_their_rows():
     assert (rows["anthropic"].auth_header, rows["anthropic"].auth_scheme, rows["anthropic"].format) == ("x-api-key", "", "messages")
     assert rows["groq"].bucket == "model" and rows["openrouter"].bucket == "account" and rows["ollama"].bucket == "machine"
     assert rows["groq"].free_limits == aicarousel.Limits(30, 1000, 8000, 200000)
+
+
+def test_what_a_preset_says_of_a_models_eyes_holds_for_its_provider():
+    """No provider is said to read no images in Chat while one of its models does."""
+    for name, preset in aicarousel.PRESETS.items():
+        for model in preset.models:
+            if model.vision and preset.format == "chat":
+                assert aicarousel.target_profile(name, model, "chat").images, (name, model.id)
