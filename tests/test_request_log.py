@@ -53,8 +53,14 @@ class Log:
             self.flush()
 
     def files(self) -> dict[str, list[Any]]:
-        """What stands in each file, by what its name ends with."""
-        return {path.name.removeprefix(self.path.name): [json.loads(line) for line in path.read_bytes().splitlines()] for path in sorted(self.path.parent.iterdir()) if path.name.startswith(self.path.name)}
+        """What stands in each file, by what its name ends with; its thread may move one just when it is read."""
+        ends_at = time.monotonic() + HANG_S
+        while True:
+            try:
+                return {path.name.removeprefix(self.path.name): [json.loads(line) for line in path.read_bytes().splitlines()]
+                        for path in sorted(self.path.parent.iterdir()) if path.name.startswith(self.path.name)}
+            except FileNotFoundError:
+                assert time.monotonic() < ends_at
 
     def ids(self) -> dict[str, list[str]]:
         return {name: [line["request_id"] for line in lines] for name, lines in self.files().items()}
