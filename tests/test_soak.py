@@ -14,5 +14,5 @@ from soak import soak
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory and descriptors of another process are read from /proc")
 def test_a_minute_of_everything() -> None:
     seed = random.randrange(10 ** 6)
-    report = soak(0.6, 25.0, seed)
+    report = soak(0.9, 40.0, seed)
     assert report.complaints() == [], "\n".join([f"seed {seed}", *report.lines(), *report.errors[:5]])
