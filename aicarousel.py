@@ -3316,7 +3316,6 @@ def prepare_ledger(ledger: Ledger, providers: Iterable[Provider], *, utc_less_no
                 route = make_route(provider, credential, model)
                 own = bucket(route.keys[scope], provider.preset)
                 _configure(own, provider.limits, provider.preset.name)
-                _presume(own, provider.preset, model.id)
                 found = [own]
                 if model.limits is not None:
                     found.append(bucket(route.keys[3], provider.preset))
@@ -3324,6 +3323,7 @@ def prepare_ledger(ledger: Ledger, providers: Iterable[Provider], *, utc_less_no
                 if provider.max_concurrent is not None:
                     found.append(bucket(route.keys[0], provider.preset))
                     found[-1].max_open = provider.max_concurrent
+                _presume(own, provider.preset, model.id)
                 ledger.by_id[route.id] = tuple(dict.fromkeys(found))
                 ledger.by_id[credential.id] = tuple(one for one in ledger.by_id[route.id] if one.key in route.keys[:2])
     for made in ledger.buckets.values():
@@ -3354,14 +3354,16 @@ def _configure(bucket: Bucket, limits: Limits | None, preset_name: str) -> None:
 
 
 def _presume(bucket: Bucket, preset: Preset, model_id: str) -> None:
-    """Take over the figures of the preset's free plan where nothing better is known."""
+    """Take over the figures of the preset's free plan where nothing better is known; who configures a limit knows it better."""
     limits = next((model.limits for model in preset.models if model.id == model_id), None) or preset.free_limits
     for name, measure, span_s in _LIMIT_FIELDS if limits is not None else ():
         value = getattr(limits, name)
         if value is not None:
             window = _window(bucket, measure, span_s, preset.name)
-            if not window.source:
+            if window.configured == _NEVER and not window.source:
                 window.known, window.source = float(value), "preset"
+            elif window.configured != _NEVER and window.source == "preset":
+                window.known, window.source = _NEVER, ""
 
 
 def _sort_out(bucket: Bucket) -> None:
@@ -3449,11 +3451,9 @@ def _cut(window: Window, used: float) -> None:
 
 
 def _room_at(window: Window, amount: float, now: float) -> float:
-    """When `amount` more fits: `now` or later, infinite for never. The window is up to date."""
+    """When `amount` more fits, which does not now; infinite for never. The window is up to date."""
     limit = window.limit
     short = window.used + window.held + window.lent + amount - limit
-    if short <= 0.0:
-        return now
     if amount > limit:
         return _NEVER
     soon_at = now + min(window.span_s, _ENDS_S)         # what is under way takes it: somebody who waits is woken when it ends

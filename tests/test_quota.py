@@ -566,6 +566,18 @@ def test_the_figures_of_a_free_plan_order_but_do_not_bind() -> None:
     assert window_of(bucket, "requests", 60.0).limit == INF and bucket.limited == (), "this key has more than the free plan"
 
 
+def test_who_configures_a_limit_knows_it_better_than_the_free_plan() -> None:
+    """A paid key's `limits` are no longer capped by what the free plan has, and the other figures still order; a reload changes both ways."""
+    for where in ({"limits": {"tpm": 300_000}}, {}):
+        pool = Pool({"p": entry({"id": "m", **({} if where else {"limits": {"tpm": 300_000}})}, preset="groq", **where)})
+        bucket = find_buckets(pool.ledger, pool.routes()[0])[0]
+        minute, day = window_of(bucket, "tokens", 60.0), window_of(bucket, "requests", DAY)
+        assert (minute.limit, minute.origin, day.origin) == (300_000.0, "configured", "preset") and find_shortage(pool.ledger, pool.routes()[0], 100_000, 100, 0.0) is None
+    for limits, told_of in (({}, (8000.0, "preset")), ({"limits": {"tpm": 300_000}}, (300_000.0, "configured"))):
+        prepare_ledger(pool.ledger, config_of({"p": entry("m", preset="groq", **limits)}).active, utc_less_now=UTC)
+        assert (minute.limit, minute.origin) == told_of
+
+
 def test_a_header_that_tells_more_than_the_free_plan_ends_its_figures() -> None:
     pool, route, bucket = pool_of("groq")
     assert len(bucket.limited) == 4
@@ -782,6 +794,19 @@ def test_room_that_answers_under_way_may_leave_is_waited_for() -> None:
     assert [find_shortage(pool.ledger, route, n_input, 0, 0.0).at for n_input in (400, 401)] == [5.0, 60.5]      # type: ignore[union-attr]
     settle(pool.ledger, hold, 100, 200, 4.0)
     assert find_shortage(pool.ledger, route, 400, 0, 4.0) is None
+
+
+def test_what_is_lent_does_not_count_for_how_long_a_window_is_full() -> None:
+    """Most of a cap comes back when its answer ends: what is waited for is the rest."""
+    pool, route, bucket = pool_of("groq")
+    feed(pool.ledger, route, told(8000, 8000, "0s"), 0.0)
+    settle(pool.ledger, reserve(pool.ledger, route, 3500, 0, 0.0), 3500, 0, 0.0)
+    reserve(pool.ledger, route, 60, 0, 0.0, 4096)
+    short = find_shortage(pool.ledger, route, 6000, 0, 0.0)
+    assert short is not None and short.at == pytest.approx((3560 + 7000 - 8000) / 8000 * 60 + 0.5)
+    pool, route, bucket = pool_of("", limits={"tpm": 1000})
+    reserve(pool.ledger, route, 300, 700, 0.0)
+    assert find_shortage(pool.ledger, route, 900, 0, 0.0).at == 5.0, "more than has been counted is under way: nobody can tell"     # type: ignore[union-attr]
 
 
 def test_a_request_that_asks_for_much_of_a_window_says_nothing_of_smaller_ones() -> None:
