@@ -576,6 +576,19 @@ def test_who_configures_a_limit_knows_it_better_than_the_free_plan() -> None:
     for limits, told_of in (({}, (8000.0, "preset")), ({"limits": {"tpm": 300_000}}, (300_000.0, "configured"))):
         prepare_ledger(pool.ledger, config_of({"p": entry("m", preset="groq", **limits)}).active, utc_less_now=UTC)
         assert (minute.limit, minute.origin) == told_of
+    feed(pool.ledger, pool.routes()[0], told(9000, 9000, "0s"), 0.0)
+    prepare_ledger(pool.ledger, config_of({"p": entry("m", preset="groq")}).active, utc_less_now=UTC)
+    assert (minute.limit, minute.origin) == (9000.0, "header"), "what its provider told stays"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
+def test_a_failure_that_is_no_limit_teaches_none(status: int) -> None:
+    pool, route, bucket = pool_of("")
+    for _ in range(3):
+        settle(pool.ledger, reserve(pool.ledger, route, 1, 1, 0.0), 1, 1, 0.0)
+    body = json.dumps(said("It failed. Requested 5 of 100 requests per minute."))
+    assert not learn_refusal(pool.ledger, route, classify("custom", "account", status, {}, body.encode(), utc=UTC), body, 0.1)
+    assert not bucket.limited and all(window.limit == INF for window in bucket.windows)
 
 
 def test_a_header_that_tells_more_than_the_free_plan_ends_its_figures() -> None:
@@ -761,6 +774,40 @@ def test_what_was_refused_is_in_no_count_of_its_providers() -> None:
     assert window.used == 5000.0
     feed(pool.ledger, route, told(7000, 1500, "49s"), 11.0)
     assert window.used == 5500.0, "and what others use is noticed behind what is under way"
+
+
+def test_a_refused_requests_cap_is_in_no_count_either() -> None:
+    pool, route, bucket = pool_of("groq")
+    feed(pool.ledger, route, told(8000, 8000, "0s"), 0.0)
+    window = window_of(bucket, "tokens", 60.0)
+    hold = reserve(pool.ledger, route, 500, 0, 0.0, 4096)
+    feed(pool.ledger, route, told(8000, 4000, "30s"), 0.0, hold, refused=True)
+    assert (window.used, window.lent) == (4500.0, 4096.0)
+    release(pool.ledger, hold, 0.0)
+    assert (window.used, window.lent) == (4000.0, 0.0), "what others use, and nothing of its own"
+
+
+def test_a_header_may_tell_little() -> None:
+    """What is left without a limit corrects a limit that is known, and makes none; what may be on its way is neither added nor taken away."""
+    pool, route, bucket = pool_of("")
+    window = window_of(bucket, "requests", 60.0)
+    feed(pool.ledger, route, [("x-ratelimit-remaining-requests", "3")], 0.0)
+    assert (window.known, window.used) == (INF, 0.0)
+    feed(pool.ledger, route, told(10, 10, "0s", "requests"), 0.0)
+    feed(pool.ledger, route, [("x-ratelimit-remaining-requests", "6")], 0.0)
+    assert (window.known, window.used) == (10.0, 4.0)
+    first, *_ = [reserve(pool.ledger, route, 1, 1, 10.0) for _ in range(3)]
+    feed(pool.ledger, route, [("x-ratelimit-remaining-requests", "5")], 10.1, first)
+    assert window.used == 7.0, "two have perhaps not arrived"
+
+
+def test_a_window_nearly_empty_says_nothing_of_its_kind() -> None:
+    """Anthropic rounds to thousands of tokens and whole seconds."""
+    pool, route, bucket = pool_of("groq")
+    window = window_of(bucket, "tokens", 60.0)
+    for number in range(5):
+        feed(pool.ledger, route, told(8000, 7900, "20s"), 0.1 * number)
+    assert (window.kind, window.n_wrong) == ("refill", 0)
 
 
 def test_a_burst_over_a_reset_counts_in_the_window_where_it_arrived() -> None:
