@@ -787,6 +787,22 @@ def test_a_refused_requests_cap_is_in_no_count_either() -> None:
     assert (window.used, window.lent) == (4000.0, 0.0), "what others use, and nothing of its own"
 
 
+def test_a_refusal_takes_nothing_from_what_was_counted_and_a_proven_day_ends_at_once() -> None:
+    pool, route, bucket = pool_of("together")
+    hold = reserve(pool.ledger, route, 8000, 0, 0.0)
+    settle(pool.ledger, hold, 8000, 0, 0.0)
+    refused = reserve(pool.ledger, route, 500, 0, 0.1)
+    release(pool.ledger, refused, 0.2)
+    body = json.dumps(said("Rate limit reached on tokens per minute (TPM): Limit 8000, Used 8000, Requested 500."))
+    learn_refusal(pool.ledger, route, classify("together", "account", 429, {}, body.encode(), utc=UTC), body, 0.2, refused)
+    assert window_of(bucket, "tokens", 60.0).used == 8000.0
+    body = json.dumps(said("Rate limit reached on requests per day (RPD): Limit 1000, Used 1000, Requested 1. Please try again in 2h."))
+    learn_refusal(pool.ledger, route, classify("together", "account", 429, {}, body.encode(), utc=UTC), body, 10.0)
+    day = window_of(bucket, "requests", DAY)
+    assert (day.kind, day.resets_at, day.limit) == ("fixed", pytest.approx(7210.0), 1000.0)
+    assert find_shortage(pool.ledger, route, 1, 0, 7211.0) is None, "all of it is back"
+
+
 def test_a_header_may_tell_little() -> None:
     """What is left without a limit corrects a limit that is known, and makes none; what may be on its way is neither added nor taken away."""
     pool, route, bucket = pool_of("")
